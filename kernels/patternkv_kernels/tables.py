@@ -1,0 +1,100 @@
+"""Pattern tables of one layer: what the ids and codes of a slot refer to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from patternkv_kernels.format import HEAD_DIMS, MAX_PATTERNS
+from patternkv_kernels.mining import MinedTable
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """The patterns and channel scales of every table slot of one layer.
+
+    Every table has the full ``num_patterns`` entries, so readers need no count: a table mined with fewer repeats
+    its pattern 0 up to the end, and since ties go to the lowest index no token is ever assigned to a repeat.
+    Channel scales are float16 like the patterns: :func:`~patternkv_kernels.mining.mine_table` normalises them to a
+    root mean square of 1 and floors them, so the format's range is never in question, and store and readers use the
+    same rounded value, so its precision costs nothing.
+    """
+
+    patterns: torch.Tensor
+    """float16 ``[num_tables, 2, h_kv, num_patterns, d]``: K, then V"""
+    channel_scale: torch.Tensor
+    """float16 ``[num_tables, 2, h_kv, d]``, positive: K, then V"""
+
+    @classmethod
+    def allocate(
+        cls, num_tables: int, h_kv: int, num_patterns: int, d: int, device: torch.device | str
+    ) -> LayerTables:
+        """``num_tables`` zero tables: all patterns zero, all channel scales one."""
+        if num_tables < 1 or h_kv < 1:
+            raise ValueError(f"num_tables={num_tables}, h_kv={h_kv}: both must be at least 1")
+        if not 1 <= num_patterns <= MAX_PATTERNS:
+            raise ValueError(
+                f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS} (a pattern id is one byte)"
+            )
+        if d not in HEAD_DIMS:
+            raise ValueError(f"d={d}: supported head dims are {HEAD_DIMS}")
+        shape = (num_tables, 2, h_kv, num_patterns, d)
+        return cls(
+            patterns=torch.zeros(shape, dtype=torch.float16, device=device),
+            channel_scale=torch.ones(
+                num_tables, 2, h_kv, d, dtype=torch.float16, device=device
+            ),
+        )
+
+    @property
+    def k_patterns(self) -> torch.Tensor:
+        """float16 ``[num_tables, h_kv, num_patterns, d]``, a view"""
+        return self.patterns[:, 0]
+
+    @property
+    def v_patterns(self) -> torch.Tensor:
+        """float16 ``[num_tables, h_kv, num_patterns, d]``, a view"""
+        return self.patterns[:, 1]
+
+    @property
+    def k_channel_scale(self) -> torch.Tensor:
+        """float16 ``[num_tables, h_kv, d]``, a view"""
+        return self.channel_scale[:, 0]
+
+    @property
+    def v_channel_scale(self) -> torch.Tensor:
+        """float16 ``[num_tables, h_kv, d]``, a view"""
+        return self.channel_scale[:, 1]
+
+    @property
+    def num_tables(self) -> int:
+        return self.patterns.shape[0]
+
+    @property
+    def num_patterns(self) -> int:
+        """Capacity of every table."""
+        return self.patterns.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables of the layer."""
+        return self.patterns.nbytes + self.channel_scale.nbytes
+
+    def write(self, table_id: int, k: MinedTable, v: MinedTable) -> None:
+        """Fill table ``table_id`` with mined content of at most ``num_patterns`` patterns each."""
+        for i, mined in enumerate((k, v)):
+            used = mined.patterns.shape[1]
+            if used > self.num_patterns:
+                raise ValueError(
+                    f"a mined table of {used} patterns does not fit num_patterns={self.num_patterns}; "
+                    "mine fewer or allocate larger tables"
+                )
+            self.patterns[table_id, i, :, :used] = mined.patterns
+            self.patterns[table_id, i, :, used:] = mined.patterns[:, :1]
+            self.channel_scale[table_id, i] = mined.channel_scale
+
+    def clear(self, table_id: int) -> None:
+        """Turn table ``table_id`` back into the zero table."""
+        self.patterns[table_id] = 0
+        self.channel_scale[table_id] = 1

@@ -1,0 +1,81 @@
+"""The cache of one scheduler process: tree, table references, counters and gauges together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from patternkv_sgl.batch import CurrentBatch, ExtendBatch, read_batch
+from patternkv_sgl.pool import PatternKVPool
+from patternkv_sgl.radix import PatternRadixCache
+from patternkv_sgl.stats import Gauges, Stats
+from patternkv_sgl.tables import TableRefs
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+# Scheduler, tree and attention backend share one process and thread; the backend exists before the
+# tree does, so what both need is made at import.
+CURRENT = CurrentBatch()
+STATS = Stats()
+
+
+class CacheEngine:
+    """Ties the tree to the pool it shares a scheduler process with.
+
+    Args:
+        params: SGLang's tree parameters; their allocator's pool must be a `PatternKVPool`.
+    """
+
+    def __init__(self, params: CacheInitParams) -> None:
+        pool = params.token_to_kv_pool_allocator.get_kvcache()
+        assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
+        self.pool = pool
+        self.refs = TableRefs(pool.num_tables)
+        self.tree = PatternRadixCache(params, pool.geometry.config, self.refs, STATS)
+        self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
+
+    def begin(self, batch: ScheduleBatch) -> None:
+        """Hand ``batch`` to the backend; called just before its forward."""
+        current = read_batch(self.tree, batch)
+        CURRENT.put(current)
+        if self.gauges is not None and isinstance(current, ExtendBatch):
+            self.gauges.set(self.numbers())
+
+    def numbers(self) -> dict[str, int]:
+        """Every number that stats and gauges show."""
+        geometry = self.pool.geometry
+        return {
+            "bytes_per_token": geometry.bytes_per_token,
+            "bf16_bytes_per_token": geometry.dense_bytes_per_token,
+            "bytes_allocated": self.pool.get_kv_size_bytes(),
+            "table_bytes": self.pool.table_bytes,
+            "window_bytes": self.pool.window_bytes,
+            "kv_tokens": self.pool.size,
+            "table_slots": self.pool.num_tables - 1,
+            "tables_live": self.refs.live,
+            "table_refs": sum(self.refs.refs.values()),
+            "running_requests": len(self.tree.requests),
+            **STATS.snapshot(),
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Stats for ``/server_info``: builtins only, since they travel as msgpack."""
+        config = self.pool.geometry.config
+        if config.check:
+            self.tree.check_integrity(self.pool.slot_table)
+        return {
+            "bits": config.bits,
+            "patterns": config.patterns,
+            "window": config.window,
+            "sinks": config.sinks,
+            "mine_tokens": config.mine_tokens,
+            **self.numbers(),
+        }
+
+
+def _rank_labels() -> dict[str, str]:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return {"tp_rank": str(parallel.tp_rank), "dp_rank": str(parallel.dp_rank or 0)}

@@ -1,0 +1,55 @@
+"""The SGLang functions that the plug-in hooks, and a check that they are still what we hook.
+
+Plain data: nothing here imports SGLang until `moved_targets` is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator."
+_SIZING = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator."
+
+BUILD_POOL = _CONFIGURATOR + "_build_mha_kv_pool"
+CELL_SIZE = _SIZING + "_compute_cell_size"
+POOL_SIZES = _SIZING + "calculate_pool_sizes"
+FUSED_STORE = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
+INIT_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
+INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
+
+# Parameters that each hook passes on or relies on, as SGLang 0.5.23 names them.
+PARAMETERS = {
+    BUILD_POOL: ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
+    CELL_SIZE: ("self", "kvc", "num_layers"),
+    POOL_SIZES: ("self", "available_bytes", "page_size"),
+    FUSED_STORE: ("forward_batch",),
+    INIT_FORWARD_BATCH: ("batch", "model_runner"),
+    INTERNAL_STATE: ("self", "recv_req"),
+    BEAM_SEARCH: ("self", "req", "recv_req"),
+}
+
+_moved: list[str] = []
+
+
+def record_targets() -> None:
+    """Compare every target with `PARAMETERS`; call before any hook is applied."""
+    _moved.clear()
+    for target, expected in PARAMETERS.items():
+        try:
+            found = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
+        except (AttributeError, ImportError, ValueError) as error:
+            _moved.append(f"{target} is gone ({error})")
+            continue
+        if found[: len(expected)] != expected:
+            _moved.append(f"{target} takes {found}, expected it to begin with {expected}")
+
+
+def moved_targets() -> list[str]:
+    """One line for each target that was missing or had other parameters at `record_targets`.
+
+    Empty before that: a spawned process rebuilds its ServerArgs, which the launcher has checked,
+    before it loads plug-ins.
+    """
+    return list(_moved)

@@ -1,0 +1,183 @@
+"""The only file that touches SGLang's registries and hooks.
+
+`load` is the entry point ``sglang.srt.plugins``; SGLang calls it once in every process. Without
+``--kv-quant`` every hook returns what the original returns. SGLang only logs a plug-in that fails
+to load or a hook that fails to apply, so the backend factory asserts that pool, tree and hooks are
+ours: a wrong set-up ends in an error, never in a dense cache.
+
+| target | why | what breaks without it |
+|---|---|---|
+| ``ServerArgs``, ``Engine.server_args_class`` | the ``--kv-quant`` flags | unknown argument |
+| attention backend registry | forward passes over the packed cache | unknown backend |
+| radix cache registry | nodes that own tables | unknown tree |
+| `hooks.BUILD_POOL` | our pool class and its extra arguments | dense pool, asserted |
+| `hooks.CELL_SIZE`, `hooks.POOL_SIZES` | capacity from packed bytes, room for tables | asserted |
+| `hooks.FUSED_STORE` | fused RoPE kernels must not write K and V into the pool | dense writes |
+| `hooks.INIT_FORWARD_BATCH` | the batch's requests, for tables and shared segments | asserted |
+| `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
+| `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from patternkv_sgl import hooks
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+    from patternkv_sgl.engine import CacheEngine
+    from patternkv_sgl.pool import PoolGeometry
+
+logger = logging.getLogger(__name__)
+
+# A scheduler process has one pool and one tree: sizing leaves its decisions here for the pool
+# that is built from them, and the tree's factory leaves the cache for the hooks.
+_geometry: PoolGeometry | None = None
+_num_tables = 0
+_engine: CacheEngine | None = None
+
+
+def load() -> None:
+    """Register flags, backend, tree and hooks with SGLang."""
+    import sglang.srt.server_args as server_args
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from patternkv_sgl.server_args import BACKEND, KVQuantServerArgs
+
+    hooks.record_targets()
+    HookRegistry.register(
+        "sglang.srt.server_args.ServerArgs", KVQuantServerArgs, HookType.REPLACE
+    )
+    HookRegistry.register(
+        "sglang.srt.entrypoints.engine.Engine.server_args_class",
+        KVQuantServerArgs,
+        HookType.REPLACE,
+    )
+    server_args.add_attention_backend_choices([BACKEND])
+    register_attention_backend(BACKEND)(_build_backend)
+    register_radix_cache_backend(BACKEND, _build_tree)
+    HookRegistry.register(hooks.BUILD_POOL, _build_pool, HookType.AROUND)
+    HookRegistry.register(hooks.CELL_SIZE, _cell_size, HookType.AROUND)
+    HookRegistry.register(hooks.POOL_SIZES, _reserve, HookType.BEFORE)
+    HookRegistry.register(hooks.FUSED_STORE, _no_fused_store, HookType.AROUND)
+    HookRegistry.register(hooks.INIT_FORWARD_BATCH, _init_forward_batch, HookType.AROUND)
+    HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
+    HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
+
+
+def _enabled() -> bool:
+    from sglang.srt.runtime_context import get_memory
+
+    return getattr(get_memory(), "kv_quant", None) is not None
+
+
+def _cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
+    global _geometry
+    if not _enabled():
+        return original(self, kvc, num_layers)
+    from sglang.srt.runtime_context import get_memory, get_parallel
+
+    from patternkv_sgl.pool import PoolGeometry
+    from patternkv_sgl.server_args import config_of
+
+    _geometry = PoolGeometry(
+        config_of(get_memory()),
+        num_layers,
+        kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size),
+        kvc.model_config.head_dim,
+        kvc.pool_page_size,
+        kvc.kv_cache_dtype,
+    )
+    return _geometry.bytes_per_token
+
+
+def _reserve(
+    self: Any, available_bytes: int, page_size: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    global _num_tables
+    if _geometry is None:
+        return None
+    from sglang.srt.runtime_context import get_schedule
+
+    _num_tables = _geometry.num_tables(available_bytes)
+    windows = get_schedule().max_running_requests + 1
+    reserved = _geometry.reserved_bytes(available_bytes, windows)
+    return (self, available_bytes - reserved, page_size), {}
+
+
+def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
+    if _geometry is None:
+        return original(self, **kwargs)
+    from functools import partial
+
+    from patternkv_sgl.pool import PatternKVPool
+
+    kwargs["mha_pool_class"] = partial(
+        PatternKVPool,
+        geometry=_geometry,
+        num_tables=_num_tables,
+        # One row per running request and SGLang's padding row 0.
+        num_windows=self.resolve_max_num_reqs(kwargs["max_total_num_tokens"]) + 1,
+    )
+    pool = original(self, **kwargs)
+    logger.info(pool.describe())
+    return pool
+
+
+def _build_tree(ctx: TreeCacheBuildContext) -> Any:
+    global _engine
+    from patternkv_sgl.engine import CacheEngine
+
+    _engine = CacheEngine(ctx.params)
+    return _engine.tree
+
+
+def _build_backend(runner: Any) -> AttentionBackend:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from patternkv_sgl.backend import PatternKVBackend
+    from patternkv_sgl.engine import CURRENT, STATS
+    from patternkv_sgl.pool import PatternKVPool
+    from patternkv_sgl.refusals import refuse_layers
+
+    missing = set(hooks.PARAMETERS) - HookRegistry._patched
+    assert not missing, f"hooks of --kv-quant patternkv are not in force: {sorted(missing)}"
+    pool = runner.token_to_kv_pool
+    assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
+    refuse_layers(runner.model)
+    return PatternKVBackend(pool, runner.req_to_token_pool.req_to_token, CURRENT, STATS)
+
+
+def _no_fused_store(original: Callable[..., bool], forward_batch: Any) -> bool:
+    return False if _enabled() else original(forward_batch)
+
+
+def _init_forward_batch(
+    original: Callable[..., Any], cls: type, batch: Any, model_runner: Any, **kwargs: Any
+) -> Any:
+    forward_batch = original(cls, batch, model_runner, **kwargs)
+    if _engine is not None:
+        _engine.begin(batch)
+    return forward_batch
+
+
+def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
+    if _engine is not None:
+        result.internal_state["patternkv"] = _engine.snapshot()
+    return result
+
+
+def _no_beam_search(original: Callable[..., Any], self: Any, req: Any, recv_req: Any) -> Any:
+    if _enabled():
+        return (
+            f"Beam search (beam_width={recv_req.sampling_params.beam_width}) is not supported with "
+            "--kv-quant patternkv; use n parallel samples instead."
+        )
+    return original(self, req, recv_req)

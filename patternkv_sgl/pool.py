@@ -1,0 +1,194 @@
+"""Device memory of the PatternKV cache: packed slots, table slots, bf16 windows.
+
+SGLang asks for bytes per token before the pool exists; `PoolGeometry` answers from the same
+numbers that `PatternKVPool` allocates, so the reported capacity is the allocated one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from patternkv_kernels import LayerTables, SlotFormat
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+if TYPE_CHECKING:
+    from patternkv_sgl.config import PatternKVConfig
+
+TABLE_MEMORY_SHARE = 0.03  # of the KV memory, for table slots, when --kv-quant-tables is unset
+MIN_TABLES, MAX_TABLES = 16, 1024
+TABLE_ID_BYTES = torch.int32.itemsize
+
+
+@dataclass(frozen=True)
+class PoolGeometry:
+    """Sizes of one rank's pool.
+
+    Attributes:
+        config: the user's options.
+        num_layers, h_kv, head_dim: of this rank's shard of the model.
+        page_size: slots per page.
+        dtype: model dtype, kept by the windows.
+    """
+
+    config: PatternKVConfig
+    num_layers: int
+    h_kv: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+
+    @property
+    def slot_format(self) -> SlotFormat:
+        return self.config.slot_format(self.head_dim, self.page_size)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """All layers of one slot, with its table id."""
+        return (
+            self.num_layers * self.h_kv * self.slot_format.page_bytes // self.page_size
+            + TABLE_ID_BYTES
+        )
+
+    @property
+    def dense_bytes_per_token(self) -> int:
+        """The same token in the model dtype: what stock SGLang stores, and a window entry."""
+        return 2 * self.num_layers * self.h_kv * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_per_table(self) -> int:
+        one = LayerTables.allocate(1, self.h_kv, self.config.patterns, self.head_dim, "meta")
+        return self.num_layers * one.nbytes
+
+    @property
+    def bytes_per_window(self) -> int:
+        return self.config.window * self.dense_bytes_per_token
+
+    def num_tables(self, kv_bytes: int) -> int:
+        """Table slots for a KV budget of ``kv_bytes``, the zero table included."""
+        if self.config.tables is not None:
+            return self.config.tables
+        affordable = int(kv_bytes * TABLE_MEMORY_SHARE) // self.bytes_per_table
+        return max(MIN_TABLES, min(MAX_TABLES, affordable))
+
+    def reserved_bytes(self, kv_bytes: int, num_windows: int) -> int:
+        """Bytes of ``kv_bytes`` that tables and windows take away from slots.
+
+        Raises:
+            ValueError: nothing would be left for slots.
+        """
+        tables = self.num_tables(kv_bytes) * self.bytes_per_table
+        windows = num_windows * self.bytes_per_window
+        if tables + windows >= kv_bytes:
+            raise ValueError(
+                f"{self.num_tables(kv_bytes)} pattern tables ({tables / 2**20:.0f} MiB) and "
+                f"{num_windows} windows ({windows / 2**20:.0f} MiB) leave nothing of the KV memory "
+                f"of {kv_bytes / 2**20:.0f} MiB: lower --kv-quant-patterns, --kv-quant-tables, "
+                "--kv-quant-window or --max-running-requests, or raise --mem-fraction-static"
+            )
+        return tables + windows
+
+
+class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
+    """KV pool of SGLang (mem_cache/memory_pool.py) that holds packed slots.
+
+    Attributes:
+        packed: per layer, uint8 [num_pages, h_kv, page_bytes] in ``slot_format``.
+        slot_table: int32 [num_slots]: the table each slot was quantized with, for all layers.
+        tables: per layer, the patterns and channel scales of every table slot.
+        window_k, window_v: per layer, [num_windows, window, h_kv, head_dim]; the ring of request
+            row ``r`` holds position ``p`` at ``p % window``.
+
+    Page 0 is SGLang's padding sink: dummy tokens write there, with the zero table.
+    """
+
+    def __init__(
+        self, size: int, *, geometry: PoolGeometry, num_tables: int, num_windows: int, **kwargs: Any
+    ) -> None:
+        self.geometry = geometry
+        self.slot_format = geometry.slot_format
+        self.num_tables, self.num_windows = num_tables, num_windows
+        super().__init__(size, **kwargs)
+
+    def _create_buffers(self) -> None:
+        if self.post_capture_active:
+            raise NotImplementedError(
+                "--kv-quant patternkv needs its memory before graph capture: unset "
+                "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
+            )
+        geometry, rows = self.geometry, self.size + self.page_size
+        h_kv, head_dim, layers = self.head_num, self.head_dim, range(self.layer_num)
+        expected = (geometry.h_kv, geometry.head_dim, geometry.num_layers)
+        actual = (h_kv, head_dim, self.layer_num)
+        assert actual == expected, f"pool of {actual} (heads, dim, layers), sized for {expected}"
+
+        self.packed = [self.slot_format.allocate(rows, h_kv, self.device) for _ in layers]
+        self.slot_table = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self.tables = [
+            LayerTables.allocate(
+                self.num_tables, h_kv, geometry.config.patterns, head_dim, self.device
+            )
+            for _ in layers
+        ]
+        ring = (self.num_windows, geometry.config.window, h_kv, head_dim)
+        self.window_k = [
+            torch.zeros(ring, dtype=self.dtype, device=self.device) for _ in layers
+        ]
+        self.window_v = [torch.zeros_like(k) for k in self.window_k]
+        # Stock code that walks the dense buffers finds none: nobody may read this pool as dense.
+        self.k_buffer = self.v_buffer = []
+
+    def get_kv_size_bytes(self) -> int:
+        """Every byte this pool allocated: slots, table ids, tables, windows."""
+        slots = sum(packed.nbytes for packed in self.packed) + self.slot_table.nbytes
+        return slots + self.table_bytes + self.window_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        return sum(tables.nbytes for tables in self.tables)
+
+    @property
+    def window_bytes(self) -> int:
+        return sum(ring.nbytes for ring in (*self.window_k, *self.window_v))
+
+    def describe(self) -> str:
+        """The start-up line: what the pool is made of and what it saves."""
+        geometry, mib = self.geometry, 2**20
+        ratio = geometry.dense_bytes_per_token / geometry.bytes_per_token
+        return (
+            f"PatternKV cache: bits K/V {geometry.config.bits}, "
+            f"{geometry.bytes_per_token} bytes per token against "
+            f"{geometry.dense_bytes_per_token} in {str(self.dtype).removeprefix('torch.')} "
+            f"({ratio:.2f}x), {self.size} tokens, {self.num_tables - 1} table slots of "
+            f"{geometry.config.patterns} patterns ({self.table_bytes / mib:.1f} MiB), "
+            f"{self.num_windows} windows of {geometry.config.window} tokens "
+            f"({self.window_bytes / mib:.1f} MiB)"
+        )
+
+    def _refuse(self, what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{what} is not available with --kv-quant patternkv: the cache holds packed residuals, "
+            "not dense K and V"
+        )
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        raise self._refuse("get_key_buffer")
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        raise self._refuse("get_value_buffer")
+
+    def set_kv_buffer(self, *args: Any, **kwargs: Any) -> None:
+        raise self._refuse("set_kv_buffer (the attention backend stores through store_kv)")
+
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        raise self._refuse("move_kv_cache")
+
+    def get_cpu_copy(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refuse("get_cpu_copy")
+
+    def load_cpu_copy(self, *args: Any, **kwargs: Any) -> None:
+        raise self._refuse("load_cpu_copy")
+
+    def get_contiguous_buf_infos(self) -> Any:
+        raise self._refuse("get_contiguous_buf_infos")

@@ -1,0 +1,238 @@
+"""The radix tree that owns pattern tables, beside the KV slots that stock's tree owns.
+
+Ownership along one request's sequence, half-open ranges of positions:
+
+    [0, cache_protected_len)   tree nodes of the path to ``req.last_node``; slots and tables
+    [.., seq_len)              the request itself; its ``RequestTables.runs`` cover all of it
+
+A node's ``table_runs`` name the tables of its tokens and hold one reference to each; a request's
+runs do the same for the whole sequence. Splitting a node copies references, deleting drops them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from patternkv_sgl.requests import ATTRIBUTE, Extend, Minable, RequestTables
+from patternkv_sgl.tables import ZERO_TABLE, TableRefs, TableRuns
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+    from patternkv_sgl.config import PatternKVConfig
+    from patternkv_sgl.stats import Stats
+
+
+class PatternRadixCache(RadixCache):  # type: ignore[misc]
+    """SGLang's ``RadixCache`` (mem_cache/radix_cache.py) whose nodes own pattern tables.
+
+    Args:
+        params: SGLang's tree parameters.
+        config: mining threshold and check switch.
+        refs: reference counts over the pool's table slots; the tree is their only user.
+        stats: counters that mining and inheriting advance.
+    """
+
+    def __init__(
+        self, params: CacheInitParams, config: PatternKVConfig, refs: TableRefs, stats: Stats
+    ) -> None:
+        self.config, self.refs, self.stats = config, refs, stats
+        self.requests: set[RequestTables] = set()
+        self.version = 0  # advances when a node's path changes, so that cached paths expire
+        self._inserting: TableRuns | None = None
+        super().__init__(params)
+
+    def reset(self) -> None:
+        # Stock flushes only when no request runs, so nobody is left to own a table.
+        self.requests.clear()
+        self.refs.clear()
+        self.root_table = ZERO_TABLE
+        self.refs.acquire([ZERO_TABLE])
+        self.version += 1
+        super().reset()
+        self.root_node.table_runs = TableRuns()
+
+    # Requests
+
+    def begin_extends(
+        self, reqs: Sequence[Req], prefix_lens: Sequence[int], extend_lens: Sequence[int]
+    ) -> list[Extend]:
+        """Decide the table of each request's new tokens, and give the request its runs.
+
+        Called once per extend batch, just before its forward. A prefill of at least
+        ``mine_tokens`` new tokens mines a table; one that starts like another of the batch (best
+        of N sent as N equal prompts) shares the other's; the rest, and all when no slot is free,
+        inherit the table of the prefix.
+        """
+        minable: dict[tuple[int, int, bytes], list[Minable]] = {}
+        return [
+            self._begin_extend(req, prefix_len, num_tokens, minable)
+            for req, prefix_len, num_tokens in zip(reqs, prefix_lens, extend_lens, strict=True)
+        ]
+
+    def _begin_extend(
+        self,
+        req: Req,
+        prefix_len: int,
+        num_tokens: int,
+        minable: dict[tuple[int, int, bytes], list[Minable]],
+    ) -> Extend:
+        state = self._state(req)
+        runs = self._path_runs(req.last_node, state.runs).slice(0, prefix_len)
+        assert bool(runs) == (prefix_len > 0), f"no tables for a prefix of {prefix_len}: {runs}"
+        inherited = runs.last if runs else self.root_table
+        table, mine = inherited, False
+        if num_tokens >= self.config.mine_tokens:
+            token_ids = np.asarray(
+                req.full_untruncated_fill_ids[prefix_len : prefix_len + num_tokens]
+            )
+            head = token_ids[: self.config.mine_tokens].tobytes()
+            alike = minable.setdefault((id(req.last_node), prefix_len, head), [])
+            shared = [m for m in alike if m.covers(token_ids, self.config.mine_tokens)]
+            if shared:
+                table = shared[0].table
+            elif (free := self.refs.allocate()) is not None:
+                table, mine = free, True
+                alike.append(Minable(token_ids, table))
+            else:
+                self.stats.exhausted += 1
+        if mine:
+            self.stats.mined += 1
+        else:
+            self.stats.inherited += 1
+        self._own(state, runs.extended(prefix_len, table))
+        if mine and self.root_table == ZERO_TABLE:
+            self.refs.acquire([table])
+            self.refs.release([self.root_table])
+            self.root_table = table
+        state.window_start = prefix_len + num_tokens
+        return Extend(prefix_len, num_tokens, table, mine)
+
+    def _state(self, req: Req) -> RequestTables:
+        state: RequestTables | None = getattr(req, ATTRIBUTE, None)
+        if state is None:
+            state = RequestTables()
+            setattr(req, ATTRIBUTE, state)
+            self.requests.add(state)
+        return state
+
+    def _own(self, state: RequestTables, runs: TableRuns) -> None:
+        self.refs.acquire(runs.tables)
+        self.refs.release(state.runs.tables)
+        state.runs = runs
+
+    def checkpoint(self, req: Req, *, up_to: int) -> None:
+        state: RequestTables = getattr(req, ATTRIBUTE)
+        self._inserting = state.runs
+        try:
+            super().checkpoint(req, up_to=up_to)
+        finally:
+            self._inserting = None
+        if not self.disable:
+            # Where the tree already held these tokens, the request's row now points at slots that
+            # another request quantized: follow them to their tables.
+            self._own(state, self._path_runs(req.last_node, state.runs))
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        state: RequestTables | None = getattr(req, ATTRIBUTE, None)
+        if state is not None:
+            self.refs.release(state.runs.tables)
+            self.requests.discard(state)
+            delattr(req, ATTRIBUTE)
+        super().on_release(req, checkpointed=checkpointed)
+        if self.config.check:
+            self.check_integrity(self.token_to_kv_pool_allocator.get_kvcache().slot_table)
+
+    # Nodes
+
+    def path(self, node: TreeNode | None) -> list[tuple[int, int, TreeNode]]:
+        """``(start, end, node)`` of each node from the root down to ``node``, by position."""
+        nodes = []
+        while node is not None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        spans, end = [], 0
+        for node in reversed(nodes):
+            start, end = end, end + len(node.key)
+            spans.append((start, end, node))
+        return spans
+
+    def _path_runs(self, node: TreeNode | None, own: TableRuns) -> TableRuns:
+        """Tables from the tree as far as its path reaches, then ``own``."""
+        path = self.path(node)
+        depth = path[-1][1] if path else 0
+        runs = [run for start, _, node in path for run in node.table_runs.shifted(start)]
+        return TableRuns(runs + [(max(start, depth), table) for start, table in own])
+
+    def _insert_helper(
+        self,
+        node: TreeNode,
+        key: RadixKey,
+        value: torch.Tensor,
+        priority: int = 0,
+        inserted_len: int = 0,
+    ) -> tuple[int, TreeNode]:
+        end = len(key)
+        prefix_len, leaf = super()._insert_helper(node, key, value, priority, inserted_len)
+        if not hasattr(leaf, "table_runs"):
+            assert self._inserting is not None, (
+                f"a node of {len(leaf.key)} tokens was inserted outside checkpoint(): its tables "
+                "are unknown"
+            )
+            leaf.table_runs = self._inserting.slice(prefix_len, end)
+            self.refs.acquire(leaf.table_runs.tables)
+        return prefix_len, leaf
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        runs, length = child.table_runs, len(child.key)
+        prefix = super()._split_node(key, child, split_len)
+        prefix.table_runs = runs.slice(0, split_len)
+        child.table_runs = runs.slice(split_len, length)
+        self.refs.acquire(prefix.table_runs.tables)
+        self.refs.acquire(child.table_runs.tables)
+        self.refs.release(runs.tables)
+        self.version += 1
+        return prefix
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        super()._delete_leaf(node)
+        self.refs.release(node.table_runs.tables)
+
+    def nodes(self) -> Iterator[TreeNode]:
+        """Every node but the root."""
+        stack = list(self.root_node.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            yield node
+
+    def check_integrity(self, slot_table: torch.Tensor | None = None) -> None:
+        """Assert the conservation laws of table ownership (design: check_integrity).
+
+        Args:
+            slot_table: int32 [num_slots]; when given, every slot that a node holds must have been
+                quantized with the table that the node's runs name.
+        """
+        owners: Counter[int] = Counter([self.root_table])
+        for node in self.nodes():
+            owners.update(node.table_runs.tables)
+            assert node.table_runs and node.table_runs[0][0] == 0, (
+                f"node {node.id} of {len(node.key)} tokens has tables {node.table_runs}"
+            )
+            if slot_table is not None:
+                for start, stop, table in node.table_runs.spans(0, len(node.key)):
+                    stored = slot_table[node.value[start:stop]]
+                    assert bool((stored == table).all()), (
+                        f"node {node.id} names table {table} for tokens [{start}, {stop}) but "
+                        f"their slots were quantized with {sorted(set(stored.tolist()))}"
+                    )
+        for state in self.requests:
+            owners.update(state.runs.tables)
+        self.refs.check(owners)

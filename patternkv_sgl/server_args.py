@@ -1,0 +1,129 @@
+"""The ``--kv-quant`` flags: SGLang's ServerArgs with our fields, defaults and refusals.
+
+One record serves the command line, ``--config`` files and ``sgl.Engine`` keyword arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import sglang.srt.server_args as sglang_server_args
+from sglang.srt.arg_groups.arg_utils import A, Arg
+
+from patternkv_sgl.config import PatternKVConfig, parse_bits
+from patternkv_sgl.refusals import refuse_model, refuse_options, refuse_sglang
+
+BACKEND = "patternkv"
+DEFAULT_MAX_RUNNING_REQUESTS = 256
+
+# The module path of a parent class matters to hooks: SGLang's hook registry rewrites every module
+# global that is the replaced class, so the original ServerArgs lives only in this closure.
+
+
+def _range(name: str) -> str:
+    low, high = PatternKVConfig.RANGES[name]
+    return f"{low} to {high}"
+
+
+def _build(base: Any) -> Any:
+    defaults = PatternKVConfig()
+
+    class KVQuantServerArgs(base, dict=True):  # type: ignore[misc]
+        kv_quant: A[
+            Optional[str],  # noqa: UP045 - SGLang's argument parser reads Optional
+            Arg(
+                help="KV cache quantization scheme. 'patternkv' stores K and V as the id of a "
+                "pattern plus a low-bit residual; patterns are mined at prefill and shared "
+                "through the radix tree.",
+                choices=[BACKEND],
+            ),
+        ] = None
+        kv_quant_bits: A[
+            str,
+            "Bits of the residuals with --kv-quant patternkv: 4, 2, or K:V such as 4:2.",
+        ] = str(defaults.k_bits)
+        kv_quant_patterns: A[
+            int,
+            f"Patterns per table, for K and V each ({_range('patterns')}). More patterns mean "
+            "smaller residuals and larger tables.",
+        ] = defaults.patterns
+        kv_quant_window: A[
+            int,
+            "Most recent generated tokens of each running request that attention reads in the "
+            f"model dtype ({_range('window')}).",
+        ] = defaults.window
+        kv_quant_sinks: A[
+            int,
+            "First tokens of a sequence that are stored exactly, as patterns of their own "
+            f"({_range('sinks')}).",
+        ] = defaults.sinks
+        kv_quant_mine_tokens: A[
+            int,
+            "A prefill of at least this many new tokens mines a pattern table of its own; a "
+            f"shorter one uses the table of its prefix ({_range('mine_tokens')}).",
+        ] = defaults.mine_tokens
+        kv_quant_tables: A[
+            Optional[int],  # noqa: UP045
+            f"Table slots, the zero table included ({_range('tables')}). Default: 3 percent of "
+            "the KV memory, between 16 and 1024.",
+        ] = defaults.tables
+        kv_quant_check: A[
+            bool,
+            "Verify table ownership and per-slot table ids while serving (slow; for tests).",
+        ] = defaults.check
+
+        def __post_init__(self) -> None:
+            base.__post_init__(self)
+            if self.kv_quant is not None:
+                _prepare(self)
+
+        def check_server_args(self) -> None:
+            base.check_server_args(self)
+            if self.kv_quant is not None:
+                from sglang.srt.arg_groups.model_override_base import model_config_of
+
+                refuse_model(model_config_of(self), self.tp_size)
+
+    KVQuantServerArgs._NS_BY_FIELD = {
+        **base._NS_BY_FIELD,
+        **{name: "memory" for name in KVQuantServerArgs.__annotations__},
+    }
+    KVQuantServerArgs.__module__ = __name__
+    KVQuantServerArgs.__qualname__ = "KVQuantServerArgs"
+    return KVQuantServerArgs
+
+
+def _prepare(args: Any) -> None:
+    """Refuse what cannot work, then select our backend, tree and memory defaults."""
+    refuse_sglang()
+    config_of(args)
+    refuse_options(args)
+    args.attention_backend = args.radix_cache_backend = BACKEND
+    if args.device == "cpu":
+        args.disable_cuda_graph = True
+    if args.max_running_requests is None:
+        # Every request slot reserves a bf16 window; stock's default of 2048 to 4096 slots would
+        # spend gigabytes on windows that are never filled.
+        args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
+
+
+def config_of(args: Any) -> PatternKVConfig:
+    """The options carried by a ServerArgs record or by SGLang's published memory settings.
+
+    Raises:
+        ValueError: a malformed or out-of-range flag.
+    """
+    k_bits, v_bits = parse_bits(args.kv_quant_bits)
+    return PatternKVConfig(
+        k_bits,
+        v_bits,
+        patterns=args.kv_quant_patterns,
+        window=args.kv_quant_window,
+        sinks=args.kv_quant_sinks,
+        mine_tokens=args.kv_quant_mine_tokens,
+        tables=args.kv_quant_tables,
+        check=args.kv_quant_check,
+    )
+
+
+KVQuantServerArgs = _build(sglang_server_args.ServerArgs)
