@@ -10,6 +10,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
 from patternkv_kernels import (
     DecodePlan,
     Window,
@@ -19,8 +21,6 @@ from patternkv_kernels import (
     store_kv,
     tree_decode,
 )
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-
 from patternkv_sgl.batch import CurrentBatch, DecodeBatch, ExtendBatch
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.segments import Reader, Segments, build_segments

@@ -52,9 +52,7 @@ def load() -> None:
     from patternkv_sgl.server_args import BACKEND, KVQuantServerArgs
 
     hooks.record_targets()
-    HookRegistry.register(
-        "sglang.srt.server_args.ServerArgs", KVQuantServerArgs, HookType.REPLACE
-    )
+    HookRegistry.register("sglang.srt.server_args.ServerArgs", KVQuantServerArgs, HookType.REPLACE)
     HookRegistry.register(
         "sglang.srt.entrypoints.engine.Engine.server_args_class",
         KVQuantServerArgs,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from patternkv_kernels import LayerTables, SlotFormat
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from patternkv_kernels import LayerTables, SlotFormat
 
 if TYPE_CHECKING:
     from patternkv_sgl.config import PatternKVConfig
@@ -132,12 +133,11 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
             for _ in layers
         ]
         ring = (self.num_windows, geometry.config.window, h_kv, head_dim)
-        self.window_k = [
-            torch.zeros(ring, dtype=self.dtype, device=self.device) for _ in layers
-        ]
+        self.window_k = [torch.zeros(ring, dtype=self.dtype, device=self.device) for _ in layers]
         self.window_v = [torch.zeros_like(k) for k in self.window_k]
         # Stock code that walks the dense buffers finds none: nobody may read this pool as dense.
-        self.k_buffer = self.v_buffer = []
+        self.k_buffer: list[torch.Tensor] = []
+        self.v_buffer: list[torch.Tensor] = []
 
     def get_kv_size_bytes(self) -> int:
         """Every byte this pool allocated: slots, table ids, tables, windows."""

@@ -28,7 +28,7 @@ def _range(name: str) -> str:
 def _build(base: Any) -> Any:
     defaults = PatternKVConfig()
 
-    class KVQuantServerArgs(base, dict=True):  # type: ignore[misc]
+    class KVQuantServerArgs(base, dict=True):  # type: ignore[misc, call-arg]
         kv_quant: A[
             Optional[str],  # noqa: UP045 - SGLang's argument parser reads Optional
             Arg(
@@ -86,7 +86,7 @@ def _build(base: Any) -> Any:
 
     KVQuantServerArgs._NS_BY_FIELD = {
         **base._NS_BY_FIELD,
-        **{name: "memory" for name in KVQuantServerArgs.__annotations__},
+        **dict.fromkeys(KVQuantServerArgs.__annotations__, "memory"),
     }
     KVQuantServerArgs.__module__ = __name__
     KVQuantServerArgs.__qualname__ = "KVQuantServerArgs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -38,7 +39,7 @@ class Gauges:
     it has set ``PROMETHEUS_MULTIPROC_DIR``.
     """
 
-    def __init__(self, names: list[str], labels: dict[str, str]) -> None:
+    def __init__(self, names: Iterable[str], labels: dict[str, str]) -> None:
         from prometheus_client import Gauge
 
         self._gauges = {

@@ -110,7 +110,7 @@ class TableRefs:
                 self._free.append(table)
 
     def check(self, owners: Counter[int]) -> None:
-        """Assert that the counts equal ``owners`` and that live and free ids partition the slots."""
+        """Assert that the counts equal ``owners`` and that every id is either free or owned."""
         assert self.refs == owners, f"table references {dict(self.refs)} but owners {dict(owners)}"
         free = set(self._free)
         assert len(free) == len(self._free), f"table freed twice: {sorted(self._free)}"

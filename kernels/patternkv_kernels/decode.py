@@ -14,25 +14,34 @@ from patternkv_kernels.tables import LayerTables
 
 _CHUNK = 256
 """Longest run of tokens in one work item."""
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 4096
 """Tokens that one batch of work items dequantizes at a time."""
+_LOWEST = torch.finfo(torch.float32).min
+
+_State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Unmerged attention of ``n`` query rows: unnormalised output ``[n, h_q, d]``, peak logit and softmax mass
+``[n, h_q]``, float32."""
 
 
 @dataclass(frozen=True)
 class _WorkBatch:
-    """Work items of one number of rows, padded to one length."""
+    """Work items with the same number of rows, padded to one length."""
 
-    slots: torch.Tensor  # int64 [w, length], padding repeats the item's own last slot
-    valid: torch.Tensor | None  # bool [w, 1, 1, length]; None when nothing is padded
-    table_ids: torch.Tensor  # int64 [w]
-    rows: torch.Tensor  # int64 [w, num_rows]
+    slots: torch.Tensor
+    """int64 ``[w, length]``; the padding repeats the item's own last slot"""
+    valid: torch.Tensor | None
+    """bool ``[w, 1, 1, length]``; None when nothing is padded"""
+    table_ids: torch.Tensor
+    """int64 ``[w]``"""
+    rows: torch.Tensor
+    """int64 ``[w, num_rows]``"""
 
 
 @dataclass(frozen=True)
 class _Work:
     batches: list[_WorkBatch]
-    parts: torch.Tensor | None
-    """int64 [b, max_parts]: the partials of every row, ``num_partials`` where a row has fewer."""
+    states: torch.Tensor
+    """int64 ``[num_rows, max_states]``: which states each row merges; state 0 is the empty one and pads"""
 
 
 @dataclass(frozen=True)
@@ -120,101 +129,93 @@ def tree_decode_with_lse(
     """
     b, h_q, d = q.shape
     h_kv = buffer.shape[1]
-    grouped = (q.float() * sm_scale).view(b, h_kv, h_q // h_kv, d)
-    partials = _Partials(b, h_q, d, q.device)
+    if h_q % h_kv or d != fmt.head_dim:
+        raise ValueError(
+            f"q is {list(q.shape)}: needs head_dim={fmt.head_dim} and a multiple of {h_kv} heads"
+        )
     work = plan._work
+    if work.states.shape[0] > b:
+        raise ValueError(
+            f"the plan lists batch row {work.states.shape[0] - 1}, but q has only {b} rows"
+        )
+    grouped = (q.float() * sm_scale).view(b, h_kv, h_q // h_kv, d)
+    states = [_empty_state(h_q, d, q.device)]
     for batch in work.batches:
         k, v = dequantize_runs(fmt, buffer, batch.slots, tables, batch.table_ids).unbind(3)
-        num_items, num_rows = batch.rows.shape
-        rows = grouped[batch.rows].transpose(1, 2).flatten(2, 3)  # [w, h_kv, rows * group, d]
-        out, peak, mass = _partial_attention(rows, k, v, batch.valid, logit_cap)
-        partials.add(
-            out.unflatten(2, (num_rows, -1)).transpose(1, 2).reshape(-1, h_q, d),
-            peak.unflatten(2, (num_rows, -1)).transpose(1, 2).reshape(-1, h_q),
-            mass.unflatten(2, (num_rows, -1)).transpose(1, 2).reshape(-1, h_q),
-        )
-    parts = work.parts
-    window_parts = None
-    if window is not None:
-        window_parts = partials.count
-        partials.add(*_window_attention(grouped, window, logit_cap))
-    out, lse = partials.merge(parts, window_parts)
+        rows = grouped[batch.rows].transpose(1, 2)  # [w, h_kv, num_rows, group, d]
+        states.append(_attend(rows, k, v, batch.valid, logit_cap))
+    merged = work.states.new_zeros(b, work.states.shape[1] + 1)
+    merged[: work.states.shape[0], 1:] = work.states
+    if window is not None and window.k.shape[1] > 0:
+        first = sum(state[0].shape[0] for state in states)
+        merged[:, 0] = torch.arange(first, first + b, device=q.device)
+        states.append(_attend_window(grouped, window, logit_cap))
+    out, lse = _merge(states, merged)
     return out.to(q.dtype), lse
 
 
-def _partial_attention(
+def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     valid: torch.Tensor | None,
     logit_cap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unnormalised attention ``[w, h, r, d]`` with the peak and the mass of its softmax, both ``[w, h, r]``."""
-    logits = q @ k.transpose(-1, -2)
+) -> _State:
+    """States of ``w * num_rows`` query rows.
+
+    q: ``[w, h_kv, num_rows, group, d]``; k, v: ``[w, h_kv, length, d]``; valid: ``[w, 1, 1, length]``.
+    """
+    num_rows, group, d = q.shape[2:]
+    logits = q.flatten(2, 3) @ k.transpose(-1, -2)
     if logit_cap > 0:
         logits.div_(logit_cap).tanh_().mul_(logit_cap)
     if valid is not None:
-        logits.masked_fill_(~valid, float("-inf"))
+        logits.masked_fill_(~valid, -torch.inf)
     peak = logits.amax(-1, keepdim=True)
-    p = logits.sub_(peak.clamp_min(torch.finfo(torch.float32).min)).exp_()
-    return p @ v, peak.squeeze(-1), p.sum(-1)
+    # A row that sees nothing has a peak of -inf, and -inf - -inf is NaN.
+    p = logits.sub_(peak.clamp_min(_LOWEST)).exp_()
+    out, mass = p @ v, p.sum(-1, keepdim=True)
+
+    def by_row(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (num_rows, group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    return by_row(out), by_row(peak).squeeze(2), by_row(mass).squeeze(2)
 
 
-def _window_attention(
-    q: torch.Tensor, window: Window, logit_cap: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    b, h_kv, group, d = q.shape
+def _attend_window(q: torch.Tensor, window: Window, logit_cap: float) -> _State:
+    """States of the ``b`` rows ``q [b, h_kv, group, d]`` over their exact recent tokens."""
     size = window.k.shape[1]
     position = window.start.unsqueeze(1) + torch.arange(size, device=q.device)
-    valid = position < window.end.unsqueeze(1)
-    index = (window.ring.unsqueeze(1), position % size)
-    unread = ~valid.view(b, size, 1, 1)
-    # Entries outside [start, end) may hold anything, NaN included, and 0 * NaN is NaN.
-    k = window.k[index].float().masked_fill_(unread, 0.0).transpose(1, 2)
-    v = window.v[index].float().masked_fill_(unread, 0.0).transpose(1, 2)
-    out, peak, mass = _partial_attention(q, k, v, valid.view(b, 1, 1, size), logit_cap)
-    return out.reshape(b, -1, d), peak.reshape(b, -1), mass.reshape(b, -1)
+    valid = (position < window.end.unsqueeze(1)).view(-1, 1, size, 1)
+    index = (window.ring.unsqueeze(1) * size + position % size).flatten()
+
+    def read(ring: torch.Tensor) -> torch.Tensor:
+        entries = ring.flatten(0, 1).index_select(0, index).unflatten(0, (-1, size))
+        # Entries outside [start, end) may hold anything, NaN included, and 0 * NaN is NaN.
+        return entries.transpose(1, 2).float().masked_fill(~valid, 0.0)
+
+    mask = valid.transpose(2, 3)
+    return _attend(q.unsqueeze(2), read(window.k), read(window.v), mask, logit_cap)
 
 
-class _Partials:
-    """Partial softmax states, merged per row as FlashInfer's ``merge_states`` does."""
+def _empty_state(h_q: int, d: int, device: torch.device) -> _State:
+    nothing = torch.zeros(1, h_q, device=device)
+    return torch.zeros(1, h_q, d, device=device), nothing - torch.inf, nothing
 
-    def __init__(self, b: int, h_q: int, d: int, device: torch.device) -> None:
-        self.b = b
-        self.out = [torch.zeros(1, h_q, d, device=device)]
-        self.peak = [torch.full((1, h_q), float("-inf"), device=device)]
-        self.mass = [torch.zeros(1, h_q, device=device)]
-        self.count = 1
 
-    def add(self, out: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor) -> None:
-        self.out.append(out)
-        self.peak.append(peak)
-        self.mass.append(mass)
-        self.count += out.shape[0]
-
-    def merge(
-        self, parts: torch.Tensor | None, window_parts: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.out[0].device
-        columns = [] if parts is None else [parts]
-        if window_parts is not None:
-            columns.append(torch.arange(window_parts, window_parts + self.b, device=device)[:, None])
-        columns.append(torch.zeros(self.b, 1, dtype=torch.int64, device=device))
-        index = torch.cat(columns, 1)
-        index = torch.nn.functional.pad(index, (0, 0, 0, self.b - index.shape[0]))
-        out = torch.cat(self.out)[index]
-        peak = torch.cat(self.peak)[index]
-        mass = torch.cat(self.mass)[index]
-        top = peak.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-        weight = (peak - top).exp()
-        total = (weight * mass).sum(1)
-        merged = (weight.unsqueeze(-1) * out).sum(1) / total.clamp_min(1e-30).unsqueeze(-1)
-        return merged, top.squeeze(1) + total.log()
+def _merge(states: list[_State], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge by log-sum-exp, as FlashInfer's ``merge_states``: row ``i`` is the merger of states ``index[i]``."""
+    out, peak, mass = (torch.cat(part)[index] for part in zip(*states, strict=True))
+    top = peak.amax(1, keepdim=True).clamp_min(_LOWEST)
+    weight = (peak - top).exp_()  # [b, max_states, h_q]
+    total = (weight * mass).sum(1)
+    merged = (out * weight.unsqueeze(3)).sum(1)
+    # A row without tokens has total = 0 and merged = 0; any row with tokens has total >= 1.
+    return merged / total.clamp_min(1.0).unsqueeze(2), top.squeeze(1) + total.log()
 
 
 def _lower(plan: DecodePlan) -> _Work:
     """Cut segments into work items, batch items alike, and list each row's partials."""
-    device = plan.req_to_token.device
     row_indptr = plan.row_indptr.tolist()
     rows = plan.rows.tolist()
     alike: dict[tuple[int, int], list[tuple[int, int, int, int, list[int]]]] = defaultdict(list)
@@ -229,32 +230,28 @@ def _lower(plan: DecodePlan) -> _Work:
             last = min(first + chunk, end)
             alike[kind].append((last - first, req, first, table_id, readers))
     batches: list[_WorkBatch] = []
-    parts: dict[int, list[int]] = defaultdict(list)
+    states: list[list[int]] = [[] for _ in range(max(rows, default=-1) + 1)]
     count = 1
     for items in alike.values():
         items.sort(key=lambda item: -item[0])
         per_batch = max(1, _BATCH_TOKENS // items[0][0])
         for first in range(0, len(items), per_batch):
             batch = items[first : first + per_batch]
-            batches.append(_batch(plan.req_to_token, batch, device))
+            batches.append(_batch(plan.req_to_token, batch))
             for *_, readers in batch:
                 for row in readers:
-                    parts[row].append(count)
+                    states[row].append(count)
                     count += 1
-    if not parts:
-        return _Work(batches, None)
-    width = max(map(len, parts.values()))
-    padded = [
-        parts[row] + [0] * (width - len(parts[row])) for row in range(max(parts) + 1)
-    ]
-    return _Work(batches, torch.tensor(padded, device=device))
+    width = max(map(len, states), default=0)
+    padded = [row + [0] * (width - len(row)) for row in states]
+    index = torch.tensor(padded, dtype=torch.int64).view(len(states), width)
+    return _Work(batches, index.to(plan.req_to_token.device))
 
 
 def _batch(
-    req_to_token: torch.Tensor,
-    items: list[tuple[int, int, int, int, list[int]]],
-    device: torch.device,
+    req_to_token: torch.Tensor, items: list[tuple[int, int, int, int, list[int]]]
 ) -> _WorkBatch:
+    device = req_to_token.device
     lengths, reqs, starts, table_ids, rows = zip(*items, strict=True)
     fields = torch.tensor([lengths, reqs, starts, table_ids], device=device)
     length, req, start, table_id = fields.unsqueeze(2).unbind(0)

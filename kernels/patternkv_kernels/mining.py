@@ -9,8 +9,12 @@ import torch
 from patternkv_kernels.format import BITS, MAX_PATTERNS
 
 FLOAT16_MAX = 65504.0
-CHANNEL_SCALE_FLOOR = 2.0**-6
-"""Smallest channel scale relative to the root mean square over a head's channels."""
+_CHANNEL_SCALE_FLOOR = 2.0**-6
+"""Smallest channel scale, relative to the root mean square over a head's channels."""
+_OUTLIER_SHARE = 8
+"""One in this many of the free patterns starts as an outlier token."""
+_PRIOR_TOKENS = 16
+"""Weight, in tokens, of the plain spread of the channels next to that of the residuals."""
 
 
 class MinedTable(NamedTuple):
@@ -36,73 +40,118 @@ def mine_table(
     max_sample: int = 2048,
     iterations: int = 3,
 ) -> MinedTable:
-    """Mine a pattern table from ``x``."""
+    """Mine the table of one layer's K or V from the tokens of a segment.
+
+    The first ``num_sinks`` tokens become patterns of their own. The rest of the patterns are cluster centres (a few
+    Lloyd steps from evenly spaced tokens), an eighth of them started at the tokens farthest from all others' centres.
+    ``channel_scale`` follows the root mean square of the residuals of each channel.
+
+    Nothing is random and nothing depends on the order of concurrent additions, so equal ``x`` give equal bits on
+    the same machine.
+
+    Parameters
+    ----------
+    x: ``[n, h, d]``, any float dtype, ``n >= 1``. NaN counts as 0, and values are clamped to the float16 range, inside
+        which bfloat16 sinks down to 2**-17 are reproduced exactly, smaller ones within 2**-25.
+    num_patterns: 1..256, patterns of the result. With fewer tokens, every token is a pattern and pattern 0 fills up.
+    num_sinks: 0..num_patterns, how many of ``x``'s first tokens are sinks; 0 when ``x`` does not start a sequence.
+    bits: 2 or 4, of the codes this table will be used with.
+    max_sample: at most this many tokens besides the sinks, evenly spaced, are looked at.
+    iterations: Lloyd steps before the outliers join; one more follows.
+    """
     if bits not in BITS:
-        raise ValueError(f"bits={bits}: codes have 2 or 4 bits")
+        raise ValueError(f"bits={bits}: codes have 2 or 4 bits; choose one of {BITS}")
     if not 1 <= num_patterns <= MAX_PATTERNS:
-        raise ValueError(f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS}")
+        raise ValueError(
+            f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS} (a pattern id is one byte)"
+        )
     if not 0 <= num_sinks <= num_patterns:
         raise ValueError(f"num_sinks={num_sinks}: must be in 0..num_patterns={num_patterns}")
-    n, h, d = x.shape
-    if n == 0:
-        raise ValueError("x has no tokens: a table is mined from at least one")
+    if max_sample < 1 or iterations < 0:
+        raise ValueError(f"max_sample={max_sample}, iterations={iterations}: need >= 1 and >= 0")
+    if x.dim() != 3 or x.shape[0] == 0:
+        raise ValueError(f"x is {list(x.shape)}: needs [n, h, d] with at least one token")
     sinks = sanitize(x[:num_sinks]).transpose(0, 1)
-    rest = x[num_sinks:]
-    if rest.shape[0] > max_sample:
-        picks = torch.arange(max_sample, device=x.device) * rest.shape[0] // max_sample
-        rest = rest[picks]
-    tokens = sanitize(rest).transpose(0, 1).contiguous()
-    free = num_patterns - sinks.shape[1]
-    num_tokens = tokens.shape[1]
-    if num_tokens <= free:
-        patterns = torch.cat([sinks, tokens], dim=1)
-        patterns = torch.cat(
-            [patterns, patterns[:, :1].expand(h, num_patterns - patterns.shape[1], d)], dim=1
-        )
-        return MinedTable(
-            patterns.half(), torch.ones(h, d, dtype=torch.float16, device=x.device)
-        )
-    if free == 0:
-        centroids = sinks
-    else:
-        picks = torch.arange(free, device=x.device) * num_tokens // free
-        centroids = tokens[:, picks]
-        for _ in range(iterations):
-            centroids = _lloyd_step(tokens, centroids)
-        centroids = torch.cat([sinks, centroids], dim=1)
-    patterns = centroids.half()
-    assigned, _ = _assign(tokens, patterns.float())
-    residual = tokens - _take(patterns.float(), assigned)
-    rms = residual.square().mean(1).sqrt()
-    return MinedTable(patterns, _channel_scale(rms))
+    tokens = x[num_sinks:]
+    if tokens.shape[0] > max_sample:
+        picks = torch.arange(max_sample, device=x.device) * tokens.shape[0] // max_sample
+        tokens = tokens[picks]
+    tokens = sanitize(tokens).transpose(0, 1).contiguous()
+    centres = _cluster(tokens, num_patterns - sinks.shape[1], iterations)
+    patterns = torch.cat([sinks, centres], dim=1).half()
+    channel_scale = _channel_scale(tokens, patterns.float())
+    padding = patterns[:, :1].expand(-1, num_patterns - patterns.shape[1], -1)
+    return MinedTable(torch.cat([patterns, padding], dim=1), channel_scale)
 
 
-def _channel_scale(rms: torch.Tensor) -> torch.Tensor:
-    norm = rms.square().mean(-1, keepdim=True).sqrt()
-    relative = torch.where(norm > 0, rms / norm.clamp_min(1e-30), torch.ones_like(rms))
-    return relative.clamp_min(CHANNEL_SCALE_FLOOR).half()
+def _cluster(tokens: torch.Tensor, num_centres: int, iterations: int) -> torch.Tensor:
+    """At most ``num_centres`` centres ``[h, m, d]`` of ``tokens [h, n, d]``; the tokens themselves if they are few."""
+    n = tokens.shape[1]
+    if n <= num_centres or num_centres == 0:
+        return tokens[:, :num_centres]
+    num_outliers = num_centres // _OUTLIER_SHARE
+    num_starts = num_centres - num_outliers
+    starts = torch.arange(num_starts, device=tokens.device) * n // num_starts
+    centres = tokens[:, starts]
+    square = tokens.square().sum(-1)
+    for _ in range(iterations):
+        centres = _lloyd_step(tokens, square, centres)
+    if num_outliers:
+        distance = _nearest(tokens, square, centres)[0]
+        outliers = distance.topk(num_outliers, dim=1).indices
+        centres = torch.cat([centres, _take(tokens, outliers)], dim=1)
+    return _lloyd_step(tokens, square, centres)
 
 
-def _take(patterns: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return patterns.gather(1, ids.unsqueeze(2).expand(-1, -1, patterns.shape[2]))
-
-
-def _assign(tokens: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest centroid of every token and the squared distance to it, up to the token's own square."""
-    half_norm = centroids.square().sum(-1).mul_(0.5).unsqueeze(1)
-    score, ids = torch.baddbmm(half_norm, tokens, centroids.transpose(1, 2), alpha=-1).min(2)
-    return ids, score
-
-
-def _lloyd_step(tokens: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    ids, score = _assign(tokens, centroids)
-    member = torch.zeros(*ids.shape, centroids.shape[1], device=ids.device)
+def _lloyd_step(tokens: torch.Tensor, square: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Means of the tokens nearest to each centre; a centre without tokens moves to one of the farthest tokens."""
+    distance, ids = _nearest(tokens, square, centres)
+    num_centres = centres.shape[1]
+    # A product with the one-hot membership sums in a fixed order; scattered atomic additions on CUDA do not.
+    member = torch.zeros(*ids.shape, num_centres, device=ids.device)
     member.scatter_(2, ids.unsqueeze(2), 1.0)
     count = member.sum(1)
     mean = member.transpose(1, 2).bmm(tokens) / count.clamp_min(1.0).unsqueeze(2)
-    distance = score.mul_(2).add_(tokens.square().sum(-1))
     empty = count == 0
-    farthest = distance.topk(centroids.shape[1], dim=1).indices
-    rank = empty.long().cumsum(1).sub_(1).clamp_min_(0)
-    seed = _take(tokens, farthest.gather(1, rank))
-    return torch.where(empty.unsqueeze(2), seed, mean)
+    farthest = distance.topk(num_centres, dim=1).indices
+    replacement = farthest.gather(1, empty.long().cumsum(1).sub_(1).clamp_min_(0))
+    return torch.where(empty.unsqueeze(2), _take(tokens, replacement), mean)
+
+
+def _nearest(
+    tokens: torch.Tensor, square: torch.Tensor, centres: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared distance to the nearest centre, and its id, both ``[h, n]``; ``square`` is the tokens' own."""
+    half_norm = centres.square().sum(-1).mul_(0.5).unsqueeze(1)
+    score, ids = torch.baddbmm(half_norm, tokens, centres.transpose(1, 2), alpha=-1).min(2)
+    return score.mul_(2).add_(square), ids
+
+
+def _take(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """``rows[h, ids[h, i]]`` for ``rows [h, n, d]`` and ``ids [h, m]``."""
+    return rows.gather(1, ids.unsqueeze(2).expand(-1, -1, rows.shape[2]))
+
+
+def _channel_scale(tokens: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+    """Relative spread of the channels, float16 ``[h, d]``.
+
+    Mostly that of the residuals. Where these are few (nearly every token is its own pattern) the spread of the tokens
+    themselves counts too, since later tokens may be quantized with the same table.
+    """
+    h, n, d = tokens.shape
+    if n == 0:
+        return torch.ones(h, d, dtype=torch.float16, device=tokens.device)
+    square = tokens.square().sum(-1)
+    residual = tokens - _take(patterns, _nearest(tokens, square, patterns)[1])
+    weight = max(n - patterns.shape[1], 0)
+    spread = weight * _relative_variance(residual)
+    spread += _PRIOR_TOKENS * _relative_variance(tokens - tokens.mean(1, keepdim=True))
+    relative = (spread / (weight + _PRIOR_TOKENS)).sqrt()
+    return relative.clamp_min(_CHANNEL_SCALE_FLOOR).half()
+
+
+def _relative_variance(x: torch.Tensor) -> torch.Tensor:
+    """Mean square of each channel over that of all channels, ``[h, d]`` of ``[h, n, d]``; 1 where all is 0."""
+    variance = x.square().mean(1)
+    mean = variance.mean(1, keepdim=True)
+    return torch.where(mean > 0, variance / mean.clamp_min(2.0**-100), 1.0)

@@ -19,7 +19,7 @@ _SCALE_TRIALS = {4: (0.65, 0.75, 0.9, 1.0), 2: (0.4, 0.55, 0.7, 0.9)}
 _TOKEN_GRID_BITS = 22
 _PATTERN_GRID_BITS = 20
 _TINY = 2.0**-100
-_BLOCK_TOKENS = 256
+_BLOCK_TOKENS = 128
 """Tokens per step: what the scale search needs for them stays in a CPU core's cache."""
 
 

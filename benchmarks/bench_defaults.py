@@ -1,0 +1,155 @@
+"""Which patterns, window, sinks and mining threshold? KL against exact attention on the demo model.
+
+    python -m benchmarks.bench_defaults --out benchmarks/results/defaults.jsonl
+
+Each row holds one setting: teacher-forced KL over worked answers of held-out problems, and the
+bytes per element of the prompt with its table. The baseline of each study is the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import orjson
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks.simulate import Cache, divergence, mined, prepare, simulated
+from patternkv_sgl.config import PatternKVConfig
+from recipes.demo.ledger import Level, make_problems
+from recipes.environment import git_commit, hardware, versions
+
+MODEL = Path(__file__).parent.parent / "recipes" / "demo" / "model"
+BITS = ((4, 4), (4, 2), (2, 2))
+STUDIES: dict[str, tuple[Any, ...]] = {
+    "patterns": (8, 16, 32, 64, 128, 256),
+    "window": (0, 8, 16, 32, 64, 128),
+    "sinks": (0, 1, 4, 16),
+}
+SEGMENTS = (64, 128, 256, 512, 1024)
+
+
+def token_sequences(tokenizer: Any, level: Level, count: int, seed: int) -> list[Any]:
+    """``(token ids, prompt length)`` of ``count`` problems with their worked answers."""
+    sequences = []
+    for problem in make_problems(level, contexts=count, questions=1, seed=seed):
+        prompt = tokenizer(problem.context + problem.question)["input_ids"]
+        answer = tokenizer(problem.reasoning, add_special_tokens=False)["input_ids"]
+        sequences.append((prompt + answer, len(prompt)))
+    return sequences
+
+
+def exact_log_probs(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode(), simulated(None):
+        return model(torch.tensor([token_ids])).logits[0].float().log_softmax(-1)
+
+
+def bits_per_element(config: PatternKVConfig, model: PreTrainedModel, tokens: int) -> float:
+    """Stored bits of one prompt's K and V, its table included, per element."""
+    head_dim, patterns = model.config.head_dim, config.patterns
+    slot = config.slot_format(head_dim, 1).bytes_per_slot * tokens
+    table = 2 * 2 * head_dim * (patterns + 1)
+    return 8 * (slot + table) / (2 * head_dim * tokens)
+
+
+def row(study: str, config: PatternKVConfig, kls: list[float], **extra: Any) -> dict[str, Any]:
+    return {
+        "study": study,
+        "bits_k": config.k_bits,
+        "bits_v": config.v_bits,
+        "patterns": config.patterns,
+        "window": config.window,
+        "sinks": config.sinks,
+        "kl": mean(kls),
+        "kl_stderr": stdev(kls) / len(kls) ** 0.5,
+        "n": len(kls),
+        **extra,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--level", type=Level.parse, default="demo")
+    parser.add_argument("--count", type=int, default=16, help="held-out problems per setting")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    prepare(model)
+    rows = setting_studies(model, tokenizer, args) + segment_study(model, tokenizer, args)
+    meta = {"model": Path(args.model).name, "level": str(args.level), "seed": args.seed}
+    meta |= {"versions": versions(), "hardware": hardware(), "commit": git_commit()}
+    args.out.write_bytes(b"".join(orjson.dumps(row | meta) + b"\n" for row in rows))
+
+
+def setting_studies(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One option at a time away from the defaults, at every bit width."""
+    sequences = token_sequences(tokenizer, args.level, args.count, args.seed)
+    exact = [exact_log_probs(model, token_ids) for token_ids, _ in sequences]
+    settings = [
+        (study, replace(PatternKVConfig(k_bits, v_bits), **{study: value}))
+        for k_bits, v_bits in BITS
+        for study, values in STUDIES.items()
+        for value in values
+    ]
+    rows = []
+    for study, config in tqdm(settings, desc="settings"):
+        kls = [
+            divergence(model, token_ids, reference, Cache(config, prompt_len))
+            for (token_ids, prompt_len), reference in zip(sequences, exact, strict=True)
+        ]
+        bits = bits_per_element(config, model, sequences[0][1])
+        rows.append(row(study, config, kls, bits_per_element=bits, prompt=sequences[0][1]))
+    return rows
+
+
+def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Own table or another prompt's, by length of the prompt: when does mining repay?"""
+    rows = []
+    for tokens in tqdm(SEGMENTS, desc="segments"):
+        level = Level(facts=tokens // 16 * 4, depth=4)
+        sequences = token_sequences(tokenizer, level, args.count, args.seed)
+        other, other_len = token_sequences(tokenizer, args.level, 1, args.seed + 1)[0]
+        for k_bits, v_bits in BITS:
+            config = PatternKVConfig(k_bits, v_bits)
+            with torch.inference_mode(), simulated(Cache(config, other_len)):
+                model(torch.tensor([other]))
+            inherited = dict(mined)
+            for tables in (None, inherited):
+                kls = [
+                    divergence(
+                        model,
+                        token_ids,
+                        exact_log_probs(model, token_ids),
+                        Cache(config, prompt_len, tables),
+                    )
+                    for token_ids, prompt_len in sequences
+                ]
+                own = tables is None
+                bits = bits_per_element(config, model, sequences[0][1])
+                rows.append(
+                    row(
+                        "segment",
+                        config,
+                        kls,
+                        own_table=own,
+                        prompt=sequences[0][1],
+                        bits_per_element=bits
+                        if own
+                        else 8
+                        * config.slot_format(model.config.head_dim, 1).bytes_per_slot
+                        / (2 * model.config.head_dim),
+                    )
+                )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The cache's arithmetic inside a Hugging Face model, without a server.
+
+Tokens of the prompt attend exactly (prefill), tokens after it attend the stored vectors and the
+exact window, as the attention backend does. Used to compare settings; the serving path is measured
+by the recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import kl_div, log_softmax
+from transformers import AttentionInterface, PreTrainedModel
+
+from patternkv_kernels import LayerTables, SlotFormat, dequantize, mine_table, store_kv
+from patternkv_sgl.config import PatternKVConfig
+
+ATTENTION = "patternkv_simulated"
+
+
+@dataclass
+class Cache:
+    """What one simulated run does with K and V.
+
+    Attributes:
+        config: bits, patterns, sinks and window.
+        prompt_len: tokens that are prefilled; the table is mined from them.
+        tables: per layer, a table to inherit; None mines one from the prompt.
+    """
+
+    config: PatternKVConfig
+    prompt_len: int
+    tables: dict[int, LayerTables] | None = None
+
+
+_cache: Cache | None = None
+mined: dict[int, LayerTables] = {}
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface: query [1, h_q, n, d]; key, value [1, h_kv, n, d]."""
+    q, k, v = query[0].float(), key[0].float(), value[0].float()
+    group, n = len(q) // len(k), q.shape[1]
+    row, column = torch.arange(n)[:, None], torch.arange(n)[None]
+    visible, exact = column <= row, torch.ones(n, n, dtype=torch.bool)
+    stored_k, stored_v = k, v
+    if _cache is not None:
+        stored_k, stored_v = _store(_cache, module.layer_idx, key[0], value[0])
+        prompt = _cache.prompt_len
+        first_exact = torch.clamp(row + 1 - _cache.config.window, min=prompt)
+        exact = (row < prompt) | (column >= first_exact)
+    q = q.view(len(k), group, n, -1) * scaling
+    logits = torch.where(exact, q @ k[:, None].mT, q @ stored_k[:, None].mT)
+    p = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    out = (p * exact) @ v[:, None] + (p * ~exact) @ stored_v[:, None]
+    return out.flatten(0, 1).transpose(0, 1)[None].to(query.dtype), None
+
+
+def _store(
+    cache: Cache, layer: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    config, (h_kv, n, d) = cache.config, key.shape
+    k, v = key.transpose(0, 1), value.transpose(0, 1)
+    if cache.tables is None:
+        tables = LayerTables.allocate(1, h_kv, config.patterns, d, "cpu")
+        mined_k, mined_v = (
+            mine_table(
+                x[: cache.prompt_len],
+                num_patterns=config.patterns,
+                num_sinks=config.sinks,
+                bits=bits,
+            )
+            for x, bits in ((k, config.k_bits), (v, config.v_bits))
+        )
+        tables.write(0, mined_k, mined_v)
+    else:
+        tables = cache.tables[layer]
+    mined[layer] = tables
+    fmt = SlotFormat(config.k_bits, config.v_bits, d)
+    buffer, slots = fmt.allocate(n, h_kv, "cpu"), torch.arange(n)
+    table_ids = torch.zeros(n, dtype=torch.int32)
+    store_kv(fmt, buffer, slots, k, v, tables, table_ids)
+    stored = dequantize(fmt, buffer, slots, tables, table_ids)
+    return stored[0].transpose(0, 1), stored[1].transpose(0, 1)
+
+
+@contextmanager
+def simulated(cache: Cache | None) -> Iterator[None]:
+    """Run the model with ``cache``, or with exact attention for None."""
+    global _cache
+    previous, _cache = _cache, cache
+    try:
+        yield
+    finally:
+        _cache = previous
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Make ``model`` attend through this module."""
+    AttentionInterface.register(ATTENTION, _attend)
+    model.set_attn_implementation(ATTENTION)
+
+
+@torch.inference_mode()
+def divergence(
+    model: PreTrainedModel, token_ids: list[int], exact: torch.Tensor, cache: Cache
+) -> float:
+    """Mean KL(exact || simulated) in nats of the tokens generated after the prompt.
+
+    Args:
+        token_ids: prompt and continuation, teacher-forced.
+        exact: log-probabilities [n, vocab] of the exact run.
+    """
+    with simulated(cache):
+        logits = model(torch.tensor([token_ids])).logits[0].float()
+    after = slice(cache.prompt_len, len(token_ids))
+    mean_kl: torch.Tensor = kl_div(
+        log_softmax(logits[after], -1), exact[after], reduction="batchmean", log_target=True
+    )
+    return mean_kl.item()

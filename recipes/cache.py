@@ -1,0 +1,87 @@
+"""What an engine says about its KV cache, read from SGLang's ``server_info``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+COUNTERS = ("kv_reads", "kv_reads_shared", "tables_mined", "tables_inherited")
+
+
+# Stock caches that store no scales: SGLang's --kv-cache-dtype and its bits per element.
+STOCK_BITS = {"auto": 16, "bfloat16": 16, "bf16": 16, "fp8_e4m3": 8, "fp8_e5m2": 8}
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """One reading of the cache; counters are totals since the engine started.
+
+    None stands for what the engine does not report: stock caches have no tables and count no
+    reads. With data parallelism counts are sums over the ranks.
+
+    Attributes:
+        variant: name of the cache, ``bf16``, ``4/4`` …
+        bytes_per_token, bf16_bytes_per_token: bytes of KV per token over all layers.
+        kv_tokens: tokens there is room for.
+        tables_live, table_slots: pattern tables held, and room for them.
+        tables_mined, tables_inherited: segments that got a table, or use their parent's.
+        kv_reads: KV tokens decode would read with every branch on its own.
+        kv_reads_shared: those of them saved by reading a shared segment once.
+    """
+
+    variant: str
+    bytes_per_token: int | None
+    bf16_bytes_per_token: int | None
+    kv_tokens: int
+    tables_live: int | None = None
+    table_slots: int | None = None
+    tables_mined: int | None = None
+    tables_inherited: int | None = None
+    kv_reads: int | None = None
+    kv_reads_shared: int | None = None
+
+    @classmethod
+    def parse(cls, info: dict[str, Any]) -> CacheInfo:
+        """The cache behind one ``server_info``."""
+        ranks = [state.get("patternkv") for state in info["internal_states"]]
+        if ranks[0] is None:
+            dtype = info["kv_cache_dtype"]
+            bf16 = bf16_bytes_per_token(info["model_path"])
+            width = STOCK_BITS.get(dtype)
+            return cls(
+                variant="bf16" if width == 16 else dtype,
+                bytes_per_token=bf16 * width // 16 if bf16 and width else None,
+                bf16_bytes_per_token=bf16,
+                kv_tokens=info["max_total_num_tokens"] * len(ranks),
+            )
+        counts = ("kv_tokens", "tables_live", "table_slots", *COUNTERS)
+        return cls(
+            variant=ranks[0]["bits"],
+            bytes_per_token=ranks[0]["bytes_per_token"],
+            bf16_bytes_per_token=ranks[0]["bf16_bytes_per_token"],
+            **{name: sum(rank[name] for rank in ranks) for name in counts},
+        )
+
+    def since(self, start: CacheInfo) -> dict[str, int | None]:
+        """How far each counter went since ``start``."""
+        gone: dict[str, int | None] = {}
+        for name in COUNTERS:
+            before, after = getattr(start, name), getattr(self, name)
+            gone[name] = None if before is None or after is None else after - before
+        return gone
+
+
+def bf16_bytes_per_token(model: str) -> int | None:
+    """Bytes of K and V per token in bf16: 2 × layers × KV heads × head_dim × 2, read from the
+    model's configuration; None if that is not on this machine (a server elsewhere)."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+    except (OSError, ValueError):
+        return None
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * heads * int(head_dim) * 2

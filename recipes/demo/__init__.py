@@ -1,0 +1,1 @@
+"""The demo model: its task, its training and its evaluation."""

@@ -1,0 +1,66 @@
+"""What a result was made with: versions, hardware, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import patternkv_sgl
+
+PACKAGES = ("sglang", "torch", "flashinfer-python", "transformers", "triton")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of this package and of what it runs on; None if not installed."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "patternkv-sgl": patternkv_sgl.__version__,
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, str | int | None]:
+    """Names of CPU and GPU, and how many of each this process may use."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpus": torch.cuda.device_count() if cuda else 0,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this file is in, with ``-dirty`` if files differ from it; None
+    outside a checkout."""
+
+    def git(*words: str) -> str:
+        where = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", "-C", str(where), *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "-uno") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

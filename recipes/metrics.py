@@ -1,0 +1,113 @@
+"""pass@k and maj@k of all k from one set of samples, with standard errors over problems."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .records import Sample
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4 … up to ``n``, and ``n`` itself."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that ``k`` of ``n`` samples drawn without replacement hold a correct one.
+
+    The unbiased estimator 1 - C(n - correct, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374).
+    """
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """Expected credit of a majority vote among ``k`` of the samples.
+
+    Exact over all subsets of size ``k``. Samples without an answer do not vote; correct answers
+    vote as one however they are written; t answers that tie for the most votes get 1 / t each.
+    """
+    right = sum(correct)
+    wrong = Counter(
+        answer
+        for answer, good in zip(answers, correct, strict=True)
+        if not good and answer is not None
+    )
+    silent = len(answers) - right - wrong.total()
+    credit = 0.0
+    for votes in range(1, min(right, k) + 1):
+        # ways[size, ties]: subsets of the wrong answers, none with more than `votes` votes and
+        # `ties` of them with exactly as many.
+        ways: Counter[tuple[int, int]] = Counter({(0, 0): 1})
+        for count in wrong.values():
+            grown: Counter[tuple[int, int]] = Counter()
+            for (size, ties), number in ways.items():
+                for taken in range(min(count, votes, k - votes - size) + 1):
+                    key = size + taken, ties + (taken == votes)
+                    grown[key] += number * math.comb(count, taken)
+            ways = grown
+        for (size, ties), number in ways.items():
+            subsets = number * math.comb(right, votes) * math.comb(silent, k - votes - size)
+            credit += subsets / math.comb(len(answers), k) / (ties + 1)
+    return credit
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean; the error of a single value is NaN."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def summarise(samples: Iterable[Sample], n: int) -> dict[str, Any]:
+    """Rates in [0, 1] over the problems that have all ``n`` samples.
+
+    Keys: ``n_problems``, ``n_samples``, ``pass_at_1`` and its ``stderr``, ``pass_at_k``,
+    ``maj_at_k`` and their ``_stderr`` by k, ``no_answer`` (nothing could be read from the sample),
+    ``truncated`` (the sample ran into its length limit), ``by_level`` if problems have levels.
+
+    Raises:
+        ValueError: no problem has all its samples.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.problem, []).append(sample)
+    whole = [group for group in groups.values() if len(group) == n]
+    if not whole:
+        raise ValueError(f"no problem has all of its {n} samples: nothing to measure")
+    flat = [sample for group in whole for sample in group]
+    result = _rates(whole, n) | {
+        "no_answer": sum(sample.answer is None for sample in flat) / len(flat),
+        "truncated": sum(sample.finish_reason == "length" for sample in flat) / len(flat),
+        "completion_tokens_mean": sum(sample.completion_tokens for sample in flat) / len(flat),
+        "cached_tokens_mean": sum(sample.cached_tokens for sample in flat) / len(flat),
+    }
+    levels = sorted({group[0].level for group in whole if group[0].level is not None})
+    if levels:
+        result["by_level"] = {
+            level: _rates([group for group in whole if group[0].level == level], n)
+            for level in levels
+        }
+    return result
+
+
+def _rates(groups: Sequence[Sequence[Sample]], n: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"n_problems": len(groups), "n_samples": len(groups) * n}
+    for name in ("pass_at_k", "maj_at_k"):
+        result[name], result[f"{name}_stderr"] = {}, {}
+    for k in powers_of_two(n):
+        passes = [pass_at_k(n, sum(sample.correct for sample in group), k) for group in groups]
+        majorities = [
+            maj_at_k([sample.answer for sample in group], [s.correct for s in group], k)
+            for group in groups
+        ]
+        for name, values in (("pass_at_k", passes), ("maj_at_k", majorities)):
+            result[name][str(k)], result[f"{name}_stderr"][str(k)] = mean_and_stderr(values)
+    return result | {
+        "pass_at_1": result["pass_at_k"]["1"],
+        "stderr": result["pass_at_k_stderr"]["1"],
+    }

@@ -1,0 +1,159 @@
+"""Tree decode against dense float64 attention on the same packed bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patternkv_kernels import DecodePlan, tree_decode, tree_decode_with_lse
+from tests.cases import CASES, DecodeCase, DecodeInputs, Segment, dense_decode, make_inputs
+
+OUT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7}
+LSE_TOLERANCE = 2e-5
+
+
+def assert_matches(inputs: DecodeInputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    expected_out, expected_lse = dense_decode(inputs)
+    assert out.dtype == inputs.q.dtype
+    assert lse.dtype == torch.float32
+    tolerance = OUT_TOLERANCE[inputs.case.dtype]
+    torch.testing.assert_close(out.double(), expected_out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        lse.double(), expected_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE
+    )
+
+
+def ungrouped(inputs: DecodeInputs) -> DecodePlan:
+    """The same reads with every segment listed once per row."""
+    plan = inputs.plan
+    segments, rows = [], []
+    for i, segment in enumerate(inputs.case.tree):
+        for row in segment.rows:
+            segments.append(plan.segments[i].tolist())
+            rows.append(row)
+    return DecodePlan(
+        plan.req_to_token,
+        torch.tensor(segments, dtype=torch.int32),
+        torch.arange(len(rows) + 1, dtype=torch.int32),
+        torch.tensor(rows, dtype=torch.int32),
+    )
+
+
+def to_device(inputs: DecodeInputs, device: str) -> DecodeInputs:
+    def move(value: object) -> object:
+        fields = vars(value).items()
+        moved = {name: x.to(device) for name, x in fields if isinstance(x, torch.Tensor)}
+        return replace(value, **moved)  # type: ignore[type-var]
+
+    return replace(
+        inputs,
+        q=inputs.q.to(device),
+        buffer=inputs.buffer.to(device),
+        tables=move(inputs.tables),
+        plan=move(inputs.plan),
+        window=None if inputs.window is None else move(inputs.window),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_dense_attention(case: DecodeCase) -> None:
+    inputs = make_inputs(case)
+    assert_matches(inputs, *tree_decode_with_lse(*inputs.args, **inputs.options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_dense_attention_on_cuda(case: DecodeCase) -> None:
+    inputs = make_inputs(case)
+    on_device = to_device(inputs, "cuda")
+    out, lse = tree_decode_with_lse(*on_device.args, **on_device.options)
+    assert_matches(inputs, out.cpu(), lse.cpu())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_grouped_equals_ungrouped(case: DecodeCase) -> None:
+    inputs = make_inputs(case, seed=1)
+    grouped, grouped_lse = tree_decode_with_lse(*inputs.args, **inputs.options)
+    alone = replace(inputs, plan=ungrouped(inputs))
+    separate, separate_lse = tree_decode_with_lse(*alone.args, **alone.options)
+    tolerance = OUT_TOLERANCE[case.dtype]
+    torch.testing.assert_close(grouped, separate, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grouped_lse, separate_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> list[Segment]:
+    """Random forests: every node's rows are split among its children at random, down to random depths."""
+    lengths = st.one_of(st.integers(0, 3), st.integers(0, 70), st.integers(250, 530))
+    segments: list[Segment] = []
+
+    def grow(rows: tuple[int, ...], depth: int) -> None:
+        segments.append(Segment(draw(lengths), rows))
+        if depth == 4 or draw(st.booleans()):
+            return
+        cut = draw(st.integers(0, len(rows)))
+        for part in (rows[:cut], rows[cut:]):
+            if part:
+                grow(part, depth + 1)
+
+    b = draw(st.integers(1, 9))
+    cut = draw(st.integers(0, b))
+    for root in (tuple(range(cut)), tuple(range(cut, b))):
+        if root:
+            grow(root, 0)
+    return segments
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(tree=trees(), window=st.sampled_from([0, 8]), page_size=st.sampled_from([1, 16]))
+def test_random_trees(tree: list[Segment], window: int, page_size: int) -> None:
+    case = DecodeCase("random", tree=tree, window=window, page_size=page_size, bits=(4, 2))
+    inputs = make_inputs(case)
+    assert_matches(inputs, *tree_decode_with_lse(*inputs.args, **inputs.options))
+
+
+def test_same_inputs_give_the_same_bits() -> None:
+    case = next(case for case in CASES if case.name == "depth4")
+    first, second = make_inputs(case), make_inputs(case)
+    assert torch.equal(
+        tree_decode(*first.args, **first.options), tree_decode(*second.args, **second.options)
+    )
+
+
+def test_rows_without_tokens_are_zero() -> None:
+    inputs = make_inputs(DecodeCase("empty", tree=[Segment(0, (0, 1)), Segment(4, (1,))]))
+    out, lse = tree_decode_with_lse(*inputs.args, **inputs.options)
+    assert (out[0] == 0).all()
+    assert (lse[0] == -torch.inf).all()
+    assert (out[1] != 0).any()
+    assert lse[1].isfinite().all()
+
+
+def test_rows_beyond_the_plan_read_nothing() -> None:
+    inputs = make_inputs(DecodeCase("short", tree=[Segment(4, (0,))]))
+    padded = replace(inputs, q=inputs.q.repeat(3, 1, 1))
+    out, lse = tree_decode_with_lse(*padded.args, **padded.options)
+    assert_matches(inputs, out[:1], lse[:1])
+    assert (lse[1:] == -torch.inf).all()
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    inputs = make_inputs(DecodeCase("huge", window=8))
+    loud = replace(inputs, q=inputs.q * 200)
+    out, lse = tree_decode_with_lse(*loud.args, **loud.options)
+    expected_out, expected_lse = dense_decode(loud)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(out.double(), expected_out, rtol=1e-2, atol=1e-2)
+
+
+def test_plans_and_queries_that_do_not_fit_are_refused() -> None:
+    inputs = make_inputs(CASES[0])
+    with pytest.raises(ValueError, match="batch row 3"):
+        tree_decode(inputs.q[:2], *inputs.args[1:], **inputs.options)
+    with pytest.raises(ValueError, match="multiple of 2 heads"):
+        tree_decode(inputs.q[:, :5], *inputs.args[1:], **inputs.options)
