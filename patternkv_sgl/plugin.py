@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
-    from patternkv_sgl.engine import CacheEngine
+    from patternkv_sgl.cache import PatternCache
     from patternkv_sgl.pool import PoolGeometry
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # that is built from them, and the tree's factory leaves the cache for the hooks.
 _geometry: PoolGeometry | None = None
 _num_tables = 0
-_engine: CacheEngine | None = None
+_cache: PatternCache | None = None
 
 
 def load() -> None:
@@ -83,8 +83,10 @@ def _cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: in
     from sglang.srt.runtime_context import get_memory, get_parallel
 
     from patternkv_sgl.pool import PoolGeometry
+    from patternkv_sgl.refusals import refuse_kv_dtype
     from patternkv_sgl.server_args import config_of
 
+    refuse_kv_dtype(kvc.kv_cache_dtype)
     _geometry = PoolGeometry(
         config_of(get_memory()),
         num_layers,
@@ -130,18 +132,18 @@ def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
 
 
 def _build_tree(ctx: TreeCacheBuildContext) -> Any:
-    global _engine
-    from patternkv_sgl.engine import CacheEngine
+    global _cache
+    from patternkv_sgl.cache import PatternCache
 
-    _engine = CacheEngine(ctx.params)
-    return _engine.tree
+    _cache = PatternCache(ctx.params)
+    return _cache.tree
 
 
 def _build_backend(runner: Any) -> AttentionBackend:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from patternkv_sgl.backend import PatternKVBackend
-    from patternkv_sgl.engine import CURRENT, STATS
+    from patternkv_sgl.cache import CURRENT, STATS
     from patternkv_sgl.pool import PatternKVPool
     from patternkv_sgl.refusals import refuse_layers
 
@@ -161,14 +163,14 @@ def _init_forward_batch(
     original: Callable[..., Any], cls: type, batch: Any, model_runner: Any, **kwargs: Any
 ) -> Any:
     forward_batch = original(cls, batch, model_runner, **kwargs)
-    if _engine is not None:
-        _engine.begin(batch)
+    if _cache is not None:
+        _cache.begin(batch)
     return forward_batch
 
 
 def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
-    if _engine is not None:
-        result.internal_state["patternkv"] = _engine.snapshot()
+    if _cache is not None:
+        result.internal_state["patternkv"] = _cache.snapshot()
     return result
 
 

@@ -155,6 +155,20 @@ def refuse_model(model_config: Any, tp_size: int) -> None:
         )
 
 
+def refuse_kv_dtype(dtype: Any) -> None:
+    """Refuse a checkpoint whose own KV quantization would set the dtype of K and V.
+
+    Raises:
+        ValueError: names the dtype and the remedy.
+    """
+    if str(dtype) not in DTYPES:
+        raise ValueError(
+            f"the checkpoint asks for a KV cache in {dtype}: --kv-quant patternkv supports "
+            f"{' and '.join(DTYPES)}; set --kv-cache-dtype auto on a checkpoint without KV scales, "
+            "or drop --kv-quant"
+        )
+
+
 def _refuse_heads(name: str, head_dim: int, v_head_dim: int) -> None:
     if head_dim not in HEAD_DIMS or v_head_dim != head_dim:
         raise ValueError(

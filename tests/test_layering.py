@@ -31,7 +31,7 @@ LAYERS = [
     ["patternkv_sgl.backend"],
     ["patternkv_sgl.refusals"],
     ["patternkv_sgl.server_args"],
-    ["patternkv_sgl.engine"],
+    ["patternkv_sgl.cache"],
     ["patternkv_sgl.plugin"],
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

@@ -20,7 +20,7 @@ CURRENT = CurrentBatch()
 STATS = Stats()
 
 
-class CacheEngine:
+class PatternCache:
     """Ties the tree to the pool it shares a scheduler process with.
 
     Args:
