@@ -99,8 +99,8 @@ def _prepare(args: Any) -> None:
     config_of(args)
     refuse_options(args)
     args.attention_backend = args.radix_cache_backend = BACKEND
-    if args.device == "cpu":
-        args.disable_cuda_graph = True
+    # The reference operators read the batch's plan on the host, which a captured graph cannot.
+    args.disable_cuda_graph = True
     if args.max_running_requests is None:
         # Every request slot reserves a bf16 window; stock's default of 2048 to 4096 slots would
         # spend gigabytes on windows that are never filled.

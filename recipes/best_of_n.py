@@ -26,7 +26,7 @@ from .engines import EngineClient, ServerClient, check_sampling
 from .environment import git_commit, hardware, versions
 from .folder import model_fingerprint, run_folder
 from .problems import ProblemSet, load_problems
-from .report import plot, table, variant_metrics
+from .report import memory_note, plot, table, variant_metrics
 from .runner import Run
 from .variant import Variant
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         problems = load_problems(config)
         folder, runs = run(config, problems)
-        report(folder, config, runs)
+        report(folder, runs)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -97,11 +97,12 @@ def make_folder(config: RunConfig, problems: ProblemSet) -> Path:
     return folder
 
 
-def report(folder: Path, config: RunConfig, runs: dict[str, Run]) -> None:
+def report(folder: Path, runs: dict[str, Run]) -> None:
     """Write ``metrics.json`` and ``plot.png`` and print the table.
 
     Variants that the folder has from other runs stay: servers are visited one at a time.
     """
+    config = next(iter(runs.values())).config
     path = folder / "metrics.json"
     variants = orjson.loads(path.read_bytes())["variants"] if path.exists() else {}
     for name, drawn in runs.items():
@@ -120,6 +121,9 @@ def report(folder: Path, config: RunConfig, runs: dict[str, Run]) -> None:
     path.write_bytes(orjson.dumps(metrics, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     title = f"{config.num_problems} problems, {config.n} samples each"
     print(f"\n{title}\n\n{table(variants, config.n)}\n", flush=True)
+    note = memory_note(variants)
+    if note is not None:
+        print(f"{note}\n")
     plot(variants, title, folder / "plot.png")
     print(f"{folder}: metrics.json, plot.png, samples-*.jsonl")
 

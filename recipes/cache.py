@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import orjson
 
 COUNTERS = ("kv_reads", "kv_reads_shared", "tables_mined", "tables_inherited")
 
@@ -73,15 +76,20 @@ class CacheInfo:
 
 def bf16_bytes_per_token(model: str) -> int | None:
     """Bytes of K and V per token in bf16: 2 × layers × KV heads × head_dim × 2, read from the
-    model's configuration; None if that is not on this machine (a server elsewhere)."""
-    from transformers import AutoConfig
+    model's ``config.json``; None if that is not on this machine (a server elsewhere)."""
+    path = Path(model) / "config.json"
+    if path.is_file():
+        config = orjson.loads(path.read_bytes())
+    else:
+        from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
-    except (OSError, ValueError):
-        return None
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * heads * int(head_dim) * 2
+        try:
+            config = AutoConfig.from_pretrained(model, local_files_only=True).to_dict()
+        except (OSError, ValueError):
+            return None
+    config = config.get("text_config") or config
+    q_heads: int = config["num_attention_heads"]
+    kv_heads: int = config.get("num_key_value_heads") or q_heads
+    head_dim: int = config.get("head_dim") or config["hidden_size"] // q_heads
+    layers: int = config["num_hidden_layers"]
+    return 2 * layers * kv_heads * head_dim * 2

@@ -35,6 +35,8 @@ class RunConfig:
         seed: seed of the engine's sampler.
         concurrency: problems in flight; each has ``n`` branches.
         mem_fraction_static: share of the memory for weights and KV, equal for all variants.
+        cpu_threads: threads of an engine on the CPU; None leaves it to torch, which takes all
+            cores: too many for a small model.
         engine_args: more keyword arguments of ``sglang.Engine``; those that start with
             ``kv_quant_`` reach PatternKV variants only.
         timeout: seconds to wait for one answer of a server.
@@ -63,13 +65,15 @@ class RunConfig:
     seed: int = 0
     concurrency: int = 4
     mem_fraction_static: float | None = None
+    cpu_threads: int | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
     timeout: float = 600.0
     output: str = "results"
 
     def __post_init__(self) -> None:
-        for name in ("num_problems", "questions_per_context", "n", "max_new_tokens", "concurrency"):
-            if getattr(self, name) < 1:
+        counts = ("num_problems", "questions_per_context", "n", "max_new_tokens", "concurrency")
+        for name in (*counts, "cpu_threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.temperature < 0 or (self.temperature == 0 and self.n > 1):
             raise ValueError(

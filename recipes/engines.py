@@ -75,6 +75,8 @@ class EngineClient:
     def __init__(self, config: RunConfig, variant: Variant, seed: int) -> None:
         # What SGLang's optional kernels have to say about missing hardware, once per process.
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+        if config.cpu_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             import sglang

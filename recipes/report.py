@@ -13,6 +13,8 @@ from .records import Sample, Session
 Metrics = Mapping[str, Any]
 
 UNKNOWN = "–"
+# Tables and windows take their part of the memory, which the pool's bytes do not include.
+POOL_TOLERANCE = 0.15
 
 
 def variant_metrics(
@@ -82,6 +84,21 @@ def table(variants: Mapping[str, Metrics], n: int) -> str:
         lines.append("  ".join((cells[0].ljust(len(first)), *rest)))
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def memory_note(variants: Mapping[str, Metrics]) -> str | None:
+    """A warning if the engines did not have the same memory for KV, else None.
+
+    SGLang takes its share of what is free when an engine starts, on a CPU of the machine's memory.
+    """
+    pools = {name: row["kv_pool_bytes"] for name, row in variants.items() if row["kv_pool_bytes"]}
+    if not pools or max(pools.values()) <= (1 + POOL_TOLERANCE) * min(pools.values()):
+        return None
+    sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in pools.items())
+    return (
+        f"note: the memory for KV was not the same ({sizes}), so KV tokens do not compare; "
+        "other programs changed what was free when the engines started"
+    )
 
 
 def plot(variants: Mapping[str, Metrics], title: str, path: Path) -> None:

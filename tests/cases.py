@@ -1,7 +1,9 @@
-"""The decode matrix and the random packed caches it runs on, shared by every suite that checks decode kernels."""
+"""The decode matrix and the random packed caches it runs on, shared by every suite that checks
+decode kernels."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -17,14 +19,16 @@ NUM_TABLES = 5
 
 @dataclass(frozen=True)
 class Segment:
-    """``length`` tokens read by the batch rows ``rows``; a tree lists ancestors before descendants."""
+    """``length`` tokens read by the batch rows ``rows``; a tree lists ancestors before
+    descendants."""
 
     length: int
     rows: tuple[int, ...]
 
 
 def balanced_tree(depth: int, branches: int, shared: int, private: list[int]) -> list[Segment]:
-    """``depth`` shared levels, each splitting its groups in two, then one private suffix per branch.
+    """``depth`` shared levels, each splitting its groups in two, then one private suffix per
+    branch.
 
     Suffix lengths repeat from ``private``.
     """
@@ -32,7 +36,7 @@ def balanced_tree(depth: int, branches: int, shared: int, private: list[int]) ->
     for level in range(depth):
         num_groups = min(2**level, branches)
         bounds = [branches * i // num_groups for i in range(num_groups + 1)]
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in itertools.pairwise(bounds):
             segments.append(Segment(shared // (level + 1), tuple(range(first, last))))
     for row in range(branches):
         segments.append(Segment(private[row % len(private)], (row,)))
@@ -103,7 +107,8 @@ class DecodeInputs:
 
 
 def random_tables(h_kv: int, d: int, seed: int) -> LayerTables:
-    """Tables of random patterns and channel scales between 1/2 and 2; the last table is NaN and must not be read."""
+    """Tables of random patterns and channel scales between 1/2 and 2; the last table is NaN and
+    must not be read."""
     generator = torch.Generator().manual_seed(seed)
     tables = LayerTables.allocate(NUM_TABLES + 1, h_kv, NUM_PATTERNS, d, "cpu")
     tables.patterns.copy_(torch.randn(tables.patterns.shape, generator=generator))
@@ -132,8 +137,9 @@ def fill_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, seed:
 def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
     """Random inputs for ``case`` on the CPU.
 
-    Slots are shuffled over the pool. Everything that must not be read is poisoned: free slots are 0xff bytes (scales
-    of NaN), free ``req_to_token`` entries point to one of them, and ring entries outside the window are NaN.
+    Slots are shuffled over the pool. Everything that must not be read is poisoned: free slots are
+    0xff bytes (scales of NaN), free ``req_to_token`` entries point to one of them, and ring entries
+    outside the window are NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     b = 1 + max(row for segment in case.tree for row in segment.rows)
@@ -184,7 +190,8 @@ def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
 
 
 def random_window(case: DecodeCase, length: list[int], generator: torch.Generator) -> Window:
-    """Rings in shuffled order, with row ``i`` reading between 0 and all of its ring, wrapped around."""
+    """Rings in shuffled order, with row ``i`` reading between 0 and all of its ring, wrapped
+    around."""
     b = len(length)
     shape = (b + 2, case.window, case.h_kv, case.d)
     k = torch.randn(shape, generator=generator)
@@ -201,7 +208,8 @@ def random_window(case: DecodeCase, length: list[int], generator: torch.Generato
 
 
 def dense_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row float64 attention over the dequantized vectors: ``out [b, h_q, d]`` and ``lse [b, h_q]``."""
+    """Row by row float64 attention over the dequantized vectors: ``out [b, h_q, d]`` and ``lse [b,
+    h_q]``."""
     case = inputs.case
     b, h_q, d = inputs.q.shape
     out, lse = torch.zeros(b, h_q, d).double(), torch.full((b, h_q), -math.inf).double()

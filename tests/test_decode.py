@@ -22,9 +22,7 @@ def assert_matches(inputs: DecodeInputs, out: torch.Tensor, lse: torch.Tensor) -
     assert lse.dtype == torch.float32
     tolerance = OUT_TOLERANCE[inputs.case.dtype]
     torch.testing.assert_close(out.double(), expected_out, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(
-        lse.double(), expected_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE
-    )
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
 
 
 def ungrouped(inputs: DecodeInputs) -> DecodePlan:
@@ -88,7 +86,8 @@ def test_grouped_equals_ungrouped(case: DecodeCase) -> None:
 
 @st.composite
 def trees(draw: st.DrawFn) -> list[Segment]:
-    """Random forests: every node's rows are split among its children at random, down to random depths."""
+    """Random forests: every node's rows are split among its children at random, down to random
+    depths."""
     lengths = st.one_of(st.integers(0, 3), st.integers(0, 70), st.integers(250, 530))
     segments: list[Segment] = []
 

@@ -19,8 +19,8 @@ _BATCH_TOKENS = 4096
 _LOWEST = torch.finfo(torch.float32).min
 
 _State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Unmerged attention of ``n`` query rows: unnormalised output ``[n, h_q, d]``, peak logit and softmax mass
-``[n, h_q]``, float32."""
+"""Unmerged attention of ``n`` query rows: unnormalised output ``[n, h_q, d]``, peak logit and
+softmax mass ``[n, h_q]``, float32."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,30 @@ class _WorkBatch:
 class _Work:
     batches: list[_WorkBatch]
     states: torch.Tensor
-    """int64 ``[num_rows, max_states]``: which states each row merges; state 0 is the empty one and pads"""
+    """int64 ``[num_rows, max_states]``: which states each row merges; state 0 is the empty one and
+    pads"""
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """What each row of a decode batch reads: a snapshot of one step, used by all layers.
 
-    A segment is a run of positions whose slots were all quantized with one table. Shared segments list several
-    rows (branches), private ones a single row; a segment without tokens or rows is legal.
+    A segment is a run of positions whose slots were all quantized with one table. Shared segments
+    list several rows (branches), private ones a single row; a segment without tokens or rows is
+    legal.
     """
 
     req_to_token: torch.Tensor
-    """int32 ``[max_reqs, max_context]``: slot of each position (SGLang's ``ReqToTokenPool.req_to_token``)"""
+    """int32 ``[max_reqs, max_context]``: slot of each position (SGLang's
+    ``ReqToTokenPool.req_to_token``)"""
     segments: torch.Tensor
     """int32 ``[num_segments, 4]``: ``req_pool_idx, start, end, table_id``; the slots are
     ``req_to_token[req_pool_idx, start:end]``"""
     row_indptr: torch.Tensor
     """int32 ``[num_segments + 1]``"""
     rows: torch.Tensor
-    """int32 ``[nnz]``: the batch rows that read segment ``i`` are ``rows[row_indptr[i]:row_indptr[i + 1]]``"""
+    """int32 ``[nnz]``: the batch rows that read segment ``i`` are ``rows[row_indptr[i]:row_indptr[i
+    + 1]]``"""
 
     @cached_property
     def _work(self) -> _Work:
@@ -71,8 +75,8 @@ class DecodePlan:
 class Window:
     """The exact recent tokens of every batch row, for one layer.
 
-    Row ``i`` reads positions ``[start[i], end[i])``; position ``p`` is at index ``p % window`` of ring ``ring[i]``.
-    ``start == end`` means none; ``end - start <= window``.
+    Row ``i`` reads positions ``[start[i], end[i])``; position ``p`` is at index ``p % window`` of
+    ring ``ring[i]``. ``start == end`` means none; ``end - start <= window``.
     """
 
     k: torch.Tensor
@@ -98,7 +102,8 @@ def tree_decode(
     sm_scale: float,
     logit_cap: float = 0.0,
 ) -> torch.Tensor:
-    """Attention output of every row, ``[b, h_q, d]`` in ``q.dtype``; see :func:`tree_decode_with_lse`."""
+    """Attention output of every row, ``[b, h_q, d]`` in ``q.dtype``; see
+    :func:`tree_decode_with_lse`."""
     return tree_decode_with_lse(
         q, fmt, buffer, tables, plan, window=window, sm_scale=sm_scale, logit_cap=logit_cap
     )[0]
@@ -124,8 +129,8 @@ def tree_decode_with_lse(
     sm_scale: factor on ``q @ k``.
     logit_cap: ``cap * tanh(logit / cap)`` when positive, as SGLang's attention backends do.
 
-    Returns ``out [b, h_q, d]`` in ``q.dtype`` and ``lse [b, h_q]`` float32, natural logarithm. A row without any
-    token has ``out = 0`` and ``lse = -inf``.
+    Returns ``out [b, h_q, d]`` in ``q.dtype`` and ``lse [b, h_q]`` float32, natural logarithm. A
+    row without any token has ``out = 0`` and ``lse = -inf``.
     """
     b, h_q, d = q.shape
     h_kv = buffer.shape[1]
@@ -163,9 +168,10 @@ def _attend(
 ) -> _State:
     """States of ``w * num_rows`` query rows.
 
-    q: ``[w, h_kv, num_rows, group, d]``; k, v: ``[w, h_kv, length, d]``; valid: ``[w, 1, 1, length]``.
+    q: ``[w, h_kv, num_rows, group, d]``; k, v: ``[w, h_kv, length, d]``; valid: ``[w, 1, 1,
+        length]``.
     """
-    num_rows, group, d = q.shape[2:]
+    num_rows, group = q.shape[2:4]
     logits = q.flatten(2, 3) @ k.transpose(-1, -2)
     if logit_cap > 0:
         logits.div_(logit_cap).tanh_().mul_(logit_cap)
@@ -186,15 +192,17 @@ def _attend_window(q: torch.Tensor, window: Window, logit_cap: float) -> _State:
     """States of the ``b`` rows ``q [b, h_kv, group, d]`` over their exact recent tokens."""
     size = window.k.shape[1]
     position = window.start.unsqueeze(1) + torch.arange(size, device=q.device)
-    valid = (position < window.end.unsqueeze(1)).view(-1, 1, size, 1)
+    valid = position < window.end.unsqueeze(1)
     index = (window.ring.unsqueeze(1) * size + position % size).flatten()
+    unread = ~valid.view(-1, size, 1, 1)
 
     def read(ring: torch.Tensor) -> torch.Tensor:
         entries = ring.flatten(0, 1).index_select(0, index).unflatten(0, (-1, size))
         # Entries outside [start, end) may hold anything, NaN included, and 0 * NaN is NaN.
-        return entries.transpose(1, 2).float().masked_fill(~valid, 0.0)
+        entries = entries.masked_fill_(unread, 0.0).transpose(1, 2)
+        return entries.to(torch.float32, memory_format=torch.contiguous_format)
 
-    mask = valid.transpose(2, 3)
+    mask = valid.view(-1, 1, 1, size)
     return _attend(q.unsqueeze(2), read(window.k), read(window.v), mask, logit_cap)
 
 
@@ -204,7 +212,8 @@ def _empty_state(h_q: int, d: int, device: torch.device) -> _State:
 
 
 def _merge(states: list[_State], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge by log-sum-exp, as FlashInfer's ``merge_states``: row ``i`` is the merger of states ``index[i]``."""
+    """Merge by log-sum-exp, as FlashInfer's ``merge_states``: row ``i`` is the merger of states
+    ``index[i]``."""
     out, peak, mass = (torch.cat(part)[index] for part in zip(*states, strict=True))
     top = peak.amax(1, keepdim=True).clamp_min(_LOWEST)
     weight = (peak - top).exp_()  # [b, max_states, h_q]

@@ -48,6 +48,7 @@ def dequantize_runs(
     Returns float32 ``[num_runs, h_kv, length, 2, d]``: K, then V, of every token.
     """
     h_kv, d = buffer.shape[1], fmt.head_dim
+    tables.check(h_kv, d)
     rows = read_slots(fmt, buffer, slots)
     codes, ids, scale = rows.split([fmt.k_code_bytes + fmt.v_code_bytes, 2, 4], dim=3)
     device = buffer.device
@@ -56,13 +57,15 @@ def dequantize_runs(
     table_head = table * (2 * h_kv) + kv_head  # [num_runs, h_kv, 1, 2]
     x = _centred_codes(fmt, codes)
     x.mul_(scale.view(torch.float16).float().unsqueeze(4))
-    x.mul_(tables.channel_scale.view(-1, d)[table_head].float())
+    channel_scale = tables.channel_scale.view(-1, d).index_select(0, table_head.flatten())
+    x.mul_(channel_scale.float().view(*table_head.shape, d))
     pattern = (table_head * tables.num_patterns + ids).flatten()
     return x.add_(tables.patterns.view(-1, d).index_select(0, pattern).view_as(x))
 
 
 def _centred_codes(fmt: SlotFormat, codes: torch.Tensor) -> torch.Tensor:
-    """``code - (2**bits - 1) / 2`` in float32, ``[..., 2, d]``, of the code bytes of K and V ``[..., bytes]``."""
+    """``code - (2**bits - 1) / 2`` in float32, ``[..., 2, d]``, of the code bytes of K and V
+    ``[..., bytes]``."""
     if fmt.k_bits == fmt.v_bits:
         x = unpack(codes, fmt.k_bits).float().sub_(centre(fmt.k_bits))
     else:

@@ -73,8 +73,13 @@ def _attend(
     square = n == seen
     mask = None if square or n == 1 else _causal(n, seen, q.device)
     return torch.nn.functional.scaled_dot_product_attention(
-        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask,
-        is_causal=square and n > 1, scale=sm_scale, enable_gqa=True,
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=square and n > 1,
+        scale=sm_scale,
+        enable_gqa=True,
     ).squeeze(0)
 
 

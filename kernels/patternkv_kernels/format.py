@@ -1,7 +1,7 @@
 """The slot format: which bytes one token position takes in the packed KV pool.
 
-Everything that reads or writes the pool derives its offsets from :class:`SlotFormat`; `kernels/README.md` shows the
-same numbers as a table.
+Everything that reads or writes the pool derives its offsets from :class:`SlotFormat`;
+`kernels/README.md` shows the same numbers as a table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _SCALE_BYTES = 2
 
 
 class SlotViews(NamedTuple):
-    """Zero-copy views of the sections of a packed buffer, all ``[num_pages, h_kv, page_size, ...]``."""
+    """Zero-copy views of the sections of a packed buffer, all ``[num_pages, h_kv, page_size,
+    ...]``."""
 
     k_codes: torch.Tensor
     """uint8 ``[num_pages, h_kv, page_size, k_code_bytes]``"""
@@ -42,9 +43,9 @@ class SlotFormat:
     """Byte layout of packed K/V slots.
 
     One page of one KV head is a contiguous block of ``page_bytes``, in sections
-    ``[K codes][V codes][k_pattern_id][v_pattern_id][k_scale][v_scale]``, each section token-major. The codes of one
-    token are in head-dim order, little-end first within a byte: dim ``j`` of a byte's dims sits at bit ``bits * j``.
-    A stored vector means::
+    ``[K codes][V codes][k_pattern_id][v_pattern_id][k_scale][v_scale]``, each section token-major.
+    The codes of one token are in head-dim order, little-end first within a byte: dim ``j`` of a
+    byte's dims sits at bit ``bits * j``. A stored vector means::
 
         x = pattern[pattern_id] + scale * channel_scale * (code - (2**bits - 1) / 2)
 
@@ -148,7 +149,8 @@ class SlotFormat:
         )
 
     def sections(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The raw bytes of the six sections, zero-copy, uint8 ``[num_pages, h_kv, page_size, row_bytes]`` each."""
+        """The raw bytes of the six sections, zero-copy, uint8 ``[num_pages, h_kv, page_size,
+        row_bytes]`` each."""
         self.check(buffer)
         row_bytes = (self.k_code_bytes, self.v_code_bytes, 1, 1, _SCALE_BYTES, _SCALE_BYTES)
         parts = buffer.split([self.page_size * size for size in row_bytes], dim=2)
@@ -158,7 +160,8 @@ class SlotFormat:
         ]
 
     def check(self, buffer: torch.Tensor) -> None:
-        """Raise ``ValueError`` unless ``buffer`` has this format's dtype and shape and is contiguous."""
+        """Raise ``ValueError`` unless ``buffer`` has this format's dtype and shape and is
+        contiguous."""
         if (
             buffer.dtype != torch.uint8
             or buffer.dim() != 3
@@ -166,13 +169,14 @@ class SlotFormat:
             or not buffer.is_contiguous()
         ):
             raise ValueError(
-                f"buffer is {buffer.dtype} {list(buffer.shape)}, strides {buffer.stride()}: {self} needs "
-                f"a contiguous uint8 [num_pages, h_kv, {self.page_bytes}]"
+                f"buffer is {buffer.dtype} {list(buffer.shape)}, strides {buffer.stride()}: "
+                f"{self} needs a contiguous uint8 [num_pages, h_kv, {self.page_bytes}]"
             )
 
 
 def read_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """The bytes of ``slots`` (int64 ``[w, length]``) for every head, each row as in a page of one slot.
+    """The bytes of ``slots`` (int64 ``[w, length]``) for every head, each row as in a page of one
+    slot.
 
     Returns uint8 ``[w, h_kv, length, bytes_per_slot]``.
     """
@@ -185,14 +189,19 @@ def read_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor) -> to
         rows = buffer.view(-1, fmt.bytes_per_slot)
         return rows.index_select(0, index.flatten()).view(*index.shape, fmt.bytes_per_slot)
     page = torch.div(slots, fmt.page_size, rounding_mode="floor")
-    index = (page.unsqueeze(1), heads, (slots - page * fmt.page_size).unsqueeze(1))
-    return torch.cat([section[index] for section in fmt.sections(buffer)], dim=3)
+    at = (page.unsqueeze(1), heads, (slots - page * fmt.page_size).unsqueeze(1))
+    return torch.cat([section[at] for section in fmt.sections(buffer)], dim=3)
 
 
 def write_slots(
     fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
 ) -> None:
-    """Write ``rows`` (uint8 ``[n, h_kv, bytes_per_slot]``, as a page of one slot) to ``slots`` (int64 ``[n]``)."""
+    """Write ``rows`` (uint8 ``[n, h_kv, bytes_per_slot]``, as a page of one slot) to ``slots``
+    (int64 ``[n]``)."""
+    fmt.check(buffer)
+    if fmt.page_size == 1:
+        buffer.index_copy_(0, slots, rows)
+        return
     page = torch.div(slots, fmt.page_size, rounding_mode="floor")
     offset = slots - page * fmt.page_size
     first = 0
@@ -208,7 +217,8 @@ def centre(bits: int) -> float:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack ``codes`` (uint8 ``[..., d]``, values below ``2**bits``) into uint8 ``[..., d * bits // 8]``."""
+    """Pack ``codes`` (uint8 ``[..., d]``, values below ``2**bits``) into uint8 ``[..., d * bits //
+    8]``."""
     per_byte = 8 // bits
     fields = codes.unflatten(-1, (-1, per_byte)).unbind(-1)
     packed = fields[0]
@@ -220,8 +230,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Invert :func:`pack`: uint8 ``[..., n]`` to codes, uint8 ``[..., n * 8 // bits]``.
 
-    Every byte is spread over a wider little-endian word whose bytes are then the codes in order, so no interleaving
-    copy is needed.
+    Every byte is spread over a wider little-endian word whose bytes are then the codes in order, so
+    no interleaving copy is needed.
     """
     if bits == 4:
         half = packed.to(torch.int16)

@@ -42,19 +42,23 @@ def mine_table(
 ) -> MinedTable:
     """Mine the table of one layer's K or V from the tokens of a segment.
 
-    The first ``num_sinks`` tokens become patterns of their own. The rest of the patterns are cluster centres (a few
-    Lloyd steps from evenly spaced tokens), an eighth of them started at the tokens farthest from all others' centres.
-    ``channel_scale`` follows the root mean square of the residuals of each channel.
+    The first ``num_sinks`` tokens become patterns of their own. The rest of the patterns are
+    cluster centres (a few Lloyd steps from evenly spaced tokens), an eighth of them started at the
+    tokens farthest from all others' centres. ``channel_scale`` follows the root mean square of the
+    residuals of each channel.
 
-    Nothing is random and nothing depends on the order of concurrent additions, so equal ``x`` give equal bits on
-    the same machine.
+    Nothing is random and nothing depends on the order of concurrent additions, so equal ``x`` give
+    equal bits on the same machine.
 
     Parameters
     ----------
-    x: ``[n, h, d]``, any float dtype, ``n >= 1``. NaN counts as 0, and values are clamped to the float16 range, inside
-        which bfloat16 sinks down to 2**-17 are reproduced exactly, smaller ones within 2**-25.
-    num_patterns: 1..256, patterns of the result. With fewer tokens, every token is a pattern and pattern 0 fills up.
-    num_sinks: 0..num_patterns, how many of ``x``'s first tokens are sinks; 0 when ``x`` does not start a sequence.
+    x: ``[n, h, d]``, any float dtype, ``n >= 1``. NaN counts as 0, and values are clamped to the
+        float16 range, inside which bfloat16 sinks down to 2**-17 are reproduced exactly, smaller
+        ones within 2**-25.
+    num_patterns: 1..256, patterns of the result. With fewer tokens, every token is a pattern and
+        pattern 0 fills up.
+    num_sinks: 0..num_patterns, how many of ``x``'s first tokens are sinks; 0 when ``x`` does not
+        start a sequence.
     bits: 2 or 4, of the codes this table will be used with.
     max_sample: at most this many tokens besides the sinks, evenly spaced, are looked at.
     iterations: Lloyd steps before the outliers join; one more follows.
@@ -85,7 +89,8 @@ def mine_table(
 
 
 def _cluster(tokens: torch.Tensor, num_centres: int, iterations: int) -> torch.Tensor:
-    """At most ``num_centres`` centres ``[h, m, d]`` of ``tokens [h, n, d]``; the tokens themselves if they are few."""
+    """At most ``num_centres`` centres ``[h, m, d]`` of ``tokens [h, n, d]``; the tokens themselves
+    if they are few."""
     n = tokens.shape[1]
     if n <= num_centres or num_centres == 0:
         return tokens[:, :num_centres]
@@ -104,10 +109,12 @@ def _cluster(tokens: torch.Tensor, num_centres: int, iterations: int) -> torch.T
 
 
 def _lloyd_step(tokens: torch.Tensor, square: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Means of the tokens nearest to each centre; a centre without tokens moves to one of the farthest tokens."""
+    """Means of the tokens nearest to each centre; a centre without tokens moves to one of the
+    farthest tokens."""
     distance, ids = _nearest(tokens, square, centres)
     num_centres = centres.shape[1]
-    # A product with the one-hot membership sums in a fixed order; scattered atomic additions on CUDA do not.
+    # A product with the one-hot membership sums in a fixed order; scattered atomic additions on
+    # CUDA do not.
     member = torch.zeros(*ids.shape, num_centres, device=ids.device)
     member.scatter_(2, ids.unsqueeze(2), 1.0)
     count = member.sum(1)
@@ -121,7 +128,8 @@ def _lloyd_step(tokens: torch.Tensor, square: torch.Tensor, centres: torch.Tenso
 def _nearest(
     tokens: torch.Tensor, square: torch.Tensor, centres: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared distance to the nearest centre, and its id, both ``[h, n]``; ``square`` is the tokens' own."""
+    """Squared distance to the nearest centre, and its id, both ``[h, n]``; ``square`` is the
+    tokens' own."""
     half_norm = centres.square().sum(-1).mul_(0.5).unsqueeze(1)
     score, ids = torch.baddbmm(half_norm, tokens, centres.transpose(1, 2), alpha=-1).min(2)
     return score.mul_(2).add_(square), ids
@@ -135,8 +143,9 @@ def _take(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _channel_scale(tokens: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
     """Relative spread of the channels, float16 ``[h, d]``.
 
-    Mostly that of the residuals. Where these are few (nearly every token is its own pattern) the spread of the tokens
-    themselves counts too, since later tokens may be quantized with the same table.
+    Mostly that of the residuals. Where these are few (nearly every token is its own pattern) the
+    spread of the tokens themselves counts too, since later tokens may be quantized with the same
+    table.
     """
     h, n, d = tokens.shape
     if n == 0:
@@ -151,7 +160,8 @@ def _channel_scale(tokens: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor
 
 
 def _relative_variance(x: torch.Tensor) -> torch.Tensor:
-    """Mean square of each channel over that of all channels, ``[h, d]`` of ``[h, n, d]``; 1 where all is 0."""
+    """Mean square of each channel over that of all channels, ``[h, d]`` of ``[h, n, d]``; 1 where
+    all is 0."""
     variance = x.square().mean(1)
     mean = variance.mean(1, keepdim=True)
     return torch.where(mean > 0, variance / mean.clamp_min(2.0**-100), 1.0)

@@ -1,9 +1,10 @@
 """Store: quantize K/V vectors against their tables and write them to their slots.
 
-The bytes of a token are a pure function of its own K, V and table, whatever it is batched with. Two things see to
-that. The nearest pattern comes from a matrix product, whose rounding may depend on the shapes, so its operands are
-put on grids coarse enough for float64 to hold every sum exactly. All other sums are trees of additions in one fixed
-order, and everything else is elementwise IEEE arithmetic.
+The bytes of a token are a pure function of its own K, V and table, whatever it is batched with. Two
+things see to that. The nearest pattern comes from a matrix product, whose rounding may depend on
+the shapes, so its operands are put on grids coarse enough for float64 to hold every sum exactly.
+All other sums are trees of additions in one fixed order, and everything else is elementwise IEEE
+arithmetic.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from patternkv_kernels.mining import FLOAT16_MAX, sanitize
 from patternkv_kernels.tables import LayerTables
 
 _SCALE_TRIALS = {4: (0.65, 0.75, 0.9, 1.0), 2: (0.4, 0.55, 0.7, 0.9)}
-"""Tried scales, in units of the one that just covers the largest residual; see the kernel README for the choice."""
+"""Tried scales, in units of the one that just covers the largest residual; see the kernel README
+for the choice."""
 _TOKEN_GRID_BITS = 22
 _PATTERN_GRID_BITS = 20
 _TINY = 2.0**-100
@@ -37,11 +39,20 @@ def store_kv(
     Parameters
     ----------
     buffer: uint8 ``[num_pages, h_kv, page_bytes]``, written in place.
-    slots: int64 ``[n]``. A slot listed twice ends up with the bytes of one of its tokens, section by section.
-    k, v: ``[n, h_kv, d]``, any float dtype. NaN is stored as 0, and values beyond the float16 range are clamped to it.
+    slots: int64 ``[n]``. A slot listed twice ends up with the bytes of one of its tokens, section
+        by section.
+    k, v: ``[n, h_kv, d]``, any float dtype. NaN is stored as 0, and values beyond the float16 range
+        are clamped to it.
     table_ids: integer ``[n]``, the table of each token.
     """
-    for first in range(0, k.shape[0], _BLOCK_TOKENS):
+    n, h_kv, d = len(slots), buffer.shape[1], fmt.head_dim
+    tables.check(h_kv, d)
+    if k.shape != (n, h_kv, d) or v.shape != (n, h_kv, d) or table_ids.shape != (n,):
+        raise ValueError(
+            f"k is {list(k.shape)}, v {list(v.shape)}, table_ids {list(table_ids.shape)}: "
+            f"{n} slots of this pool need [{n}, {h_kv}, {d}], the same, and [{n}]"
+        )
+    for first in range(0, n, _BLOCK_TOKENS):
         block = slice(first, first + _BLOCK_TOKENS)
         rows = _quantize(fmt, k[block], v[block], tables, table_ids[block].long())
         write_slots(fmt, buffer, slots[block], rows)
@@ -54,7 +65,8 @@ def _quantize(
     tables: LayerTables,
     table_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """The bytes of the tokens, uint8 ``[n, h_kv, bytes_per_slot]``, sections as in a page of one slot."""
+    """The bytes of the tokens, uint8 ``[n, h_kv, bytes_per_slot]``, sections as in a page of one
+    slot."""
     n, h_kv, d = k.shape
     x = sanitize(torch.cat([k, v], dim=1))
     ids = _assign(x, tables, table_ids)
@@ -94,21 +106,24 @@ def _assign(x: torch.Tensor, tables: LayerTables, table_ids: torch.Tensor) -> to
 
 
 def nearest_pattern(x: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
-    """Ids (int64 ``[h, n]``, lowest first among equals) of the patterns nearest to float32 ``x [h, n, d]``.
+    """Ids (int64 ``[h, n]``, lowest first among equals) of the patterns nearest to float32 ``x [h,
+    n, d]``.
 
-    ``patterns`` is ``[h, num_patterns, d]``. Token components are rounded to ``2**-22`` and pattern components to
-    ``2**-20`` of the power of two below the largest one of the token and of the head's table. Their products are
-    then multiples of one unit, at most ``2**44`` of them each, and the sum of up to 256 is below ``2**53``: exact in
-    float64 in any order.
+    ``patterns`` is ``[h, num_patterns, d]``. Token components are rounded to ``2**-22`` and pattern
+    components to ``2**-20`` of the power of two below the largest one of the token and of the
+    head's table. Their products are then multiples of one unit, at most ``2**44`` of them each, and
+    the sum of up to 256 is below ``2**53``: exact in float64 in any order.
     """
     p = _on_grid(patterns.float(), (1, 2), _PATTERN_GRID_BITS)
     half_norm = p.square().sum(2).mul_(0.5).unsqueeze(1)
     tokens = _on_grid(x, (2,), _TOKEN_GRID_BITS)
-    return torch.baddbmm(half_norm, tokens, p.transpose(1, 2), alpha=-1).argmin(2)
+    dot = torch.bmm(tokens, p.transpose(1, 2))
+    return torch.sub(half_norm, dot, out=dot).argmin(2)
 
 
 def _on_grid(x: torch.Tensor, dims: tuple[int, ...], bits: int) -> torch.Tensor:
-    """``x`` in float64, rounded to ``2**-bits`` of the power of two below the largest ``|x|`` over ``dims``."""
+    """``x`` in float64, rounded to ``2**-bits`` of the power of two below the largest ``|x|`` over
+    ``dims``."""
     largest = x.abs().amax(dims, keepdim=True).clamp_min(_TINY)
     power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).double()
     # Adding and subtracting 1.5 * 2**52 steps leaves a multiple of the step.
@@ -119,13 +134,15 @@ def _on_grid(x: torch.Tensor, dims: tuple[int, ...], bits: int) -> torch.Tensor:
 def fit(
     residual: torch.Tensor, channel_scale: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale of (nearly) least squared error for float32 ``residual`` and ``channel_scale [n, h, d]``.
+    """Codes and scale of (nearly) least squared error for float32 ``residual`` and ``channel_scale
+    [n, h, d]``.
 
-    For every trial scale the codes are rounded, and given codes the best scale is the least-squares one,
-    ``(residual . s) / (s . s)`` with ``s = channel_scale * (code - centre)``; the trial that explains most of the
-    residual wins, and codes are rounded once more with its refitted scale.
+    For every trial scale the codes are rounded, and given codes the best scale is the least-squares
+    one, ``(residual . s) / (s . s)`` with ``s = channel_scale * (code - centre)``; the trial that
+    explains most of the residual wins, and codes are rounded once more with its refitted scale.
 
-    Returns ``codes`` uint8 ``[n, h, d]`` and ``scale`` float16 ``[n, h]``, 0 where the residual is 0.
+    Returns ``codes`` uint8 ``[n, h, d]`` and ``scale`` float16 ``[n, h]``, 0 where the residual is
+    0.
     """
     n, h, d = residual.shape
     trials = torch.tensor(_SCALE_TRIALS[bits], device=residual.device).unsqueeze(1)

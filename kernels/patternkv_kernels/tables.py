@@ -14,11 +14,12 @@ from patternkv_kernels.mining import MinedTable
 class LayerTables:
     """The patterns and channel scales of every table slot of one layer.
 
-    Every table has the full ``num_patterns`` entries, so readers need no count: a table mined with fewer repeats
-    its pattern 0 up to the end, and since ties go to the lowest index no token is ever assigned to a repeat.
-    Channel scales are float16 like the patterns: :func:`~patternkv_kernels.mining.mine_table` normalises them to a
-    root mean square of 1 and floors them, so the format's range is never in question, and store and readers use the
-    same rounded value, so its precision costs nothing.
+    Every table has the full ``num_patterns`` entries, so readers need no count: a table mined with
+    fewer repeats its pattern 0 up to the end, and since ties go to the lowest index no token is
+    ever assigned to a repeat.
+    Channel scales are float16 like the patterns: :func:`~patternkv_kernels.mining.mine_table`
+    normalises them to a root mean square of 1 and floors them, so the format's range is never in
+    question, and store and readers use the same rounded value, so its precision costs nothing.
     """
 
     patterns: torch.Tensor
@@ -35,16 +36,15 @@ class LayerTables:
             raise ValueError(f"num_tables={num_tables}, h_kv={h_kv}: both must be at least 1")
         if not 1 <= num_patterns <= MAX_PATTERNS:
             raise ValueError(
-                f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS} (a pattern id is one byte)"
+                f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS} "
+                "(a pattern id is one byte)"
             )
         if d not in HEAD_DIMS:
             raise ValueError(f"d={d}: supported head dims are {HEAD_DIMS}")
         shape = (num_tables, 2, h_kv, num_patterns, d)
         return cls(
             patterns=torch.zeros(shape, dtype=torch.float16, device=device),
-            channel_scale=torch.ones(
-                num_tables, 2, h_kv, d, dtype=torch.float16, device=device
-            ),
+            channel_scale=torch.ones(num_tables, 2, h_kv, d, dtype=torch.float16, device=device),
         )
 
     @property
@@ -81,14 +81,22 @@ class LayerTables:
         """Bytes of all tables of the layer."""
         return self.patterns.nbytes + self.channel_scale.nbytes
 
+    def check(self, h_kv: int, d: int) -> None:
+        """Raise ``ValueError`` unless the tables are for ``h_kv`` heads of ``d`` dims."""
+        if (self.patterns.shape[2], self.patterns.shape[4]) != (h_kv, d):
+            raise ValueError(
+                f"tables of {list(self.patterns.shape)} do not fit {h_kv} KV heads of {d} dims: "
+                "allocate them with the pool's h_kv and head_dim"
+            )
+
     def write(self, table_id: int, k: MinedTable, v: MinedTable) -> None:
         """Fill table ``table_id`` with mined content of at most ``num_patterns`` patterns each."""
         for i, mined in enumerate((k, v)):
             used = mined.patterns.shape[1]
             if used > self.num_patterns:
                 raise ValueError(
-                    f"a mined table of {used} patterns does not fit num_patterns={self.num_patterns}; "
-                    "mine fewer or allocate larger tables"
+                    f"a mined table of {used} patterns does not fit "
+                    f"num_patterns={self.num_patterns}; mine fewer or allocate larger tables"
                 )
             self.patterns[table_id, i, :, :used] = mined.patterns
             self.patterns[table_id, i, :, used:] = mined.patterns[:, :1]

@@ -2,6 +2,11 @@
 
 The same task as ``ledger.py``, vectorised: the layout of a batch is the same for all its rows (only
 names, numbers and the order of facts differ), so a batch is a few gathers and costs a millisecond.
+
+The reasoning trained on comes from a teacher who slips: it forgets to carry in a share ``SLIP`` of
+the additions that have a carry (its total is ten too low) and goes on from there. A model that has
+learned the task therefore slips as often when it samples at temperature 1, at random places, while
+the right total stays the most likely one at every step: what sampling more can repair.
 """
 
 from __future__ import annotations
@@ -11,8 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ledger import MODULUS, NUM_NAMES, OPENING, SPLIT_MODULUS
-from .vocabulary import EOS, FIRST_DELTA, FIRST_NAME, FIRST_NUMBER, PAD, TOKEN_IDS
+from .ledger import MODULUS, NAMES, OPENING, SPLIT_MODULUS, SYLLABLES
+from .vocabulary import EOS, FIRST_DELTA, FIRST_NUMBER, FIRST_SYLLABLE, PAD, TOKEN_IDS
+
+SLIP = 0.15
 
 
 @dataclass(frozen=True)
@@ -20,11 +27,13 @@ class Batch:
     """Rows of one context followed by several questions with their reasoning.
 
     ``tokens``: ``[rows, length]`` int64, padded at the end. ``predictors``: ``[questions, m]``
-    int64, the positions whose next token is reasoning; ``m = 5 * depth + 2``. ``context_length``:
-    tokens before the first question.
+    int64, the positions whose next token is reasoning; ``m = 7 * depth + 1``. ``expected``: the
+    tokens, with what a teacher without slips would have written next at every slip.
+    ``context_length``: tokens before the first question.
     """
 
     tokens: Tensor
+    expected: Tensor
     predictors: Tensor
     context_length: int
 
@@ -38,9 +47,9 @@ def draw_batch(
     ``length``, or as there are names for. Raises ``ValueError`` if not even one fits.
     """
     device = generator.device
-    context_cost, question_cost = 4 * depth - 1, 5 * depth + 4
+    context_cost, question_cost = 6 * depth - 2, 7 * depth + 4
     chains = int((length - 1) / (context_cost + asked * question_cost))
-    chains = min(chains, NUM_NAMES // depth)
+    chains = min(chains, len(NAMES) // depth)
     questions = min(round(asked * chains), (length - 1 - chains * context_cost) // question_cost)
     if chains < 1 or length - 1 < chains * context_cost + question_cost:
         raise ValueError(
@@ -49,44 +58,54 @@ def draw_batch(
         )
     questions = max(1, questions)
 
-    shuffled = torch.rand(rows, NUM_NAMES, device=device, generator=generator).argsort(1)
+    shuffled = torch.rand(rows, len(NAMES), device=device, generator=generator).argsort(1)
     names = shuffled[:, : chains * depth].view(rows, chains, depth)
     numbers = torch.randint(MODULUS, (rows, chains, depth), device=device, generator=generator)
     # Held-out contexts are those whose numbers sum to a multiple: step off it (see ledger.py).
     held_out = numbers.sum((1, 2)) % SPLIT_MODULUS == 0
     numbers[:, -1, -1] = (numbers[:, -1, -1] + held_out.long()) % MODULUS
 
+    pad = TOKEN_IDS[PAD]
     semicolon = torch.full_like(names, TOKEN_IDS[";"])
-    name_tokens = names + FIRST_NAME
-    total_tokens = numbers.cumsum(2) % MODULUS + FIRST_NUMBER
-    second = name_tokens.roll(-1, 2)
-    third = numbers + FIRST_DELTA
-    second[..., -1] = numbers[..., -1] + FIRST_NUMBER
-    third[..., -1] = TOKEN_IDS[PAD]
-    facts = torch.stack((semicolon, name_tokens, second, third), -1).view(rows, -1, 4)
+    first = names // len(SYLLABLES) + FIRST_SYLLABLE
+    second = names % len(SYLLABLES) + FIRST_SYLLABLE
+    third, fourth = first.roll(-1, 2), second.roll(-1, 2)
+    fifth = numbers + FIRST_DELTA
+    third[..., -1] = numbers[..., -1] + FIRST_NUMBER
+    fourth[..., -1] = fifth[..., -1] = pad
+    facts = torch.stack((semicolon, first, second, third, fourth, fifth), -1)
     order = torch.rand(rows, chains * depth, device=device, generator=generator).argsort(1)
-    facts = facts.gather(1, order[..., None].expand(-1, -1, 4))
-    # Every row has the same number of last facts, which are one token shorter than the others.
-    context = facts[facts != TOKEN_IDS[PAD]].view(rows, chains * context_cost)
+    facts = facts.view(rows, -1, 6).gather(1, order[..., None].expand(-1, -1, 6))
+    # Every row has the same number of last facts, which are two tokens shorter than the others.
+    context = facts[facts != pad].view(rows, chains * context_cost)
 
-    fourth = total_tokens.clone()
-    third[..., -1] = total_tokens[..., -1]
-    steps = torch.stack((semicolon, name_tokens, second, third, fourth), -1)
-    steps = steps[:, :questions].reshape(rows, questions, 5 * depth)[..., :-1]
-    answers = total_tokens[:, :questions, -1]
+    # Forgetting a carry leaves the units right, so what carries does not depend on earlier slips.
+    totals = numbers.cumsum(2)
+    carries = totals % 10 < numbers % 10
+    chances = torch.rand(numbers.shape, device=device, generator=generator)
+    slips = 10 * (carries & (chances < SLIP)).long()
+    written = (totals - slips.cumsum(2)) % MODULUS
+    meant = (written + slips) % MODULUS
 
     def constant(word: str) -> Tensor:
-        return torch.full_like(answers, TOKEN_IDS[word])[..., None]
+        return torch.full((rows, questions, 1), TOKEN_IDS[word], device=device)
 
-    asks = (constant("?"), name_tokens[:, :questions, :1], steps)
-    ends = (constant("answer"), answers[..., None], constant(EOS))
-    dialogue = torch.cat((*asks, *ends), -1).view(rows, questions * question_cost)
+    def dialogue(totals: Tensor) -> Tensor:
+        total_tokens = totals + FIRST_NUMBER
+        step = [semicolon, first, second, third, fourth, fifth, total_tokens]
+        step[4] = torch.cat((fourth[..., :-1], total_tokens[..., -1:]), -1)
+        steps = torch.stack(step, -1)[:, :questions].reshape(rows, questions, 7 * depth)
+        names = (first[:, :questions, :1], second[:, :questions, :1])
+        ends = (constant("answer"), written[:, :questions, -1:] + FIRST_NUMBER, constant(EOS))
+        parts = (constant("?"), *names, steps[..., :-2], *ends)
+        return torch.cat(parts, -1).view(rows, questions * question_cost)
 
-    tokens = torch.full((rows, length), TOKEN_IDS[PAD], device=device)
+    opening = torch.full((rows, 1), TOKEN_IDS[OPENING], device=device)
     context_length = 1 + context.shape[1]
-    tokens[:, 0] = TOKEN_IDS[OPENING]
-    tokens[:, 1:context_length] = context
-    tokens[:, context_length : context_length + dialogue.shape[1]] = dialogue
+    filling = length - context_length - questions * question_cost
+    padding = torch.full((rows, filling), pad, device=device)
+    tokens = torch.cat((opening, context, dialogue(written), padding), 1)
+    expected = torch.cat((opening, context, dialogue(meant), padding), 1)
     starts = context_length + question_cost * torch.arange(questions, device=device)
-    predictors = starts[:, None] + torch.arange(1, question_cost - 1, device=device)
-    return Batch(tokens, predictors, context_length)
+    predictors = starts[:, None] + torch.arange(2, question_cost - 1, device=device)
+    return Batch(tokens, expected, predictors, context_length)

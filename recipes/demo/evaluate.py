@@ -104,7 +104,7 @@ def evaluate(
             chunk.to(device),
             n=n,
             temperature=temperature,
-            max_new_tokens=5 * level.depth + 10,
+            max_new_tokens=7 * level.depth + 8,
             generator=generator,
         )
         texts = tokenizer.batch_decode(tokens.flatten(0, 1).tolist(), skip_special_tokens=True)

@@ -1,10 +1,11 @@
 """The ledger task: unlimited problems, an exact verifier, and a held-out split.
 
-A context is a shuffled ledger of facts. ``; bako rilu +35`` says that account ``bako`` holds what
-``rilu`` holds plus 35, and ``; rilu 83`` that ``rilu`` holds 83. A question ``? bako`` asks for a
-balance modulo 100. Its reasoning follows the references through the ledger, one fact per step with
-a running total behind it, and ends in ``answer 18``. Every step is one retrieval among all facts of
-the context plus one addition; a single wrong step makes the answer wrong.
+A context is a shuffled ledger. The fact ``; ba ko ri lu +35`` says that account ``ba ko`` holds
+what ``ri lu`` holds plus 35, and ``; ri lu 83`` that ``ri lu`` holds 83. A question ``? ba ko``
+asks for a balance modulo 100. The reasoning follows the references through the ledger, one fact per step
+with a running total behind it, and ends in ``answer 18``. Every step is one retrieval among all
+facts of the context plus one addition; a single wrong step makes the answer wrong. Names are pairs
+of a few syllables, so a retrieval has to tell a name from the many that share a syllable with it.
 
 The facts of a context form disjoint chains of equal depth and each chain is asked once, so no
 question's reasoning reveals a fact that another question needs.
@@ -34,10 +35,8 @@ SPLIT_MODULUS = 8
 SPLITS = ("train", "heldout")
 OPENING = "ledger"
 
-_SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-NUM_NAMES = 817
-"""With 200 number tokens and seven others, a vocabulary of 1024."""
-NAMES = [a + b for a in _SYLLABLES[:29] for b in _SYLLABLES[:29]][:NUM_NAMES]
+SYLLABLES = [consonant + vowel for consonant in "bklmr" for vowel in "aeiou"]
+NAMES = [f"{first} {second}" for first in SYLLABLES for second in SYLLABLES]
 
 _ANSWER = re.compile(r"\banswer (\d{1,2})(?!\d)")
 
@@ -46,8 +45,8 @@ _ANSWER = re.compile(r"\banswer (\d{1,2})(?!\d)")
 class Level:
     """Difficulty: ``facts`` in the context, ``depth`` facts on each question's chain.
 
-    A context has ``facts // depth`` chains and ``4 * facts - facts // depth + 1`` tokens; a
-    question has 2 and its reasoning ``5 * depth + 2``, end of text included.
+    A context has ``facts // depth`` chains and ``6 * facts - 2 * facts // depth + 1`` tokens; a
+    question has 3 and its reasoning ``7 * depth + 1``, end of text included.
     """
 
     facts: int
@@ -59,8 +58,8 @@ class Level:
                 f"level {self}: depth must be at least 1 and divide the number of facts; "
                 f"try {max(1, self.facts // max(1, self.depth)) * max(1, self.depth)} facts"
             )
-        if self.facts > NUM_NAMES:
-            raise ValueError(f"level {self}: at most {NUM_NAMES} facts (one name each)")
+        if self.facts > len(NAMES):
+            raise ValueError(f"level {self}: at most {len(NAMES)} facts (one name each)")
 
     def __str__(self) -> str:
         return f"{self.facts}x{self.depth}"
@@ -147,14 +146,15 @@ def is_correct(text: str, answer: str) -> bool:
 def solve(context: str, question: str) -> str:
     """The answer, worked out from the text alone."""
     facts = _read_facts(context)
-    name = question.split()[-1]
+    first, second = question.split()[-2:]
+    name = (first, second)
     total = 0
     while True:
-        body = facts[name]
-        total += int(body[-1])
-        if len(body) == 1:
+        *reference, number = facts[name]
+        total += int(number)
+        if not reference:
             return str(total % MODULUS)
-        name = body[0]
+        name = (reference[0], reference[1])
 
 
 def split_of(context: str) -> str:
@@ -163,10 +163,10 @@ def split_of(context: str) -> str:
     return "train" if total % SPLIT_MODULUS else "heldout"
 
 
-def _read_facts(context: str) -> dict[str, list[str]]:
-    """Map each name to the rest of its fact: ``[next name, "+number"]`` or ``[number]``."""
+def _read_facts(context: str) -> dict[tuple[str, str], list[str]]:
+    """Map each name to the rest of its fact: ``[*name, "+number"]`` or ``[number]``."""
     words = (fact.split() for fact in context.removeprefix(OPENING).split(";")[1:])
-    return {name: body for name, *body in words}
+    return {(first, second): body for first, second, *body in words}
 
 
 def _draw_chains(level: Level, rng: random.Random, split: str) -> list[list[tuple[str, int]]]:

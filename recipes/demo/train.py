@@ -5,8 +5,8 @@ for 14 minutes in all; a run that stops early (``--stop-at``) continues from its
 
 Retrieval among many facts does not emerge from long ledgers directly, but it does from short ones
 and then carries over. So training climbs ``STAGES``: it mixes all stages reached so far, and
-reaches for the next one when the newest is answered well. Loss on the reasoning only; every batch is drawn
-afresh, so accuracy on training batches is accuracy on unseen problems.
+reaches for the next one when the newest is answered well. The loss is on the reasoning only. Every
+batch is drawn afresh, so accuracy on training batches is accuracy on unseen problems.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .batches import Batch, draw_batch
 from .llama import Llama, LlamaShape, export
-from .vocabulary import FIRST_DELTA, FIRST_NAME, FIRST_NUMBER
+from .vocabulary import FIRST_DELTA, FIRST_NUMBER, FIRST_SYLLABLE
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Stage:
 
 
 STAGES = (
-    Stage(128, 512, (1, 3)),
-    Stage(256, 256, (1, 4)),
+    Stage(128, 512, (2, 3)),
+    Stage(256, 256, (2, 5)),
     Stage(512, 256, (2, 6)),
     Stage(1024, 128, (2, 8)),
     Stage(2048, 64, (3, 10)),
     Stage(4096, 32, (4, 12)),
 )
-TINY_STAGES = (Stage(64, 32, (1, 2)), Stage(128, 16, (1, 3)))
+TINY_STAGES = (Stage(96, 32, (1, 2)), Stage(128, 16, (1, 3)))
 TINY_SHAPE = LlamaShape(128, 256, 2, 2, 1)
 
 ASKED_SHARES = (1.0, 1.0, 0.5, 0.2)
@@ -57,7 +57,7 @@ PROMOTE_AT = 0.6
 """Share of fully correct chains on the newest stage at which the next one opens."""
 PEAK_LR, WARMUP_STEPS, DECAY_FROM, FINAL_LR_SHARE = 1e-3, 500, 0.6, 0.03
 MEASURE_EVERY = 8
-KINDS = {"name": FIRST_NAME, "delta": FIRST_DELTA, "number": FIRST_NUMBER}
+KINDS = {"syllable": FIRST_SYLLABLE, "delta": FIRST_DELTA, "number": FIRST_NUMBER}
 
 
 @dataclass
@@ -94,18 +94,19 @@ def positions_of(batch: Batch, limit: int, rng: random.Random) -> Tensor:
     return positions
 
 
-def predict(model: Llama, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and targets of the reasoning: ``[rows * questions * m, vocab]``, ``[same]``."""
+def predict(model: Llama, batch: Batch, positions: Tensor) -> Tensor:
+    """Logits of the reasoning, ``[rows, questions * m, vocab]``."""
     hidden = model(batch.tokens, positions)
-    at = batch.predictors.flatten()
-    logits = model.logits(hidden[:, at])
-    return logits.flatten(0, 1), batch.tokens[:, at + 1].flatten()
+    return model.logits(hidden[:, batch.predictors.flatten()])
 
 
-def measure(logits: Tensor, targets: Tensor, per_chain: int) -> dict[str, float]:
-    """Share of fully correct chains, and of correct tokens by kind."""
+@torch.no_grad()
+def measure(logits: Tensor, batch: Batch) -> dict[str, float]:
+    """Share of chains whose every most likely token is right, and of right tokens by kind."""
+    targets = batch.expected[:, batch.predictors.flatten() + 1]
     correct = logits.argmax(-1) == targets
-    out = {"chain": correct.view(-1, per_chain).all(1).float().mean().item()}
+    chains = correct.view(-1, batch.predictors.shape[1])
+    out = {"chain": chains.all(1).float().mean().item()}
     starts = [*KINDS.values(), logits.shape[-1]]
     for kind, start, stop in zip(KINDS, starts, starts[1:], strict=False):
         of_kind = (targets >= start) & (targets < stop)
@@ -159,8 +160,9 @@ def train(args: argparse.Namespace) -> None:
         batch = draw_batch(stage.rows, stage.length, depth, asked, generator)
         positions = positions_of(batch, shape.max_position_embeddings, rng)
         with torch.autocast(device.type, torch.bfloat16):
-            logits, targets = predict(model, batch, positions)
-        loss = F.cross_entropy(logits.float(), targets)
+            logits = predict(model, batch, positions)
+        targets = batch.tokens[:, batch.predictors.flatten() + 1]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(progress.step, progress.seconds / (args.minutes * 60))
@@ -171,14 +173,11 @@ def train(args: argparse.Namespace) -> None:
         progress.step += 1
         progress.tokens += batch.tokens.numel()
         if progress.step % MEASURE_EVERY == 0:
-            with torch.no_grad():
-                measured = measure(logits, targets, batch.predictors.shape[1])
+            measured = {"length": stage.length, "depth": depth, **measure(logits, batch)}
             old = progress.accuracy[index]
             progress.accuracy[index] = 0.8 * old + 0.2 * measured["chain"]
-            if progress.accuracy[progress.newest] > PROMOTE_AT and progress.newest + 1 < len(
-                stages
-            ):
-                progress.newest += 1
+            mastered = progress.accuracy[progress.newest] > PROMOTE_AT
+            progress.newest = min(progress.newest + mastered, len(stages) - 1)
         now = time.monotonic()
         progress.seconds = before + now - start
         if now - logged > args.log_every:
@@ -189,8 +188,6 @@ def train(args: argparse.Namespace) -> None:
                 "tokens_per_s": round((progress.tokens - logged_tokens) / (now - logged)),
                 "lr": round(lr, 6),
                 "loss": round(loss.item(), 4),
-                "length": stage.length,
-                "depth": depth,
                 **{kind: round(value, 4) for kind, value in measured.items()},
                 "accuracy": [round(value, 3) for value in progress.accuracy],
             }

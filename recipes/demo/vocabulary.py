@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .ledger import MODULUS, NAMES, OPENING
+from .ledger import MODULUS, OPENING, SYLLABLES
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 WORDS = [
     *(PAD, EOS, UNKNOWN, OPENING, ";", "?", "answer"),
-    *NAMES,
+    *SYLLABLES,
     *(f"+{number}" for number in range(MODULUS)),
     *(str(number) for number in range(MODULUS)),
 ]
 TOKEN_IDS = {word: token for token, word in enumerate(WORDS)}
-FIRST_NAME = TOKEN_IDS[NAMES[0]]
+FIRST_SYLLABLE = TOKEN_IDS[SYLLABLES[0]]
 FIRST_DELTA = TOKEN_IDS["+0"]
 FIRST_NUMBER = TOKEN_IDS["0"]
 

@@ -1,0 +1,286 @@
+"""Real SGLang servers for the tests: a model, start and stop, stats, and what must hold of a log.
+
+Test modules load this file as a pytest plug-in and get its fixtures. One server runs at a time;
+tests that ask for the same one share it, so their modules are neighbours in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+DEMO = Path(__file__).parents[1] / "recipes" / "demo" / "model"
+START_SECONDS = 400  # three imports of SGLang on a busy machine
+STOP_SECONDS = 60
+REQUEST_SECONDS = 120
+TAIL_LINES = 60
+CRASHES = ("Traceback", "AssertionError", "memory leak detected")
+COMMON = ["--dtype", "bfloat16", "--mem-fraction-static", "0.05", "--random-seed", "0"]
+
+PYTHON = [sys.executable, "-m", "sglang.launch_server"]
+SERVE = [str(Path(sys.executable).parent / "sglang"), "serve"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder whose tokenizer has one token per word."""
+
+    path: Path
+    words: list[str]
+
+    @classmethod
+    def load(cls, path: Path) -> Model:
+        vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+        return cls(path, sorted(word for word in vocabulary if not word.startswith("<")))
+
+    def prompt(self, num_tokens: int, seed: int) -> str:
+        """``num_tokens`` random words; a shorter prompt of the same seed is a prefix."""
+        return " ".join(random.Random(seed).choices(self.words, k=num_tokens))
+
+
+def make_tiny_model(folder: Path) -> None:
+    """A Llama with random weights and a word-level tokenizer, a few megabytes."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {f"w{index}": index for index in range(510)} | {"<unk>": 510, "<eos>": 511}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        eos_token_id=vocabulary["<eos>"],
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a test's subprocess: CPU defaults and ``extra``."""
+    defaults = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **defaults, **extra}
+
+
+def tail(log: Path) -> str:
+    """The end of a log, for failure messages."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a server is started; equal specs share one server."""
+
+    command: tuple[str, ...]
+    arguments: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class Server:
+    """A server process on loopback, ready to serve.
+
+    Raises:
+        AssertionError: it did not become ready; shows the end of its log.
+    """
+
+    def __init__(self, spec: Spec, model: Model, log: Path) -> None:
+        self.spec, self.log = spec, log
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        self._process = subprocess.Popen(
+            [*spec.command, "--model-path", str(model.path), *COMMON, *address, *spec.arguments],
+            env=environment(**dict(spec.environment)),
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            self.wait(self._healthy, START_SECONDS, "ready")
+        except BaseException:
+            self._kill()
+            raise
+
+    def _healthy(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=10).ok
+        except requests.RequestException:
+            return False
+
+    def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Poll until ``condition``; fail with the log when the server ends or time is up."""
+        limit = time.monotonic() + seconds
+        while not condition():
+            code = self._process.poll()
+            assert code is None, f"the server ended with {code}:\n{tail(self.log)}"
+            assert time.monotonic() < limit, f"not {what} in {seconds} s:\n{tail(self.log)}"
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        """Assert that the server lives and that nothing crashed in any of its processes."""
+        self.wait(self._healthy, STOP_SECONDS, "healthy")
+        found = [crash for crash in CRASHES if crash in self.text()]
+        assert not found, f"{found} in the log:\n{tail(self.log)}"
+
+    def stop(self) -> None:
+        """End the server as a user would and assert that it ends well."""
+        try:
+            self.check()
+            # The main process alone: it ends the others, and a signal to them would look like a
+            # crash to its watchdog.
+            self._process.send_signal(signal.SIGTERM)
+            code = self._process.wait(STOP_SECONDS)
+            assert code == 0, f"the server ended with {code}:\n{tail(self.log)}"
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+    # Requests
+
+    def text(self) -> str:
+        """The log so far."""
+        return self.log.read_text(errors="replace")
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(f"{self.url}/{path}", timeout=REQUEST_SECONDS)
+
+    def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
+        return requests.post(f"{self.url}/{path}", json=body, timeout=REQUEST_SECONDS, **kwargs)
+
+    def generate(self, text: str | list[str], tokens: int = 16, **params: Any) -> Any:
+        """Greedy ``/generate`` with logprobs; a list of answers for ``n`` > 1 or several texts."""
+        response = self.post("generate", request(text, tokens, **params))
+        assert response.ok, f"HTTP {response.status_code}: {response.text}"
+        return response.json()
+
+    def stats(self, rank: int = 0) -> dict[str, Any]:
+        """The PatternKV numbers of one data-parallel rank."""
+        stats: dict[str, Any] = self.get("server_info").json()["internal_states"][rank]["patternkv"]
+        return stats
+
+    def flush(self) -> None:
+        response = self.post("flush_cache?timeout=30")
+        assert response.ok, response.text
+
+    def settle(self) -> dict[str, Any]:
+        """Stats once no request holds a table any more."""
+        self.wait(lambda: self.stats()["running_requests"] == 0, STOP_SECONDS, "idle")
+        return self.stats()
+
+    def concurrently(self, work: list[Callable[[], Any]], threads: int) -> list[Any]:
+        with ThreadPoolExecutor(threads) as pool:
+            return [future.result() for future in [pool.submit(call) for call in work]]
+
+
+def request(text: str | list[str], tokens: int = 16, **params: Any) -> dict[str, Any]:
+    """Body of a greedy ``/generate`` of exactly ``tokens`` tokens, with logprobs."""
+    sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True, **params}
+    return {
+        "text": text,
+        "sampling_params": sampling,
+        "return_logprob": True,
+        "top_logprobs_num": 5,
+    }
+
+
+def tokens_of(answer: dict[str, Any]) -> list[int]:
+    return [token for _, token, _ in answer["meta_info"]["output_token_logprobs"]]
+
+
+def assert_close(left: dict[str, Any], right: dict[str, Any], bound: float) -> None:
+    """Two greedy answers agree: logprobs within ``bound`` (nats) while their tokens are equal, and
+    where tokens part, each answer held the other's token for a near tie, within ``bound`` too.
+    """
+    pairs = zip(left["meta_info"]["output_token_logprobs"],
+                right["meta_info"]["output_token_logprobs"], strict=True)
+    for step, ((lp, token, _), (other_lp, other, _)) in enumerate(pairs):
+        if token == other:
+            assert abs(lp - other_lp) <= bound, f"step {step}: {lp} and {other_lp}"
+            continue
+        for answer, own, theirs in ((left, lp, other), (right, other_lp, token)):
+            top = {t: p for p, t, _ in answer["meta_info"]["output_top_logprobs"][step]}
+            assert own - top.get(theirs, float("-inf")) <= bound, (
+                f"step {step}: chose {token} and {other}, no near tie in {top}"
+            )
+        return
+
+
+class Launcher:
+    """Starts servers and keeps the last one for the next test that asks for it."""
+
+    def __init__(self, model: Model, logs: Path) -> None:
+        self._model, self._logs = model, logs
+        self._server: Server | None = None
+        self._started = 0
+
+    def server(self, spec: Spec) -> Server:
+        if self._server is None or self._server.spec != spec:
+            self.stop()
+            self._started += 1
+            self._server = Server(spec, self._model, self._logs / f"server{self._started}.log")
+        return self._server
+
+    def stop(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The demo model, or a tiny random one in a checkout without it."""
+    if (DEMO / "config.json").exists():
+        return Model.load(DEMO)
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_model(folder)
+    return Model.load(folder)
+
+
+@pytest.fixture(scope="session")
+def launcher(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(model, tmp_path_factory.mktemp("logs"))
+    yield launcher
+    launcher.stop()

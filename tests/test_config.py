@@ -1,0 +1,87 @@
+"""Options: every malformed value is refused with flag, value and range."""
+
+from __future__ import annotations
+
+import pytest
+
+from patternkv_sgl.config import PatternKVConfig, parse_bits
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [("4", (4, 4)), ("2", (2, 2)), ("4:2", (4, 2)), ("2:4", (2, 4)), ("4:4", (4, 4)), (4, (4, 4))],
+)
+def test_bits(text: str, bits: tuple[int, int]) -> None:
+    assert parse_bits(text) == bits
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "8", "4:", ":2", "4:2:2", "4/2", "four", "4:8", " 4", "04", "4.0", "-4", "٤", "None"],
+)
+def test_malformed_bits_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected 4, 2 or K:V") as error:
+        parse_bits(text)
+    assert str(error.value).startswith(f"--kv-quant-bits {text!r}: ")
+    assert "{2, 4}" in str(error.value)
+
+
+LIMITS = [
+    ("patterns", 1, 256),
+    ("window", 0, 1024),
+    ("sinks", 0, 64),
+    ("mine_tokens", 16, 1 << 20),
+    ("tables", 2, 1 << 15),
+]
+
+
+def with_value(name: str, value: object) -> PatternKVConfig:
+    """The defaults but for ``name``; no sinks, so that few patterns are legal."""
+    return PatternKVConfig(**{"sinks": 0, "patterns": 256, name: value})  # type: ignore[arg-type]
+
+
+def test_every_numeric_option_has_a_range() -> None:
+    assert {name: (low, high) for name, low, high in LIMITS} == PatternKVConfig.RANGES
+
+
+@pytest.mark.parametrize(("name", "low", "high"), LIMITS)
+def test_limits_are_inclusive(name: str, low: int, high: int) -> None:
+    assert getattr(with_value(name, low), name) == low
+    assert getattr(with_value(name, high), name) == high
+
+
+@pytest.mark.parametrize(("name", "low", "high"), LIMITS)
+def test_values_outside_are_refused(name: str, low: int, high: int) -> None:
+    for value in (low - 1, high + 1, -1 << 40, 1.5, str(low), True, float("nan")):
+        with pytest.raises(ValueError, match="expected an integer") as error:
+            with_value(name, value)
+        flag = "--kv-quant-" + name.replace("_", "-")
+        assert str(error.value) == f"{flag} {value!r}: expected an integer from {low} to {high}"
+
+
+def test_only_tables_may_be_left_to_the_memory_budget() -> None:
+    assert with_value("tables", None).tables is None
+    for name in ("patterns", "window", "sinks", "mine_tokens"):
+        with pytest.raises(ValueError, match="None: expected an integer"):
+            with_value(name, None)
+
+
+def test_each_sink_needs_a_pattern() -> None:
+    assert PatternKVConfig(patterns=8, sinks=8).sinks == 8
+    with pytest.raises(ValueError, match="lower the first or raise the second") as error:
+        PatternKVConfig(patterns=8, sinks=9)
+    assert "--kv-quant-sinks 9" in str(error.value)
+    assert "--kv-quant-patterns 8" in str(error.value)
+
+
+def test_the_slot_format_carries_the_bits() -> None:
+    config = PatternKVConfig(*parse_bits("4:2"))
+    fmt = config.slot_format(head_dim=96, page_size=16)
+    assert (fmt.k_bits, fmt.v_bits, fmt.head_dim, fmt.page_size) == (4, 2, 96, 16)
+    assert config.bits == "4/2"
+
+
+@pytest.mark.parametrize("bits", [(3, 4), (4, 0)])
+def test_unsupported_bits_are_refused_by_the_format(bits: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="codes have 2 or 4 bits"):
+        PatternKVConfig(*bits).slot_format(head_dim=64, page_size=1)

@@ -1,0 +1,115 @@
+"""Extend attention against dense float64 attention."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from patternkv_kernels import extend_attention
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, logit_cap: float
+) -> torch.Tensor:
+    """Attention of the last ``len(q)`` of ``k``'s tokens, causal, in float64."""
+    group = q.shape[1] // k.shape[1]
+    k = k.double().repeat_interleave(group, dim=1)
+    v = v.double().repeat_interleave(group, dim=1)
+    logits = torch.einsum("nhd,thd->hnt", q.double(), k) * sm_scale
+    if logit_cap:
+        logits = logit_cap * torch.tanh(logits / logit_cap)
+    num_prefix = len(k) - len(q)
+    visible = torch.arange(len(k)) <= torch.arange(len(q)).unsqueeze(1) + num_prefix
+    return torch.einsum("hnt,thd->nhd", logits.masked_fill(~visible, -math.inf).softmax(2), v)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("logit_cap", [0.0, 5.0])
+@pytest.mark.parametrize(
+    ("new", "prefix"),
+    [
+        ([7], [0]),
+        ([1], [0]),
+        ([1], [9]),
+        ([20], [33]),
+        ([5, 0, 1, 40], [3, 8, 0, 0]),
+        ([1, 1, 1], [5, 0, 70]),
+        ([1100], [40]),
+        ([600], [0]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("h_kv", "group", "d"), [(2, 3, 64), (1, 7, 96), (2, 1, 256)])
+def test_matches_dense_attention(
+    h_kv: int,
+    group: int,
+    d: int,
+    new: list[int],
+    prefix: list[int],
+    logit_cap: float,
+    device: str,
+) -> None:
+    generator = torch.Generator().manual_seed(sum(new))
+    qo_indptr = [0, *itertools.accumulate(new)]
+    prefix_indptr = [0, *itertools.accumulate(prefix)]
+    q = torch.randn(sum(new), h_kv * group, d, generator=generator)
+    k, v = torch.randn(2, sum(new), h_kv, d, generator=generator)
+    prefix_k, prefix_v = torch.randn(2, sum(prefix), h_kv, d, generator=generator)
+    inputs = [x.to(device) for x in (q, k, v, prefix_k, prefix_v)]
+    out = extend_attention(
+        *inputs[:3],
+        qo_indptr,
+        *inputs[3:],
+        prefix_indptr,
+        sm_scale=d**-0.5,
+        logit_cap=logit_cap,
+    )
+    assert out.dtype == q.dtype
+    for i in range(len(new)):
+        mine = slice(qo_indptr[i], qo_indptr[i + 1])
+        before = slice(prefix_indptr[i], prefix_indptr[i + 1])
+        expected = dense(
+            q[mine],
+            torch.cat([prefix_k[before], k[mine]]),
+            torch.cat([prefix_v[before], v[mine]]),
+            d**-0.5,
+            logit_cap,
+        )
+        torch.testing.assert_close(out[mine].cpu().double(), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(50, 4, 64, generator=generator).bfloat16()
+    k, v = torch.randn(2, 50, 2, 64, generator=generator).bfloat16()
+    prefix_k, prefix_v = torch.randn(2, 30, 2, 64, generator=generator)
+    arguments = ([0, 50], prefix_k, prefix_v, [0, 30])
+    out = extend_attention(q, k, v, *arguments, sm_scale=0.125)
+    exact = extend_attention(q.float(), k.float(), v.float(), *arguments, sm_scale=0.125)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact.bfloat16())
+
+
+def test_requests_do_not_see_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(12, 2, 64, generator=generator)
+    k, v = torch.randn(2, 12, 2, 64, generator=generator)
+    nothing = torch.zeros(0, 2, 64)
+    together = extend_attention(q, k, v, [0, 5, 12], nothing, nothing, [0, 0, 0], sm_scale=0.125)
+    k[5:], v[5:] = math.nan, math.nan
+    poisoned = extend_attention(q, k, v, [0, 5, 12], nothing, nothing, [0, 0, 0], sm_scale=0.125)
+    assert torch.equal(together[:5], poisoned[:5])

@@ -1,0 +1,170 @@
+"""Mining: which patterns and channel scales come out, and that they always come out the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from patternkv_kernels import MinedTable, mine_table
+from patternkv_kernels.store import fit, nearest_pattern
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+def clustered(n: int, h: int = 2, d: int = 64, clusters: int = 12, seed: int = 0) -> torch.Tensor:
+    """Tokens around a few centres, with channels of very different spread."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(clusters, h, d, generator=generator)
+    spread = torch.logspace(-1, 0.5, d)[torch.randperm(d, generator=generator)]
+    member = torch.randint(clusters, (n,), generator=generator)
+    return centres[member] + spread * torch.randn(n, h, d, generator=generator)
+
+
+def relative_error(x: torch.Tensor, table: MinedTable, bits: int) -> float:
+    ids = nearest_pattern(x.transpose(0, 1), table.patterns).t()
+    pattern = table.patterns.float()[torch.arange(x.shape[1]), ids]
+    channel_scale = table.channel_scale.float().expand_as(x)
+    codes, scale = fit(x - pattern, channel_scale, bits)
+    level = codes.float() - (2**bits - 1) / 2
+    back = pattern + scale.float().unsqueeze(2) * channel_scale * level
+    return float((back - x).square().sum() / x.square().sum())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [1, 5, 32, 33, 500, 5000])
+def test_same_tokens_give_the_same_bits(n: int, device: str) -> None:
+    x = clustered(n).to(device)
+    first = mine_table(x, num_patterns=32, num_sinks=min(n, 4), bits=4)
+    torch.randn(1000, 10, device=device) @ torch.randn(10, 10, device=device)
+    # Another stride and place in memory, same values.
+    again = torch.cat([x, x])[n:].transpose(0, 1).contiguous().transpose(0, 1)
+    second = mine_table(again, num_patterns=32, num_sinks=min(n, 4), bits=4)
+    assert torch.equal(first.patterns, second.patterns)
+    assert torch.equal(first.channel_scale, second.channel_scale)
+
+
+@pytest.mark.parametrize("n", [1, 2, 40, 400])
+@pytest.mark.parametrize("num_patterns", [1, 16, 256])
+@pytest.mark.parametrize("d", [64, 96])
+def test_shapes_and_ranges(n: int, num_patterns: int, d: int) -> None:
+    table = mine_table(clustered(n, 3, d), num_patterns=num_patterns, num_sinks=1, bits=2)
+    assert table.patterns.shape == (3, num_patterns, d)
+    assert table.channel_scale.shape == (3, d)
+    assert table.patterns.dtype == table.channel_scale.dtype == torch.float16
+    assert table.patterns.isfinite().all()
+    assert table.channel_scale.isfinite().all()
+    assert (table.channel_scale > 0).all()
+
+
+def test_sinks_are_the_first_patterns() -> None:
+    x = clustered(300).bfloat16()
+    x[:4] *= 30
+    table = mine_table(x, num_patterns=16, num_sinks=4, bits=4)
+    assert torch.equal(table.patterns[:, :4].transpose(0, 1).bfloat16(), x[:4])
+    tiny = torch.full((1, 1, 64), 2.0**-20).bfloat16()
+    table = mine_table(tiny, num_patterns=1, num_sinks=1, bits=4)
+    assert (table.patterns.float() - tiny.float()).abs().max() <= 2.0**-25
+
+
+def test_every_pattern_may_be_a_sink() -> None:
+    x = clustered(50).bfloat16()
+    table = mine_table(x, num_patterns=4, num_sinks=4, bits=4)
+    assert torch.equal(table.patterns.transpose(0, 1).bfloat16(), x[:4])
+
+
+def test_few_tokens_are_their_own_patterns() -> None:
+    x = clustered(10).bfloat16()
+    table = mine_table(x, num_patterns=16, num_sinks=2, bits=4)
+    assert torch.equal(table.patterns[:, :10].transpose(0, 1).bfloat16(), x)
+    assert torch.equal(table.patterns[:, 10:], table.patterns[:, :1].expand(2, 6, 64))
+
+
+def test_one_token_and_constant_tokens() -> None:
+    one = torch.full((1, 1, 64), 1.5)
+    for x in (one, one.expand(100, 1, 64)):
+        table = mine_table(x, num_patterns=8, num_sinks=0, bits=4)
+        assert (table.patterns == 1.5).all()
+        assert (table.channel_scale == 1).all()
+
+
+def test_outliers_get_patterns() -> None:
+    x = clustered(1000).bfloat16()
+    x[[123, 777]] = (100 * torch.randn(2, 2, 64, generator=torch.manual_seed(0))).bfloat16()
+    table = mine_table(x, num_patterns=32, num_sinks=0, bits=4)
+    for token in (123, 777):
+        exact = (table.patterns.float() == x[token].float().unsqueeze(1)).all(2)
+        assert exact.any(1).all()
+
+
+def test_long_segments_are_sampled_evenly() -> None:
+    x = clustered(2000)
+    sampled = mine_table(x, num_patterns=16, num_sinks=4, bits=4, max_sample=100)
+    picks = torch.arange(100) * 1996 // 100 + 4
+    chosen = torch.cat([x[:4], x[picks]])
+    whole = mine_table(chosen, num_patterns=16, num_sinks=4, bits=4)
+    assert torch.equal(sampled.patterns, whole.patterns)
+    assert torch.equal(sampled.channel_scale, whole.channel_scale)
+
+
+def test_channel_scale_follows_the_residuals() -> None:
+    generator = torch.manual_seed(0)
+    spread = torch.logspace(-1, 0.5, 64)
+    x = torch.randn(2000, 1, 64, generator=generator) * spread
+    table = mine_table(x, num_patterns=1, num_sinks=0, bits=4)
+    relative = spread / spread.square().mean().sqrt()
+    torch.testing.assert_close(table.channel_scale[0].float(), relative, rtol=0.1, atol=0.0)
+    assert abs(float(table.channel_scale.float().square().mean()) - 1) < 0.01
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_patterns_and_channel_scale_pay(bits: int) -> None:
+    x = clustered(1000)
+    error = {
+        m: relative_error(x, mine_table(x, num_patterns=m, num_sinks=0, bits=bits), bits)
+        for m in (1, 16, 64)
+    }
+    assert error[16] < 0.35 * error[1]
+    assert error[64] < error[16]
+    mined = mine_table(x, num_patterns=16, num_sinks=0, bits=bits)
+    flat = mined._replace(channel_scale=torch.ones_like(mined.channel_scale))
+    assert error[16] < 0.7 * relative_error(x, flat, bits)
+
+
+def test_garbage_does_not_spread() -> None:
+    x = clustered(200)
+    x[50], x[60, 0, 3] = torch.nan, torch.inf
+    table = mine_table(x, num_patterns=16, num_sinks=2, bits=4)
+    assert table.patterns.isfinite().all()
+    assert (table.channel_scale > 0).all()
+    assert table.channel_scale.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 3}, "bits=3"),
+        ({"num_patterns": 0}, "num_patterns=0"),
+        ({"num_patterns": 257}, "num_patterns=257"),
+        ({"num_sinks": 17}, "num_sinks=17"),
+        ({"num_sinks": -1}, "num_sinks=-1"),
+        ({"max_sample": 0}, "max_sample=0"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, int], message: str) -> None:
+    arguments = {"num_patterns": 16, "num_sinks": 4, "bits": 4, **options}
+    with pytest.raises(ValueError, match=message):
+        mine_table(clustered(50), **arguments)
+
+
+def test_no_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        mine_table(torch.zeros(0, 2, 64), num_patterns=4, num_sinks=0, bits=4)

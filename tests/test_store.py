@@ -1,0 +1,324 @@
+"""Store and dequantize: what is written, what is read back, and that batching changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from patternkv_kernels import LayerTables, MinedTable, SlotFormat, dequantize, mine_table, store_kv
+from patternkv_kernels.format import HEAD_DIMS, unpack
+from patternkv_kernels.store import fit, nearest_pattern
+from tests.cases import BITS_KV, NUM_TABLES, PAGE_SIZES, random_tables
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+def random_kv(n: int, h: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.empty(2, 1, h, d).uniform_(0.2, 3.0, generator=generator)
+    k, v = (torch.randn(2, n, h, d, generator=generator) * spread).bfloat16()
+    return k, v
+
+
+def formula(
+    fmt: SlotFormat,
+    buffer: torch.Tensor,
+    slots: torch.Tensor,
+    tables: LayerTables,
+    table_ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition in ``SlotFormat``, token by token and head by head, in float64."""
+    views = fmt.views(buffer)
+    h_kv, d = buffer.shape[1], fmt.head_dim
+    k, v = torch.empty(2, len(slots), h_kv, d, dtype=torch.float64)
+    sides = (
+        (k, views.k_codes, views.k_pattern_id, views.k_scale, fmt.k_bits, 0),
+        (v, views.v_codes, views.v_pattern_id, views.v_scale, fmt.v_bits, 1),
+    )
+    for i, slot in enumerate(slots.tolist()):
+        table = int(table_ids[i])
+        page, offset = divmod(slot, fmt.page_size)
+        for head in range(h_kv):
+            for x, codes, pattern_id, scale, bits, side in sides:
+                at = (page, head, offset)
+                pattern = tables.patterns[table, side, head, int(pattern_id[at])].double()
+                level = unpack(codes[at], bits).double() - (2**bits - 1) / 2
+                step = scale[at].double() * tables.channel_scale[table, side, head].double()
+                x[i, head] = pattern + step * level
+    return k, v
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("bits", BITS_KV)
+def test_dequantize_follows_the_formula(bits: tuple[int, int], d: int, page_size: int) -> None:
+    fmt = SlotFormat(*bits, d, page_size)
+    buffer = fmt.allocate(8 * page_size + 64 // page_size * page_size, 2, "cpu")
+    tables = random_tables(2, d, seed=3)
+    k, v = random_kv(20, 2, d)
+    slots = torch.randperm(buffer.shape[0] * page_size, generator=torch.manual_seed(0))[:20]
+    table_ids = torch.arange(20) % NUM_TABLES
+    store_kv(fmt, buffer, slots, k, v, tables, table_ids)
+    expected = formula(fmt, buffer, slots, tables, table_ids)
+    for x, reference in zip(
+        dequantize(fmt, buffer, slots, tables, table_ids), expected, strict=True
+    ):
+        torch.testing.assert_close(x.double(), reference, rtol=1e-5, atol=1e-5)
+    for x, reference in zip(
+        dequantize(fmt, buffer, slots, tables, table_ids, torch.bfloat16), expected, strict=True
+    ):
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.double(), reference, rtol=2.0**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", BITS_KV)
+def test_error_is_within_half_a_covering_step(bits: tuple[int, int], device: str) -> None:
+    """A step that covers the largest residual errs by at most half of it per channel; the search
+    never does worse."""
+    d, n = 128, 300
+    fmt = SlotFormat(*bits, d)
+    tables = random_tables(2, d, seed=1)
+    k, v = random_kv(n, 2, d)
+    buffer = fmt.allocate(n, 2, device)
+    on_device = LayerTables(tables.patterns.to(device), tables.channel_scale.to(device))
+    slots = torch.arange(n, device=device)
+    table_ids = torch.full((n,), 2, device=device)
+    store_kv(fmt, buffer, slots, k.to(device), v.to(device), on_device, table_ids)
+    stored = dequantize(fmt, buffer, slots, on_device, table_ids)
+    views = fmt.views(buffer)
+    for side, (x, back, ids, b) in enumerate(
+        ((k, stored[0], views.k_pattern_id, bits[0]), (v, stored[1], views.v_pattern_id, bits[1]))
+    ):
+        ids = ids.squeeze(2).long().cpu()
+        pattern = tables.patterns[2, side].float()[torch.arange(2), ids]
+        channel_scale = tables.channel_scale[2, side].float()
+        residual = (x.float() - pattern) / channel_scale
+        step = residual.abs().amax(-1) / ((2**b - 1) / 2)
+        bound = (step.unsqueeze(-1) * channel_scale / 2).square().sum(-1)
+        error = (back.cpu() - x.float()).square().sum(-1)
+        assert (error <= bound * 1.01).all()
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(2, 0.1188), (4, 0.01154)])
+def test_scales_of_gaussian_residuals_are_optimal(bits: int, limit: float) -> None:
+    """Uniform quantizers of a Gaussian reach these distortions at best (Max 1960, table II).
+
+    A scale per token may undercut them slightly, since it adapts to the sample; the limit allows 3
+    % above.
+    """
+    residual = torch.randn(400, 1, 256, generator=torch.manual_seed(0))
+    channel_scale = torch.ones_like(residual)
+    codes, scale = fit(residual, channel_scale, bits)
+    back = scale.float().unsqueeze(2) * (codes.float() - (2**bits - 1) / 2)
+    assert (back - residual).square().mean() < 1.03 * limit
+
+
+@pytest.mark.parametrize("bits", BITS_KV)
+def test_sinks_are_stored_exactly(bits: tuple[int, int]) -> None:
+    n, d = 200, 64
+    k, v = random_kv(n, 2, d)
+    k[:4] *= 20
+    fmt = SlotFormat(*bits, d)
+    tables = LayerTables.allocate(2, 2, 32, d, "cpu")
+    mined = [
+        mine_table(x, num_patterns=32, num_sinks=4, bits=b)
+        for x, b in zip((k, v), bits, strict=True)
+    ]
+    tables.write(1, *mined)
+    buffer = fmt.allocate(n, 2, "cpu")
+    table_ids = torch.ones(n, dtype=torch.int32)
+    store_kv(fmt, buffer, torch.arange(n), k, v, tables, table_ids)
+    back = dequantize(fmt, buffer, torch.arange(4), tables, table_ids[:4], torch.bfloat16)
+    assert torch.equal(back[0], k[:4])
+    assert torch.equal(back[1], v[:4])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("h_kv", [1, 2])
+def test_batching_never_changes_bytes(h_kv: int, bits: tuple[int, int], device: str) -> None:
+    n, d = 333, 96
+    fmt = SlotFormat(*bits, d)
+    tables = random_tables(h_kv, d, seed=5)
+    # Coarse values make many near and exact ties between patterns.
+    tables.patterns[:NUM_TABLES] = (tables.patterns[:NUM_TABLES] * 2).round() / 2
+    tables = LayerTables(tables.patterns.to(device), tables.channel_scale.to(device))
+    k, v = ((x * 2).round() / 2 for x in random_kv(n, h_kv, d))
+    k, v = k.to(device), v.to(device)
+    generator = torch.Generator().manual_seed(0)
+    table_ids = torch.randint(NUM_TABLES, (n,), generator=generator).to(device)
+
+    def stored(*batches: torch.Tensor) -> torch.Tensor:
+        buffer = fmt.allocate(n, h_kv, device)
+        for batch in batches:
+            batch = batch.to(device)
+            store_kv(fmt, buffer, batch, k[batch], v[batch], tables, table_ids[batch])
+        return buffer
+
+    together = stored(torch.arange(n))
+    shuffled = torch.randperm(n, generator=generator)
+    assert torch.equal(together, stored(shuffled))
+    assert torch.equal(together, stored(*torch.arange(n).split(7)))
+    alone = stored(*shuffled[:40].split(1))
+    assert torch.equal(together[shuffled[:40]], alone[shuffled[:40]])
+    one_table = stored(*((table_ids.cpu() == t).nonzero().squeeze(1) for t in range(NUM_TABLES)))
+    assert torch.equal(together, one_table)
+
+
+def test_pages_hold_the_same_bytes_as_single_slots() -> None:
+    n = 48
+    k, v = random_kv(n, 2, 64)
+    tables = random_tables(2, 64, seed=0)
+    table_ids = torch.zeros(n, dtype=torch.int64)
+    stored = []
+    for page_size in (1, 16):
+        fmt = SlotFormat(4, 2, 64, page_size)
+        buffer = fmt.allocate(n, 2, "cpu")
+        store_kv(fmt, buffer, torch.arange(n), k, v, tables, table_ids)
+        stored.append([view.transpose(1, 2).flatten(0, 1) for view in fmt.views(buffer)])
+    for single, paged in zip(*stored, strict=True):
+        assert torch.equal(single, paged)
+
+
+def test_only_the_given_slots_are_written() -> None:
+    fmt = SlotFormat(2, 2, 64, page_size=16)
+    buffer = fmt.allocate(64, 2, "cpu").fill_(0xAB)
+    k, v = random_kv(3, 2, 64)
+    tables = random_tables(2, 64, seed=0)
+    store_kv(fmt, buffer, torch.tensor([5, 17, 63]), k, v, tables, torch.zeros(3).long())
+    written = torch.zeros(64, dtype=torch.bool)
+    written[[5, 17, 63]] = True
+    for view in fmt.views(buffer):
+        raw = view.contiguous().view(torch.uint8).flatten(3) if view.dim() == 4 else None
+        if raw is None:
+            raw = view.contiguous().view(torch.uint8).view(*view.shape, -1)
+        by_slot = raw.transpose(1, 2).flatten(0, 1).flatten(1)
+        assert (by_slot[~written] == 0xAB).all()
+        assert (by_slot[written] != 0xAB).any()
+
+
+def test_garbage_tokens_poison_nothing() -> None:
+    fmt = SlotFormat(4, 4, 64)
+    tables = random_tables(2, 64, seed=0)
+    k, v = random_kv(6, 2, 64)
+    table_ids = torch.zeros(6, dtype=torch.int64)
+    clean = fmt.allocate(6, 2, "cpu")
+    store_kv(fmt, clean, torch.arange(6), k, v, tables, table_ids)
+    k[1], v[1] = torch.nan, torch.inf
+    k[2, 0, 3], v[2, 1, 5] = -torch.inf, 3e38
+    buffer = fmt.allocate(6, 2, "cpu")
+    store_kv(fmt, buffer, torch.arange(6), k, v, tables, table_ids)
+    assert torch.equal(buffer[[0, 3, 4, 5]], clean[[0, 3, 4, 5]])
+    for x in dequantize(fmt, buffer, torch.arange(6), tables, table_ids):
+        assert x.isfinite().all()
+
+
+def test_the_padding_slot_may_be_written_many_times() -> None:
+    fmt = SlotFormat(4, 4, 64)
+    tables = random_tables(2, 64, seed=0)
+    k, v = random_kv(8, 2, 64)
+    slots = torch.tensor([0, 3, 0, 0, 5, 0, 0, 0])
+    buffer = fmt.allocate(8, 2, "cpu")
+    store_kv(fmt, buffer, slots, k, v, tables, torch.zeros(8).long())
+    alone = fmt.allocate(8, 2, "cpu")
+    for i in (1, 4):
+        one = slice(i, i + 1)
+        store_kv(fmt, alone, slots[one], k[one], v[one], tables, torch.zeros(1).long())
+    assert torch.equal(buffer[1:], alone[1:])
+
+
+def test_zero_vectors_and_patterns_come_back_exactly() -> None:
+    fmt = SlotFormat(2, 2, 64)
+    tables = LayerTables.allocate(1, 1, 4, 64, "cpu")
+    buffer = fmt.allocate(4, 1, "cpu").fill_(0xFF)
+    zeros = torch.zeros(4, 1, 64)
+    store_kv(fmt, buffer, torch.arange(4), zeros, zeros, tables, torch.zeros(4).long())
+    for x in dequantize(fmt, buffer, torch.arange(4), tables, torch.zeros(4).long()):
+        assert torch.equal(x, zeros)
+    assert (fmt.views(buffer).k_pattern_id == 0).all()
+
+
+def test_no_tokens_is_a_no_op() -> None:
+    fmt = SlotFormat(4, 4, 64)
+    buffer = fmt.allocate(4, 2, "cpu")
+    tables = random_tables(2, 64, seed=0)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    store_kv(fmt, buffer, nothing, *torch.zeros(2, 0, 2, 64), tables, nothing)
+    assert not buffer.any()
+    for x in dequantize(fmt, buffer, nothing, tables, nothing):
+        assert x.shape == (0, 2, 64)
+
+
+@pytest.mark.parametrize("num_patterns", [1, 3, 64, 256])
+def test_nearest_pattern_matches_brute_force(num_patterns: int) -> None:
+    generator = torch.Generator().manual_seed(num_patterns)
+    x = torch.randn(2, 100, 64, generator=generator)
+    patterns = torch.randn(2, num_patterns, 64, generator=generator).half()
+    distance = (x.double().unsqueeze(2) - patterns.double().unsqueeze(1)).square().sum(3)
+    assert torch.equal(nearest_pattern(x, patterns), distance.argmin(2))
+
+
+def test_repeated_patterns_are_never_chosen() -> None:
+    mined = MinedTable(torch.randn(1, 3, 64).half(), torch.ones(1, 64).half())
+    tables = LayerTables.allocate(2, 1, 100, 64, "cpu")
+    tables.write(1, mined, mined)
+    assert torch.equal(tables.k_patterns[1, :, 3:], mined.patterns[:, :1].expand(1, 97, 64))
+    x = torch.cat([mined.patterns.float(), torch.randn(1, 500, 64)], dim=1)
+    ids = nearest_pattern(x, tables.k_patterns[1])
+    assert ids[0, :3].tolist() == [0, 1, 2]
+    assert ids.max() < 3
+
+
+def test_tables_write_and_clear() -> None:
+    tables = LayerTables.allocate(3, 2, 8, 64, "cpu")
+    untouched = tables.patterns.clone()
+    mined = MinedTable(torch.full((2, 8, 64), 2.0).half(), torch.full((2, 64), 0.5).half())
+    tables.write(1, mined, mined)
+    assert torch.equal(tables.v_patterns[1], mined.patterns)
+    assert torch.equal(tables.k_channel_scale[1], mined.channel_scale)
+    assert not tables.patterns[[0, 2]].any()
+    assert (tables.channel_scale[[0, 2]] == 1).all()
+    tables.clear(1)
+    assert torch.equal(tables.patterns, untouched)
+    assert (tables.channel_scale == 1).all()
+    assert tables.nbytes == 3 * 2 * 2 * (8 + 1) * 64 * 2
+
+
+def test_shapes_that_do_not_fit_the_pool_are_refused() -> None:
+    fmt = SlotFormat(4, 4, 64)
+    buffer = fmt.allocate(8, 2, "cpu")
+    tables = random_tables(2, 64, seed=0)
+    k, v = random_kv(3, 2, 64)
+    slots = table_ids = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"k is \[3, 1, 64\]"):
+        store_kv(fmt, buffer, slots, k[:, :1], v, tables, table_ids)
+    with pytest.raises(ValueError, match=r"table_ids \[2\]"):
+        store_kv(fmt, buffer, slots, k, v, tables, table_ids[:2])
+    one_head = random_tables(1, 64, seed=0)
+    with pytest.raises(ValueError, match="do not fit 2 KV heads"):
+        store_kv(fmt, buffer, slots, k, v, one_head, table_ids)
+    with pytest.raises(ValueError, match="do not fit 2 KV heads"):
+        dequantize(fmt, buffer, slots, one_head, table_ids)
+
+
+def test_bad_tables_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_patterns=257"):
+        LayerTables.allocate(1, 1, 257, 64, "cpu")
+    with pytest.raises(ValueError, match="d=80"):
+        LayerTables.allocate(1, 1, 8, 80, "cpu")
+    with pytest.raises(ValueError, match="num_tables=0"):
+        LayerTables.allocate(0, 1, 8, 64, "cpu")
+    tables = LayerTables.allocate(1, 1, 8, 64, "cpu")
+    large = MinedTable(torch.zeros(1, 9, 64).half(), torch.ones(1, 64).half())
+    with pytest.raises(ValueError, match="9 patterns"):
+        tables.write(0, large, large)
