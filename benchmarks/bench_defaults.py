@@ -46,7 +46,8 @@ def token_sequences(tokenizer: Any, level: Level, count: int, seed: int) -> list
 
 def exact_log_probs(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
     with torch.inference_mode(), simulated(None):
-        return model(torch.tensor([token_ids])).logits[0].float().log_softmax(-1)
+        logits = model(torch.tensor([token_ids], device=model.device)).logits[0]
+        return logits.float().log_softmax(-1)
 
 
 def bits_per_element(config: PatternKVConfig, model: PreTrainedModel, tokens: int) -> float:
@@ -82,6 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepare(model)
     rows = setting_studies(model, tokenizer, args) + segment_study(model, tokenizer, args)
     meta = {"model": Path(args.model).name, "level": str(args.level), "seed": args.seed}
@@ -120,7 +122,7 @@ def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
         for k_bits, v_bits in BITS:
             config = PatternKVConfig(k_bits, v_bits)
             with torch.inference_mode(), simulated(Cache(config, other_len)):
-                model(torch.tensor([other]))
+                model(torch.tensor([other], device=model.device))
             inherited = dict(mined)
             for tables in (None, inherited):
                 kls = [

@@ -53,8 +53,9 @@ def _attend(
     """Transformers' attention interface: query [1, h_q, n, d]; key, value [1, h_kv, n, d]."""
     q, k, v = query[0].float(), key[0].float(), value[0].float()
     group, n = len(q) // len(k), q.shape[1]
-    row, column = torch.arange(n)[:, None], torch.arange(n)[None]
-    visible, exact = column <= row, torch.ones(n, n, dtype=torch.bool)
+    column = torch.arange(n, device=q.device)
+    row = column[:, None]
+    visible, exact = column <= row, torch.ones(n, n, dtype=torch.bool, device=q.device)
     stored_k, stored_v = k, v
     if _cache is not None:
         stored_k, stored_v = _store(_cache, module.layer_idx, key[0], value[0])
@@ -71,10 +72,10 @@ def _attend(
 def _store(
     cache: Cache, layer: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    config, (h_kv, n, d) = cache.config, key.shape
+    config, device, (h_kv, n, d) = cache.config, key.device, key.shape
     k, v = key.transpose(0, 1), value.transpose(0, 1)
     if cache.tables is None:
-        tables = LayerTables.allocate(1, h_kv, config.patterns, d, "cpu")
+        tables = LayerTables.allocate(1, h_kv, config.patterns, d, device)
         mined_k, mined_v = (
             mine_table(
                 x[: cache.prompt_len],
@@ -89,8 +90,8 @@ def _store(
         tables = cache.tables[layer]
     mined[layer] = tables
     fmt = SlotFormat(config.k_bits, config.v_bits, d)
-    buffer, slots = fmt.allocate(n, h_kv, "cpu"), torch.arange(n)
-    table_ids = torch.zeros(n, dtype=torch.int32)
+    buffer, slots = fmt.allocate(n, h_kv, device), torch.arange(n, device=device)
+    table_ids = torch.zeros(n, dtype=torch.int32, device=device)
     store_kv(fmt, buffer, slots, k, v, tables, table_ids)
     stored = dequantize(fmt, buffer, slots, tables, table_ids)
     return stored[0].transpose(0, 1), stored[1].transpose(0, 1)
@@ -124,7 +125,7 @@ def divergence(
         exact: log-probabilities [n, vocab] of the exact run.
     """
     with simulated(cache):
-        logits = model(torch.tensor([token_ids])).logits[0].float()
+        logits = model(torch.tensor([token_ids], device=model.device)).logits[0].float()
     after = slice(cache.prompt_len, len(token_ids))
     mean_kl: torch.Tensor = kl_div(
         log_softmax(logits[after], -1), exact[after], reduction="batchmean", log_target=True

@@ -26,7 +26,7 @@ from .engines import EngineClient, ServerClient, check_sampling
 from .environment import git_commit, hardware, versions
 from .folder import model_fingerprint, run_folder
 from .problems import ProblemSet, load_problems
-from .report import memory_note, plot, table, variant_metrics
+from .report import plot, table, variant_metrics, with_same_memory
 from .runner import Run
 from .variant import Variant
 
@@ -109,6 +109,7 @@ def report(folder: Path, runs: dict[str, Run]) -> None:
         variants[name] = variant_metrics(
             drawn.samples.items, drawn.sessions.items, config.n, config.num_problems
         )
+    variants = with_same_memory(variants)
     metrics: dict[str, Any] = {
         "config": config.as_dict(),
         "sampling_params": config.sampling_params | {"n": config.n},
@@ -121,9 +122,6 @@ def report(folder: Path, runs: dict[str, Run]) -> None:
     path.write_bytes(orjson.dumps(metrics, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     title = f"{config.num_problems} problems, {config.n} samples each"
     print(f"\n{title}\n\n{table(variants, config.n)}\n", flush=True)
-    note = memory_note(variants)
-    if note is not None:
-        print(f"{note}\n")
     plot(variants, title, folder / "plot.png")
     print(f"{folder}: metrics.json, plot.png, samples-*.jsonl")
 

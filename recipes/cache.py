@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from huggingface_hub import try_to_load_from_cache
 
 COUNTERS = ("kv_reads", "kv_reads_shared", "tables_mined", "tables_inherited")
 
@@ -26,6 +27,7 @@ class CacheInfo:
         variant: name of the cache, ``bf16``, ``4/4`` …
         bytes_per_token, bf16_bytes_per_token: bytes of KV per token over all layers.
         kv_tokens: tokens there is room for.
+        kv_bytes: what they occupy, pattern tables and windows included.
         tables_live, table_slots: pattern tables held, and room for them.
         tables_mined, tables_inherited: segments that got a table, or use their parent's.
         kv_reads: KV tokens decode would read with every branch on its own.
@@ -36,6 +38,7 @@ class CacheInfo:
     bytes_per_token: int | None
     bf16_bytes_per_token: int | None
     kv_tokens: int
+    kv_bytes: int | None
     tables_live: int | None = None
     table_slots: int | None = None
     tables_mined: int | None = None
@@ -51,17 +54,21 @@ class CacheInfo:
             dtype = info["kv_cache_dtype"]
             bf16 = bf16_bytes_per_token(info["model_path"])
             width = STOCK_BITS.get(dtype)
+            per_token = bf16 * width // 16 if bf16 and width else None
+            tokens = info["max_total_num_tokens"] * len(ranks)
             return cls(
                 variant="bf16" if width == 16 else dtype,
-                bytes_per_token=bf16 * width // 16 if bf16 and width else None,
+                bytes_per_token=per_token,
                 bf16_bytes_per_token=bf16,
-                kv_tokens=info["max_total_num_tokens"] * len(ranks),
+                kv_tokens=tokens,
+                kv_bytes=per_token * tokens if per_token else None,
             )
         counts = ("kv_tokens", "tables_live", "table_slots", *COUNTERS)
         return cls(
             variant=ranks[0]["bits"],
             bytes_per_token=ranks[0]["bytes_per_token"],
             bf16_bytes_per_token=ranks[0]["bf16_bytes_per_token"],
+            kv_bytes=sum(rank["bytes_allocated"] for rank in ranks),
             **{name: sum(rank[name] for rank in ranks) for name in counts},
         )
 
@@ -76,17 +83,17 @@ class CacheInfo:
 
 def bf16_bytes_per_token(model: str) -> int | None:
     """Bytes of K and V per token in bf16: 2 × layers × KV heads × head_dim × 2, read from the
-    model's ``config.json``; None if that is not on this machine (a server elsewhere)."""
-    path = Path(model) / "config.json"
-    if path.is_file():
-        config = orjson.loads(path.read_bytes())
-    else:
-        from transformers import AutoConfig
-
+    ``config.json`` of a model folder or of Hugging Face's local cache; None if neither is on this
+    machine (a server elsewhere)."""
+    path: Any = Path(model) / "config.json"
+    if not path.is_file():
         try:
-            config = AutoConfig.from_pretrained(model, local_files_only=True).to_dict()
-        except (OSError, ValueError):
+            path = try_to_load_from_cache(model, "config.json")
+        except ValueError:
             return None
+        if not isinstance(path, str):
+            return None
+    config = orjson.loads(Path(path).read_bytes())
     config = config.get("text_config") or config
     q_heads: int = config["num_attention_heads"]
     kv_heads: int = config.get("num_key_value_heads") or q_heads

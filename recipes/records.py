@@ -50,7 +50,8 @@ class Session:
             engine does not count them. kv_reads_shared: those saved by sharing.
         bytes_per_token: bytes of KV per token, all layers; None if unknown.
         bf16_bytes_per_token: the same with KV in bf16.
-        kv_tokens: tokens the engine has room for.
+        kv_tokens: tokens the engine has room for. kv_bytes: what they occupy, pattern tables and
+            windows included.
         tables_live, table_slots: pattern tables held at the end, and room for them.
         tables_mined, tables_inherited: segments that got their own table, or their parent's.
         server: SGLang's own arguments of this engine.
@@ -63,7 +64,8 @@ class Session:
     kv_reads_shared: int | None
     bytes_per_token: int | None
     bf16_bytes_per_token: int | None
-    kv_tokens: int | None
+    kv_tokens: int
+    kv_bytes: int | None
     tables_live: int | None
     table_slots: int | None
     tables_mined: int | None

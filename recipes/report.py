@@ -13,8 +13,6 @@ from .records import Sample, Session
 Metrics = Mapping[str, Any]
 
 UNKNOWN = "–"
-# Tables and windows take their part of the memory, which the pool's bytes do not include.
-POOL_TOLERANCE = 0.15
 
 
 def variant_metrics(
@@ -32,15 +30,12 @@ def variant_metrics(
     reads = sum(session.kv_reads or 0 for session in sessions)
     shared = sum(session.kv_reads_shared or 0 for session in sessions)
     counted = last.kv_reads is not None
-    pool = None
-    if last.bytes_per_token is not None and last.kv_tokens is not None:
-        pool = last.bytes_per_token * last.kv_tokens
     return result | {
         "partial": result["n_problems"] < n_wanted,
         "kv_bytes_per_token": last.bytes_per_token,
         "bf16_kv_bytes_per_token": last.bf16_bytes_per_token,
         "kv_tokens": last.kv_tokens,
-        "kv_pool_bytes": pool,
+        "kv_bytes": last.kv_bytes,
         "tables_live": last.tables_live,
         "table_slots": last.table_slots,
         "tables_mined": last.tables_mined,
@@ -56,9 +51,28 @@ def variant_metrics(
     }
 
 
+def with_same_memory(variants: Mapping[str, Metrics]) -> dict[str, Metrics]:
+    """The metrics with ``kv_tokens_same_memory``: the tokens that fit into bf16's ``kv_bytes`` (the
+    first variant's without bf16), at the tokens per byte that each engine really has.
+
+    Engines get the same budget, but SGLang takes it from what is free when each one starts, which
+    on a CPU drifts with the operating system's file cache.
+    """
+    memory = _base(variants)["kv_bytes"]
+    return {
+        name: {
+            **row,
+            "kv_tokens_same_memory": int(row["kv_tokens"] * memory / row["kv_bytes"])
+            if memory and row["kv_bytes"]
+            else None,
+        }
+        for name, row in variants.items()
+    }
+
+
 def table(variants: Mapping[str, Metrics], n: int) -> str:
     """The table of a run, one line per variant; ratios are to bf16, else to the first."""
-    base = variants.get("bf16") or next(iter(variants.values()))
+    base = _base(variants)["kv_tokens_same_memory"]
     head = (
         "cache", "pass@1", f"maj@{n}", "KV bytes/token", "KV tokens in the same memory",
         "decoded tok/s", "tables held", "shared reads",
@@ -71,7 +85,7 @@ def table(variants: Mapping[str, Metrics], n: int) -> str:
                 _rate(row["pass_at_1"], row["stderr"]),
                 _rate(row["maj_at_k"][str(n)], row["maj_at_k_stderr"][str(n)]),
                 _count(row["kv_bytes_per_token"]),
-                _count(row["kv_tokens"]) + _ratio(row["kv_tokens"], base["kv_tokens"]),
+                _count(row["kv_tokens_same_memory"]) + _ratio(row["kv_tokens_same_memory"], base),
                 _count(row["decoded_tokens_per_second"]),
                 _count(row["tables_live"]),
                 UNKNOWN if row["shared_reads"] is None else f"{row['shared_reads']:.1%}",
@@ -84,21 +98,6 @@ def table(variants: Mapping[str, Metrics], n: int) -> str:
         lines.append("  ".join((cells[0].ljust(len(first)), *rest)))
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
-
-
-def memory_note(variants: Mapping[str, Metrics]) -> str | None:
-    """A warning if the engines did not have the same memory for KV, else None.
-
-    SGLang takes its share of what is free when an engine starts, on a CPU of the machine's memory.
-    """
-    pools = {name: row["kv_pool_bytes"] for name, row in variants.items() if row["kv_pool_bytes"]}
-    if not pools or max(pools.values()) <= (1 + POOL_TOLERANCE) * min(pools.values()):
-        return None
-    sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in pools.items())
-    return (
-        f"note: the memory for KV was not the same ({sizes}), so KV tokens do not compare; "
-        "other programs changed what was free when the engines started"
-    )
 
 
 def plot(variants: Mapping[str, Metrics], title: str, path: Path) -> None:
@@ -115,8 +114,8 @@ def plot(variants: Mapping[str, Metrics], title: str, path: Path) -> None:
         errors = [100 * (row["maj_at_k_stderr"][str(k)] or 0) for k in ks]
         color = f"C{number}"
         curves.errorbar(ks, rates, errors, marker="o", capsize=3, label=name, color=color)
-        if row["kv_tokens"]:
-            drawn = bars.bar(name, row["kv_tokens"], color=color)
+        if row["kv_tokens_same_memory"] is not None:
+            drawn = bars.bar(name, row["kv_tokens_same_memory"], color=color)
             bars.bar_label(drawn, fmt="{:,.0f}")
     curves.set_xscale("log", base=2)
     curves.set_xticks(ks, [str(k) for k in ks])
@@ -126,6 +125,10 @@ def plot(variants: Mapping[str, Metrics], title: str, path: Path) -> None:
     bars.set(xlabel="KV cache", ylabel="tokens", title="KV tokens in the same memory")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _base(variants: Mapping[str, Metrics]) -> Metrics:
+    return variants.get("bf16") or next(iter(variants.values()))
 
 
 def _rate(mean: float, error: float | None) -> str:

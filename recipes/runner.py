@@ -92,7 +92,11 @@ class Run:
         start = CacheInfo.parse(client.info())
         known = len(self.samples.items)
         clock = time.perf_counter()
-        client.run(self._draw_all(client, variant, seed))
+        try:
+            client.run(self._draw_all(client, variant, seed))
+        except ExceptionGroup as group:
+            # One broken request ends all that are in flight; the first tells why.
+            raise group.exceptions[0] from group
         seconds = time.perf_counter() - clock
         info = client.info()
         now = CacheInfo.parse(info)

@@ -1,4 +1,4 @@
-"""Embedded engines in a process of their own: ``python tests/engines.py JOB RESULT``.
+"""Embedded engines in processes of their own: ``python tests/engines.py JOB RESULT``.
 
 The job is a JSON list of engines to run one after the other, the result the list of what each
 answered. A spawned scheduler imports this file again, so it stays light.
@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+RUN_SECONDS = 900  # two engine starts on a busy machine
+
 
 class EngineRun:
-    """A process that runs embedded engines; several may run at a time.
+    """A process that runs embedded engines; several such processes may run at a time.
 
     Args:
         engines: per engine ``kwargs`` of ``sglang.Engine``, ``environment`` that its processes see
@@ -37,17 +39,16 @@ class EngineRun:
             stderr=subprocess.STDOUT,
         )
 
-    def results(self, seconds: float) -> list[dict[str, Any]]:
+    def results(self) -> list[dict[str, Any]]:
         """``answers`` and ``stats`` of each engine, once the process has ended.
 
         Raises:
             AssertionError: it failed; shows its log.
         """
         try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
+            code = self._process.wait(RUN_SECONDS)
+        finally:
             self._process.terminate()
-            raise
         log = self.log.read_text(errors="replace")
         assert code == 0 and "Traceback" not in log, f"engines ended with {code}:\n{log[-8000:]}"
         results: list[dict[str, Any]] = json.loads(self._result.read_text())

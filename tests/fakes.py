@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
@@ -19,7 +20,7 @@ from sglang.srt.mem_cache.common import (
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from patternkv_sgl.batch import DecodeBatch, decode_batch
+from patternkv_sgl.batch import Batch, DecodeBatch, ExtendBatch, decode_batch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.pool import PatternKVPool, PoolGeometry
 from patternkv_sgl.radix import PatternRadixCache
@@ -69,8 +70,7 @@ def make_allocator(pool: PatternKVPool) -> TokenToKVPoolAllocator | PagedTokenTo
 class Scheduler:
     """Admits, extends, decodes, checkpoints and releases requests as SGLang's scheduler does.
 
-    The caller publishes SGLang's runtime context. A forward writes only ``slot_table``, as the
-    attention backend would.
+    The caller publishes SGLang's runtime context.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Scheduler:
         page_size: int = 1,
         num_tables: int = 8,
         num_rows: int = 8,
-        context: int = 512,
         disable: bool = False,
+        **shape: Any,
     ) -> None:
         self.pool = make_pool(
             config,
@@ -90,9 +90,10 @@ class Scheduler:
             page_size=page_size,
             num_tables=num_tables,
             num_windows=num_rows + 1,
+            **shape,
         )
         self.slot_table = self.pool.slot_table
-        self.rows = ReqToTokenPool(num_rows, context, "cpu", enable_memory_saver=False)
+        self.rows = ReqToTokenPool(num_rows, 512, "cpu", enable_memory_saver=False)
         self.allocator = make_allocator(self.pool)
         self.refs, self.stats = TableRefs(num_tables), Stats()
         params = CacheInitParams(
@@ -150,8 +151,7 @@ class Scheduler:
             self.rows.write((req.kv.req_pool_idx, slice(0, len(row))), row.int())
             req.kv.kv_allocated_len = req.kv.kv_committed_len = len(row)
         extends = self.tree.begin_extends(reqs, prefix_lens, extend_lens)
-        for extend, new in zip(extends, slots, strict=True):
-            self.slot_table[new] = extend.table
+        self.forward(ExtendBatch(extends), reqs, new_slots)
         return extends
 
     def decode(self, reqs: Sequence[Req], tokens: Sequence[int]) -> DecodeBatch | None:
@@ -165,8 +165,16 @@ class Scheduler:
             req.kv.kv_allocated_len += 1
             req.kv.kv_committed_len += 1
         batch = decode_batch(self.tree, reqs, [req.kv.kv_allocated_len for req in reqs])
-        self.slot_table[new_slots] = torch.tensor(batch.tables, dtype=torch.int32)
+        self.forward(batch, reqs, new_slots)
         return batch
+
+    def forward(self, batch: Batch, reqs: Sequence[Req], slots: torch.Tensor) -> None:
+        """Store the new tokens of ``reqs`` in ``slots``; here only which table each one has."""
+        if isinstance(batch, ExtendBatch):
+            tables = [extend.table for extend in batch.extends for _ in range(extend.num_tokens)]
+        else:
+            tables = batch.tables
+        self.slot_table[slots] = torch.tensor(tables, dtype=torch.int32)
 
     def _allocate(self, rows: list[torch.Tensor], lengths: list[int]) -> torch.Tensor | None:
         """Slots for ``lengths`` tokens after each of ``rows``, evicting from the tree if needed."""

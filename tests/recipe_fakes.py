@@ -27,6 +27,7 @@ PATTERNKV = {
     "bytes_per_token": 144,
     "bf16_bytes_per_token": 512,
     "kv_tokens": 3500,
+    "bytes_allocated": 512_000,
     "tables_live": 3,
     "table_slots": 63,
     "tables_mined": 2,

@@ -1,7 +1,7 @@
 """Real SGLang servers for the tests: a model, start and stop, stats, and what must hold of a log.
 
-Test modules load this file as a pytest plug-in and get its fixtures. One server runs at a time;
-tests that ask for the same one share it, so their modules are neighbours in alphabetical order.
+One server runs at a time; tests that ask for the same one share it, so the modules of such tests
+are neighbours in alphabetical order.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
+
+from tests.answers import greedy
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo" / "model"
 START_SECONDS = 400  # three imports of SGLang on a busy machine
@@ -30,10 +30,19 @@ STOP_SECONDS = 60
 REQUEST_SECONDS = 120
 TAIL_LINES = 60
 CRASHES = ("Traceback", "AssertionError", "memory leak detected")
-COMMON = ["--dtype", "bfloat16", "--mem-fraction-static", "0.05", "--random-seed", "0"]
+COMMON = [
+    "--device",
+    "cpu",
+    "--dtype",
+    "bfloat16",
+    "--mem-fraction-static",
+    "0.05",
+    "--random-seed",
+    "0",
+]
 
-PYTHON = [sys.executable, "-m", "sglang.launch_server"]
-SERVE = [str(Path(sys.executable).parent / "sglang"), "serve"]
+LAUNCH_SERVER = (sys.executable, "-m", "sglang.launch_server")
+SERVE = (str(Path(sys.executable).parent / "sglang"), "serve")
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,7 @@ def make_tiny_model(folder: Path) -> None:
     vocabulary = {f"w{index}": index for index in range(510)} | {"<unk>": 510, "<eos>": 511}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -111,6 +118,15 @@ class Spec:
     command: tuple[str, ...]
     arguments: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
+
+
+PATTERNKV = Spec(
+    LAUNCH_SERVER,
+    (
+        *("--kv-quant", "patternkv", "--kv-quant-bits", "4", "--kv-quant-check"),
+        *("--enable-metrics", "--max-total-tokens", "20000"),
+    ),
+)
 
 
 class Server:
@@ -172,10 +188,8 @@ class Server:
             self._kill()
 
     def _kill(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
     # Requests
@@ -187,12 +201,12 @@ class Server:
     def get(self, path: str) -> requests.Response:
         return requests.get(f"{self.url}/{path}", timeout=REQUEST_SECONDS)
 
-    def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
-        return requests.post(f"{self.url}/{path}", json=body, timeout=REQUEST_SECONDS, **kwargs)
+    def post(self, path: str, body: Any = None) -> requests.Response:
+        return requests.post(f"{self.url}/{path}", json=body, timeout=REQUEST_SECONDS)
 
-    def generate(self, text: str | list[str], tokens: int = 16, **params: Any) -> Any:
-        """Greedy ``/generate`` with logprobs; a list of answers for ``n`` > 1 or several texts."""
-        response = self.post("generate", request(text, tokens, **params))
+    def generate(self, text: str | list[str], num_tokens: int = 16, **params: Any) -> Any:
+        """Answer of a `greedy` request; a list of them for ``n`` > 1 or several texts."""
+        response = self.post("generate", greedy(text, num_tokens, **params))
         assert response.ok, f"HTTP {response.status_code}: {response.text}"
         return response.json()
 
@@ -205,47 +219,10 @@ class Server:
         response = self.post("flush_cache?timeout=30")
         assert response.ok, response.text
 
-    def settle(self) -> dict[str, Any]:
-        """Stats once no request holds a table any more."""
-        self.wait(lambda: self.stats()["running_requests"] == 0, STOP_SECONDS, "idle")
-        return self.stats()
-
-    def concurrently(self, work: list[Callable[[], Any]], threads: int) -> list[Any]:
-        with ThreadPoolExecutor(threads) as pool:
-            return [future.result() for future in [pool.submit(call) for call in work]]
-
-
-def request(text: str | list[str], tokens: int = 16, **params: Any) -> dict[str, Any]:
-    """Body of a greedy ``/generate`` of exactly ``tokens`` tokens, with logprobs."""
-    sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True, **params}
-    return {
-        "text": text,
-        "sampling_params": sampling,
-        "return_logprob": True,
-        "top_logprobs_num": 5,
-    }
-
-
-def tokens_of(answer: dict[str, Any]) -> list[int]:
-    return [token for _, token, _ in answer["meta_info"]["output_token_logprobs"]]
-
-
-def assert_close(left: dict[str, Any], right: dict[str, Any], bound: float) -> None:
-    """Two greedy answers agree: logprobs within ``bound`` (nats) while their tokens are equal, and
-    where tokens part, each answer held the other's token for a near tie, within ``bound`` too.
-    """
-    pairs = zip(left["meta_info"]["output_token_logprobs"],
-                right["meta_info"]["output_token_logprobs"], strict=True)
-    for step, ((lp, token, _), (other_lp, other, _)) in enumerate(pairs):
-        if token == other:
-            assert abs(lp - other_lp) <= bound, f"step {step}: {lp} and {other_lp}"
-            continue
-        for answer, own, theirs in ((left, lp, other), (right, other_lp, token)):
-            top = {t: p for p, t, _ in answer["meta_info"]["output_top_logprobs"][step]}
-            assert own - top.get(theirs, float("-inf")) <= bound, (
-                f"step {step}: chose {token} and {other}, no near tie in {top}"
-            )
-        return
+    def settle(self, rank: int = 0) -> dict[str, Any]:
+        """Stats of a rank once no request holds a table any more."""
+        self.wait(lambda: self.stats(rank)["running_requests"] == 0, STOP_SECONDS, "idle")
+        return self.stats(rank)
 
 
 class Launcher:
@@ -267,20 +244,3 @@ class Launcher:
         server, self._server = self._server, None
         if server is not None:
             server.stop()
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The demo model, or a tiny random one in a checkout without it."""
-    if (DEMO / "config.json").exists():
-        return Model.load(DEMO)
-    folder = tmp_path_factory.mktemp("model")
-    make_tiny_model(folder)
-    return Model.load(folder)
-
-
-@pytest.fixture(scope="session")
-def launcher(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(model, tmp_path_factory.mktemp("logs"))
-    yield launcher
-    launcher.stop()

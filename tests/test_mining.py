@@ -96,10 +96,11 @@ def test_one_token_and_constant_tokens() -> None:
         assert (table.channel_scale == 1).all()
 
 
-def test_outliers_get_patterns() -> None:
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_outliers_get_patterns(iterations: int) -> None:
     x = clustered(1000).bfloat16()
     x[[123, 777]] = (100 * torch.randn(2, 2, 64, generator=torch.manual_seed(0))).bfloat16()
-    table = mine_table(x, num_patterns=32, num_sinks=0, bits=4)
+    table = mine_table(x, num_patterns=32, num_sinks=0, bits=4, iterations=iterations)
     for token in (123, 777):
         exact = (table.patterns.float() == x[token].float().unsqueeze(1)).all(2)
         assert exact.any(1).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,6 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 from sglang.srt.runtime_context import get_context
 
 from patternkv_sgl.config import PatternKVConfig
@@ -97,7 +100,7 @@ class LifeCycles(RuleBasedStateMachine):
         self.version_of = np.zeros(384 + self.page_size, dtype=np.int64)
         self.table_version = np.zeros(num_tables, dtype=np.int64)
         self.mined = 0
-        # Requests that still prefill, whose last chunk is not in the tree yet, and that decode.
+        # Requests with tokens left to prefill, and those whose last chunk is not in the tree yet.
         self.prefilling: list[Req] = []
         self.unpublished: list[Req] = []
 
@@ -260,3 +263,313 @@ def test_life_cycles(page_size: int) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# Single laws
+
+
+@pytest.fixture(params=PAGE_SIZES)
+def scheduler(request: pytest.FixtureRequest) -> Iterator[Scheduler]:
+    """A scheduler whose laws are checked once more at the end of the test."""
+    scheduler = Scheduler(CONFIG, size=512, page_size=request.param)
+    yield scheduler
+    check(scheduler)
+
+
+def test_a_long_prefill_mines_and_a_short_one_inherits(scheduler: Scheduler) -> None:
+    (first,) = scheduler.prefill(tokens(0, 64))
+    table = state_of(first).runs.last
+    assert table != ZERO_TABLE
+    assert state_of(first).runs == ((0, table),)
+    short = scheduler.admit(tokens(0, 64) + tokens(100, MINE - 1))
+    (extend,) = scheduler.extend([short])
+    assert (extend.prefix_len, extend.num_tokens) == (64, MINE - 1)
+    assert (extend.table, extend.mine) == (table, False)
+    long = scheduler.admit(tokens(0, 64) + tokens(200, MINE))
+    (extend,) = scheduler.extend([long])
+    assert extend.mine and extend.table not in (ZERO_TABLE, table)
+    assert state_of(long).runs == ((0, table), (64, extend.table))
+    stats = scheduler.stats
+    assert (stats.mined, stats.inherited, stats.exhausted) == (2, 1, 0)
+
+
+def test_short_prompts_inherit_the_zero_table_until_one_mines(scheduler: Scheduler) -> None:
+    early = scheduler.admit(tokens(0, MINE - 1))
+    assert scheduler.extend([early])[0].table == ZERO_TABLE
+    (first,) = scheduler.prefill(tokens(100, 40))
+    late = scheduler.admit(tokens(200, MINE - 1))
+    assert scheduler.extend([late])[0].table == state_of(first).runs.last
+    assert state_of(early).runs == ((0, ZERO_TABLE),)
+
+
+def test_a_one_token_prompt(scheduler: Scheduler) -> None:
+    (req,) = scheduler.prefill([7])
+    assert state_of(req).runs == ((0, ZERO_TABLE),)
+    scheduler.finish(req)
+    (again,) = scheduler.prefill([7])
+    assert again.kv.kv_allocated_len == 1
+
+
+def test_split_copies_references(scheduler: Scheduler) -> None:
+    (first,) = scheduler.prefill(tokens(0, 64))
+    table, version = state_of(first).runs.last, scheduler.tree.version
+    scheduler.finish(first)
+    assert scheduler.refs.refs[table] == 2  # the node and the root
+    other = scheduler.admit([*tokens(0, 32), 999])
+    assert [len(node.key) for _, _, node in scheduler.tree.path(other.last_node)] == [32]
+    assert scheduler.refs.refs[table] == 3
+    assert scheduler.tree.version > version
+    for node in scheduler.tree.nodes():
+        assert node.table_runs == ((0, table),)
+        assert len(node.key) == 32
+    assert scheduler.extend([other])[0].table == table
+    assert scheduler.refs.refs[table] == 4
+
+
+def test_split_between_two_tables_of_a_node(scheduler: Scheduler) -> None:
+    req = scheduler.admit(tokens(0, 64))
+    (first,) = scheduler.extend([req], [32])
+    scheduler.checkpoint(req)
+    (second,) = scheduler.extend([req], [32])
+    scheduler.checkpoint(req)
+    for token in range(32):
+        scheduler.decode([req], [3000 + token])
+    scheduler.finish(req)
+    assert first.mine and second.mine
+    assert not hasattr(req, ATTRIBUTE)
+    paths = [scheduler.admit([*tokens(0, cut), 999]) for cut in (16, 48)]
+    runs = [scheduler.tree.path(each.last_node)[-1][2].table_runs for each in paths]
+    assert runs == [((0, first.table),), ((0, second.table),)]
+    for each in paths:
+        scheduler.drop_waiting(each)
+
+
+def test_flush_drops_every_table_and_the_root_inherits_zero_again(scheduler: Scheduler) -> None:
+    for start in (0, 100, 200):
+        (req,) = scheduler.prefill(tokens(start, 48))
+        scheduler.finish(req)
+    assert scheduler.refs.live == 3
+    assert scheduler.tree.root_table != ZERO_TABLE
+    scheduler.flush()
+    assert scheduler.refs.live == 0
+    assert scheduler.tree.root_table == ZERO_TABLE
+    assert scheduler.refs.refs == {ZERO_TABLE: 1}
+    assert not list(scheduler.tree.nodes())
+    assert scheduler.extend([scheduler.admit(tokens(0, MINE - 1))])[0].table == ZERO_TABLE
+
+
+def test_eviction_frees_the_tables_of_evicted_nodes_only(scheduler: Scheduler) -> None:
+    (kept,) = scheduler.prefill(tokens(0, 48))
+    (root,) = state_of(kept).runs.tables
+    (gone,) = scheduler.prefill(tokens(100, 48))
+    (table,) = state_of(gone).runs.tables
+    scheduler.finish(gone)
+    assert scheduler.evict(1000) == 48
+    assert table not in scheduler.refs.refs
+    assert scheduler.refs.refs[root] == 3  # the root, the node, the request
+
+
+def test_equal_prompts_of_a_batch_mine_once(scheduler: Scheduler) -> None:
+    reqs = [scheduler.admit(tokens(0, 48)) for _ in range(3)]
+    extends = scheduler.extend(reqs)
+    assert [extend.mine for extend in extends] == [True, False, False]
+    assert len({extend.table for extend in extends}) == 1
+    assert (scheduler.stats.mined, scheduler.stats.inherited) == (1, 2)
+    for req in reqs:
+        scheduler.checkpoint(req)
+        check(scheduler)
+    assert len(list(scheduler.tree.nodes())) == 1
+    rows = [scheduler.row(req).tolist() for req in reqs]
+    assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize(("tail", "shares"), [(MINE - 1, True), (MINE, False)])
+def test_a_batch_shares_a_table_when_less_than_a_segment_differs(tail: int, shares: bool) -> None:
+    scheduler = Scheduler(CONFIG, size=512)
+    reqs = [scheduler.admit(tokens(0, 48) + tokens(start, tail)) for start in (100, 200)]
+    first, second = scheduler.extend(reqs)
+    assert first.mine
+    assert second.mine is not shares
+    assert (first.table == second.table) is shares
+
+
+def test_prompts_that_differ_at_the_start_mine_each_their_own(scheduler: Scheduler) -> None:
+    reqs = [scheduler.admit([start, *tokens(1, 40)]) for start in (500, 600)]
+    first, second = scheduler.extend(reqs)
+    assert first.mine and second.mine and first.table != second.table
+
+
+def test_exhaustion_inherits_and_never_takes_a_live_table(scheduler: Scheduler) -> None:
+    reqs = [scheduler.admit(tokens(100 * i, 32)) for i in range(8)]
+    extends = scheduler.extend(reqs)
+    assert [extend.mine for extend in extends] == [True] * 7 + [False]
+    assert extends[7].table == scheduler.tree.root_table == extends[0].table
+    assert len({extend.table for extend in extends}) == 7
+    assert (scheduler.stats.mined, scheduler.stats.exhausted) == (7, 1)
+    for req in reqs:
+        scheduler.checkpoint(req)
+    scheduler.finish(reqs[3])
+    scheduler.evict(32)
+    (extend,) = scheduler.extend([scheduler.admit(tokens(900, 32))])
+    assert extend.mine and extend.table == extends[3].table
+
+
+def test_a_later_prompt_is_bound_to_the_slots_and_tables_of_an_earlier_one(
+    scheduler: Scheduler,
+) -> None:
+    first, second = scheduler.admit(tokens(0, 48)), scheduler.admit(tokens(0, 48))
+    (a,), (b,) = scheduler.extend([first]), scheduler.extend([second])
+    assert a.mine and b.mine and a.table != b.table
+    scheduler.decode([first, second], [901, 902])
+    scheduler.checkpoint(first)
+    scheduler.checkpoint(second)
+    assert scheduler.row(first)[:48].tolist() == scheduler.row(second)[:48].tolist()
+    # The decoded token came before the re-binding, with the request's own table.
+    assert state_of(second).runs == ((0, a.table), (48, b.table))
+    check(scheduler)
+    scheduler.finish(second)
+    assert b.table in scheduler.refs.refs or scheduler.pool.page_size > 1
+
+
+def test_tokens_decoded_after_an_unaligned_prompt(scheduler: Scheduler) -> None:
+    """The partial page stays with the request, in slots that only the finish puts in the tree."""
+    (req,) = scheduler.prefill(tokens(0, 37))
+    for token in range(30):
+        scheduler.decode([req], [700 + token])
+    table = state_of(req).runs.last
+    scheduler.finish(req)
+    held = sum(len(node.key) for node in scheduler.tree.nodes())
+    assert held == 67 // scheduler.pool.page_size * scheduler.pool.page_size
+    assert all(node.table_runs == ((0, table),) for node in scheduler.tree.nodes())
+
+
+def test_a_retracted_request_comes_back_to_its_own_prefix(scheduler: Scheduler) -> None:
+    (req,) = scheduler.prefill(tokens(0, 48))
+    for token in range(8):
+        scheduler.decode([req], [700 + token])
+    table = state_of(req).runs.last
+    scheduler.retract(req)
+    assert not hasattr(req, ATTRIBUTE)
+    check(scheduler)
+    scheduler.readmit(req)
+    (extend,) = scheduler.extend([req])
+    assert (extend.prefix_len, extend.num_tokens, extend.mine) == (48, 8, False)
+    assert state_of(req).runs == ((0, table),)
+
+
+def test_keys_of_different_namespaces_share_no_node(scheduler: Scheduler) -> None:
+    reqs = [scheduler.admit(tokens(0, 48), extra_key=key) for key in ("a", "b", "a")]
+    for req in reqs:
+        scheduler.extend([req])
+        scheduler.checkpoint(req)
+    rows = [scheduler.row(req).tolist() for req in reqs]
+    assert rows[0] == rows[2] and not set(rows[0]) & set(rows[1])
+
+
+def test_a_disabled_tree_still_gives_every_request_a_table() -> None:
+    scheduler = Scheduler(CONFIG, size=512, disable=True)
+    (req,) = scheduler.prefill(tokens(0, 40))
+    (extend,) = scheduler.extend([scheduler.admit(tokens(0, 40))])
+    assert extend.mine and extend.prefix_len == 0
+    assert state_of(req).runs.last != extend.table
+    batch = scheduler.decode([req], [5])
+    assert batch is not None and batch.tables == [state_of(req).runs.last]
+    scheduler.finish(req)
+    assert scheduler.refs.live == 2  # the root's and the running request's
+    assert not list(scheduler.tree.nodes())
+
+
+# The check itself
+
+
+@pytest.fixture
+def busy() -> tuple[Scheduler, int]:
+    """A finished prompt in the tree, a running one, and the first one's table."""
+    scheduler = Scheduler(CONFIG, size=512)
+    (done,) = scheduler.prefill(tokens(0, 48))
+    table = state_of(done).runs.last
+    scheduler.finish(done)
+    scheduler.prefill(tokens(100, 48))
+    scheduler.tree.check_integrity(scheduler.slot_table)
+    return scheduler, table
+
+
+def node_with(scheduler: Scheduler, table: int) -> TreeNode:
+    return next(node for node in scheduler.tree.nodes() if table in node.table_runs.tables)
+
+
+def test_check_finds_a_slot_of_another_table(busy: tuple[Scheduler, int]) -> None:
+    scheduler, table = busy
+    node = node_with(scheduler, table)
+    scheduler.slot_table[node.value[5]] = 6
+    with pytest.raises(AssertionError) as error:
+        scheduler.tree.check_integrity(scheduler.slot_table)
+    assert f"node {node.id} names table {table} for tokens [0, 48)" in str(error.value)
+    assert f"quantized with [{table}, 6]" in str(error.value)
+    scheduler.tree.check_integrity()
+
+
+def test_check_finds_a_node_without_tables(busy: tuple[Scheduler, int]) -> None:
+    scheduler, table = busy
+    node = node_with(scheduler, table)
+    node.table_runs = TableRuns()
+    with pytest.raises(AssertionError, match=rf"node {node.id} of 48 tokens has tables \(\)"):
+        scheduler.tree.check_integrity()
+
+
+def test_check_finds_a_node_whose_runs_start_late(busy: tuple[Scheduler, int]) -> None:
+    scheduler, table = busy
+    node = node_with(scheduler, table)
+    node.table_runs = TableRuns([(3, table)])
+    with pytest.raises(AssertionError, match=rf"has tables \(\(3, {table}\),\)"):
+        scheduler.tree.check_integrity()
+
+
+def test_check_finds_a_node_that_names_a_table_it_does_not_own(
+    busy: tuple[Scheduler, int],
+) -> None:
+    scheduler, table = busy
+    node_with(scheduler, table).table_runs = TableRuns([(0, 5)])
+    with pytest.raises(AssertionError, match=r"table references {.*} but owners {.*5: 1"):
+        scheduler.tree.check_integrity()
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_check_finds_a_wrong_count(busy: tuple[Scheduler, int], change: int) -> None:
+    scheduler, table = busy
+    count = scheduler.refs.refs[table]
+    scheduler.refs.refs[table] += change
+    with pytest.raises(AssertionError) as error:
+        scheduler.tree.check_integrity()
+    stated, owners = str(error.value).splitlines()[0].split(" but owners ")
+    assert f"{table}: {count + change}" in stated
+    assert f"{table}: {count}" in owners
+
+
+def test_check_finds_a_lost_request(busy: tuple[Scheduler, int]) -> None:
+    scheduler, _ = busy
+    scheduler.tree.requests.clear()
+    with pytest.raises(AssertionError, match="table references"):
+        scheduler.tree.check_integrity()
+
+
+def test_check_finds_a_leaked_table(busy: tuple[Scheduler, int]) -> None:
+    scheduler, _ = busy
+    leaked = scheduler.refs.allocate()
+    with pytest.raises(AssertionError, match=rf"neither free nor owned: \[{leaked}\]"):
+        scheduler.tree.check_integrity()
+
+
+def test_the_check_switch_looks_at_every_release(busy: tuple[Scheduler, int]) -> None:
+    scheduler, table = busy
+    scheduler.slot_table[node_with(scheduler, table).value[0]] = 6
+    with pytest.raises(AssertionError, match="quantized with"):
+        scheduler.finish(scheduler.running[0])
+
+
+def test_a_node_inserted_past_the_request_is_an_error() -> None:
+    """Only checkpoint() knows the tables of what it inserts."""
+    scheduler = Scheduler(CONFIG, size=64)
+    key = RadixKey(array("q", [1, 2, 3]))
+    with pytest.raises(AssertionError, match="a node of 3 tokens was inserted outside checkpoint"):
+        scheduler.tree.insert(InsertParams(key=key, value=torch.tensor([1, 2, 3])))

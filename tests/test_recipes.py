@@ -185,7 +185,7 @@ def test_a_run_prefills_each_context_once_and_ahead(tmp_path: Path) -> None:
 def test_an_interrupted_run_repeats_nothing(tmp_path: Path) -> None:
     config = config_of(tmp_path, concurrency=1)
     problems = load_problems(config)
-    with pytest.raises(ExceptionGroup):
+    with pytest.raises(RuntimeError, match="broken"):
         Run(tmp_path, "4-4", config, problems).draw(FakeClient(breaks_after=4), "4/4", seed=0)
     path = tmp_path / "samples-4-4.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)

@@ -11,15 +11,17 @@ import pytest
 
 from recipes.metrics import maj_at_k, mean_and_stderr, pass_at_k, powers_of_two, summarise
 from recipes.records import Session
-from recipes.report import memory_note, plot, table, variant_metrics
+from recipes.report import plot, table, variant_metrics, with_same_memory
 from tests.recipe_fakes import PATTERNKV, sample
 
 
 def metrics_of(name: str, **changes: Any) -> dict[str, Any]:
     session = {"variant": name, "seconds": 2.0, "completion_tokens": 40, "server": {}}
     numbers = {key: PATTERNKV[key] for key in PATTERNKV if key != "bits"}
+    numbers["kv_bytes"] = numbers.pop("bytes_allocated")
     if name == "bf16":
         numbers = dict.fromkeys(numbers) | {"bytes_per_token": 512, "kv_tokens": 1000}
+        numbers["kv_bytes"] = 512_000
     made = Session(**(session | numbers | changes))
     samples = [sample(p, i, correct=p == "p" or i == 0) for p in "pq" for i in range(4)]
     return variant_metrics(samples, [made, made], n=4, n_wanted=2)
@@ -93,12 +95,14 @@ def test_sessions_add_up() -> None:
     assert row["decoded_tokens_per_second"] == pytest.approx(20)
     assert (row["kv_reads"], row["kv_reads_shared"]) == (200, 120)
     assert row["shared_reads"] == pytest.approx(0.6)
-    assert (row["tables_live"], row["kv_pool_bytes"]) == (3, 144 * 3500)
+    assert (row["tables_live"], row["kv_bytes"]) == (3, 512_000)
     assert metrics_of("bf16")["shared_reads"] is None
 
 
 def test_table_has_a_line_per_variant() -> None:
-    lines = table({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4")}, 4).splitlines()
+    lines = table(
+        with_same_memory({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4")}), 4
+    ).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split("  ")[0] == "cache"
@@ -107,16 +111,18 @@ def test_table_has_a_line_per_variant() -> None:
     assert cells[3][3:] == ["144", "3,500 (3.50×)", "20", "3", "60.0%"]
 
 
-def test_unequal_memory_is_told() -> None:
-    variants = {"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4")}
-    assert memory_note(variants) is None
-    variants["2/2"] = metrics_of("2/2", kv_tokens=7000)
-    assert "4/4" in (memory_note(variants) or "")
+def test_tokens_are_compared_at_the_same_memory() -> None:
+    twice = metrics_of("2/2", kv_tokens=14000, kv_bytes=1_024_000)
+    rows = with_same_memory({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4"), "2/2": twice})
+    assert [row["kv_tokens_same_memory"] for row in rows.values()] == [1000, 3500, 7000]
+    assert rows["2/2"]["kv_tokens"] == 14000
+    unknown = with_same_memory({"bf16": metrics_of("bf16", kv_bytes=None)})
+    assert unknown["bf16"]["kv_tokens_same_memory"] is None
 
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
-    plot({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4")}, "title", path)
+    plot(with_same_memory({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4")}), "title", path)
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000

@@ -17,6 +17,18 @@ from recipes.variant import Variant
 from tests.recipe_fakes import PATTERNKV, STOCK, FakeServer, config_of
 
 
+def write_model_config(folder: Path) -> None:
+    """A model with 512 bytes of bf16 KV per token."""
+    config = {
+        "num_hidden_layers": 2,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_variant_bits_reach_the_engine(tmp_path: Path) -> None:
     config = config_of(tmp_path, engine_args={"kv_quant_window": 8, "page_size": 16})
     quantized = engine_args(config, Variant.parse("4/2"), seed=3)
@@ -39,17 +51,12 @@ def test_an_engine_with_another_cache_is_refused() -> None:
 
 
 def test_cache_of_a_stock_engine(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {"model_type": "llama", "hidden_size": 384, "num_attention_heads": 6,
-             "num_key_value_heads": 2, "num_hidden_layers": 6, "head_dim": 64}
-        )
-    )  # fmt: skip
+    write_model_config(tmp_path)
     cache = CacheInfo.parse(STOCK | {"model_path": str(tmp_path)})
-    assert (cache.variant, cache.bytes_per_token, cache.kv_tokens) == ("bf16", 3072, 1000)
+    assert (cache.variant, cache.bytes_per_token, cache.kv_tokens) == ("bf16", 512, 1000)
     assert (cache.tables_live, cache.kv_reads) == (None, None)
     fp8 = CacheInfo.parse(STOCK | {"model_path": str(tmp_path), "kv_cache_dtype": "fp8_e4m3"})
-    assert (fp8.variant, fp8.bytes_per_token, fp8.bf16_bytes_per_token) == ("fp8_e4m3", 1536, 3072)
+    assert (fp8.variant, fp8.bytes_per_token, fp8.bf16_bytes_per_token) == ("fp8_e4m3", 256, 512)
     assert CacheInfo.parse(STOCK).bytes_per_token is None
 
 
@@ -110,17 +117,27 @@ def test_no_server_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_best_of_n_against_servers(
     server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--base-url", server.url, "--output", str(tmp_path), "--num-problems", "4"]
+    model = tmp_path / "model"
+    write_model_config(model)
+    server.info = STOCK | {"model_path": str(model)}
+    arguments = [
+        "--base-url",
+        server.url,
+        "--output",
+        str(tmp_path / "results"),
+        "--num-problems",
+        "4",
+    ]
     arguments += ["--n", "4", "--questions-per-context", "2"]
     assert main(arguments) == 0
     assert "4 problems, 4 samples each" in capsys.readouterr().out
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / "results").iterdir()
     lines = (folder / "samples-bf16.jsonl").read_bytes().splitlines()
     assert len(lines) == 16
     first = orjson.loads(lines[0])
     assert (first["seed"], first["answer"], first["cached_tokens"]) == (7, "0", 2)
     metrics = orjson.loads((folder / "metrics.json").read_bytes())
-    assert metrics["config"]["model"] == "absent"
+    assert metrics["config"]["model"] == str(model)
     assert metrics["versions"]["sglang"] == "0.5.23"
     row = metrics["variants"]["bf16"]
     assert set(row["maj_at_k"]) == {"1", "2", "4"}
@@ -131,7 +148,7 @@ def test_best_of_n_against_servers(
     assert main(arguments) == 0
     assert len(server.bodies) == asked
 
-    server.info = STOCK | {"internal_states": [{"patternkv": PATTERNKV}]}
+    server.info = server.info | {"internal_states": [{"patternkv": PATTERNKV}]}
     assert main(arguments) == 0
     assert len(server.bodies) == 2 * asked
     metrics = orjson.loads((folder / "metrics.json").read_bytes())

@@ -65,7 +65,9 @@ def check_cover(readers: list[Reader], segments: Segments) -> None:
             for position in range(start, end):
                 own = slot(readers, readers[row].req_pool_idx, position)
                 assert slot(readers, req_pool_idx, position) == own
-                assert list(readers[row].runs.spans(position, position + 1))[0][2] == table
+                assert [*readers[row].runs.spans(position, position + 1)] == [
+                    (position, position + 1, table)
+                ]
             reads[row] += range(start, end)
     for row, reader in enumerate(readers):
         assert sorted(reads[row]) == list(range(reader.end)), f"row {row}"
@@ -73,7 +75,9 @@ def check_cover(readers: list[Reader], segments: Segments) -> None:
 
 def saved_reads(segments: Segments) -> tuple[int, int]:
     """Reads saved by sharing and the most rows on one token, counted token by token."""
-    readers_of = [len(rows) for _, start, end, _, rows in items(segments) for _ in range(start, end)]
+    readers_of = [
+        len(rows) for _, start, end, _, rows in items(segments) for _ in range(start, end)
+    ]
     return sum(n - 1 for n in readers_of), max(readers_of, default=0)
 
 

@@ -1,17 +1,195 @@
-"""``python -m sglang.launch_server --kv-quant patternkv``: requests, cache, numbers, bad requests."""
+"""``sglang.launch_server --kv-quant patternkv``: requests, cache, numbers, bad requests."""
 
 from __future__ import annotations
 
 import re
-import threading
 import uuid
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import requests
 
-from tests.servers import AT_4_BITS, assert_close, request, tokens_of
+from tests.answers import assert_close, cached, greedy, outputs
+from tests.servers import Model, Server
 
-if TYPE_CHECKING:
-    from tests.servers import Launcher, Model, Server
+pytest_plugins = ["tests.fixtures"]
+pytestmark = pytest.mark.slow
+
+PROMPT = 540  # tokens; more than --kv-quant-mine-tokens
+SHORT = 40  # tokens; less
+# Largest difference in nats between a greedy answer whose prompt was attended exactly and one that
+# read it from the 4-bit cache: four times what was measured over the prompts of this file.
+COLD_TO_WARM = 0.6
+CONFIGURATION = {"bits": "4/4", "patterns": 64, "window": 32, "sinks": 4, "mine_tokens": 256}
+COUNTS = {
+    *("bytes_per_token", "bf16_bytes_per_token", "bytes_allocated", "table_bytes"),
+    *("window_bytes", "kv_tokens", "table_slots", "tables_live", "table_refs"),
+    *("running_requests", "tables_mined", "tables_inherited", "tables_exhausted"),
+    *("kv_reads", "kv_reads_shared", "max_branches"),
+}
+GAUGE = re.compile(r"^sglang:patternkv_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+
+
+@pytest.fixture
+def server(patternkv_server: Server) -> Server:
+    return patternkv_server
+
+
+def grown(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
+    """Counters that moved, by how much."""
+    return {name: after[name] - before[name] for name in COUNTS if after[name] != before[name]}
+
+
+def test_startup_line_states_what_the_cache_holds(server: Server) -> None:
+    stats = server.stats()
+    line = next(line for line in server.text().splitlines() if "PatternKV cache:" in line)
+    ratio = stats["bf16_bytes_per_token"] / stats["bytes_per_token"]
+    assert (
+        f"bits K/V 4/4, {stats['bytes_per_token']} bytes per token against "
+        f"{stats['bf16_bytes_per_token']} in bfloat16 ({ratio:.2f}x), {stats['kv_tokens']} tokens, "
+        f"{stats['table_slots']} table slots of 64 patterns"
+    ) in line
+    assert ratio > 3.5
+
+
+@pytest.mark.parametrize("path", ["server_info", "get_server_info"])
+def test_stats_have_every_number(server: Server, path: str) -> None:
+    info = server.get(path).json()
+    stats = info["internal_states"][0]["patternkv"]
+    assert set(stats) == COUNTS | set(CONFIGURATION)
+    assert {name: stats[name] for name in CONFIGURATION} == CONFIGURATION
+    assert (info["kv_quant"], info["kv_quant_bits"]) == ("patternkv", "4")
+    assert stats["kv_tokens"] == info["max_total_num_tokens"]
+    slots = stats["kv_tokens"] * stats["bytes_per_token"]
+    # One padding page beyond the tokens that are served.
+    assert stats["bytes_allocated"] == (
+        slots + stats["bytes_per_token"] + stats["table_bytes"] + stats["window_bytes"]
+    )
+
+
+def test_best_of_8_shares_one_table_and_the_prompt_reads(server: Server, model: Model) -> None:
+    before = server.stats()
+    answers = server.generate(model.prompt(PROMPT, 1), 64, n=8, temperature=0.8)
+    after = grown(before, server.settle())
+    assert [cached(answer) for answer in answers] == [PROMPT - 1] * 8
+    assert len({tuple(outputs(answer)) for answer in answers}) > 1
+    assert after["tables_mined"] == after["tables_live"] == 1
+    assert after["tables_inherited"] == 8
+    assert server.stats()["max_branches"] >= 8
+    # Seven of eight reads of the prompt are saved while all branches run.
+    assert after["kv_reads_shared"] / after["kv_reads"] > 0.7
+
+
+def test_warm_answers_agree_with_cold_and_repeat_exactly(server: Server, model: Model) -> None:
+    for seed in (2, 3):
+        cold, warm, again = (server.generate(model.prompt(PROMPT, seed)) for _ in range(3))
+        reused = [cached(answer) for answer in (cold, warm, again)]
+        assert reused == [0, PROMPT - 1, PROMPT - 1]
+        assert_close(cold, warm, COLD_TO_WARM)
+        assert outputs(warm) == outputs(again)
+
+
+def test_equal_prompts_in_one_call_mine_once_and_agree(server: Server, model: Model) -> None:
+    before = server.stats()
+    text = model.prompt(PROMPT, 4)
+    answers = server.generate([text] * 4)
+    assert all(outputs(answer) == outputs(answers[0]) for answer in answers)
+    moved = grown(before, server.settle())
+    # The texts arrive one by one, so a prefill may start before the last of them is there.
+    cold = sum(cached(answer) == 0 for answer in answers)
+    assert cold >= 1 and moved["tables_live"] == 1
+    assert moved["tables_mined"] + moved["tables_inherited"] == 4
+    again = server.generate([text] * 4)
+    assert [cached(answer) for answer in again] == [PROMPT - 1] * 4
+    assert grown(before, server.settle())["tables_mined"] == moved["tables_mined"]
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (PROMPT, PROMPT), (PROMPT, SHORT), (SHORT, PROMPT)])
+def test_prompts_without_a_suffix_or_of_one_token(
+    server: Server, model: Model, lengths: tuple[int, int]
+) -> None:
+    first, second = (server.generate(model.prompt(length, 5)) for length in lengths)
+    assert cached(first) == 0
+    shared = min(*lengths, lengths[1] - 1)
+    assert cached(second) == shared
+    assert len(outputs(second)) == 16
+    server.settle()
+
+
+def test_flush_drops_every_table_and_the_next_run_mines_again(server: Server, model: Model) -> None:
+    first = server.generate(model.prompt(PROMPT, 6))
+    assert server.settle()["tables_live"] == 1
+    server.flush()
+    empty = server.stats()
+    assert (empty["tables_live"], empty["table_refs"]) == (0, 1)  # the root's, of the zero table
+    second = server.generate(model.prompt(PROMPT, 6))
+    assert cached(second) == 0
+    assert outputs(second) == outputs(first)
+    assert grown(empty, server.settle())["tables_mined"] == 1
+
+
+@pytest.mark.parametrize("how", ["close", "abort_request"])
+def test_abort_in_mid_stream_gives_everything_back(server: Server, model: Model, how: str) -> None:
+    text = model.prompt(PROMPT, 7)
+    server.generate(text, 1)
+    idle = server.settle()
+    rid = uuid.uuid4().hex
+    body = greedy(text, 3000) | {"stream": True, "rid": rid}
+    with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=60) as stream:
+        next(stream.iter_lines())
+        assert server.stats()["running_requests"] == 1
+        if how == "abort_request":
+            assert server.post(how, {"rid": rid}).ok
+            assert b'"type":"abort"' in stream.raw.read()
+    after = server.settle()
+    assert {*grown(idle, after)} <= {"kv_reads", "tables_inherited", "table_refs"}
+    assert after["tables_live"] == idle["tables_live"] == 1
+    assert server.generate(text)["meta_info"]["cached_tokens"] == PROMPT - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"beam_width": 2},
+            "Beam search (beam_width=2) is not supported with --kv-quant patternkv",
+        ),
+        ({"temperature": -1.0}, "temperature must be a non-negative"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"text": 5000}, "longer than the model's context length"),
+    ],
+)
+def test_bad_requests_are_answered_and_the_server_goes_on(
+    server: Server, model: Model, change: dict[str, Any], message: str
+) -> None:
+    text = model.prompt(change.pop("text", SHORT), 8)
+    response = server.post("generate", {"text": text, "sampling_params": change})
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+    assert server.settle()["table_refs"] == 1
+    assert len(outputs(server.generate(model.prompt(SHORT, 8)))) == 16
+
+
+def test_a_body_that_is_no_json_is_answered(server: Server) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(f"{server.url}/generate", data="{text:", headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert server.stats()["running_requests"] == 0
+
+
+def test_prometheus_shows_the_numbers_with_their_rank(server: Server, model: Model) -> None:
+    server.generate(model.prompt(PROMPT, 9), 1)
+    # Gauges are set when a prefill starts, so this one shows the table of the last request.
+    server.generate(model.prompt(1, 10), 1)
+    stats = server.settle()
+    found = {
+        name: (labels, float(value))
+        for name, labels, value in GAUGE.findall(server.get("metrics").text)
+    }
+    assert set(found) == COUNTS
+    assert all('dp_rank="0"' in labels and 'tp_rank="0"' in labels for labels, _ in found.values())
+    # No request held a table before or after the last prefill, so only its own differ.
+    steady = COUNTS - {"running_requests", "table_refs", "kv_reads", "kv_reads_shared"}
+    assert {name: found[name][1] for name in steady} == {name: stats[name] for name in steady}
+    assert found["running_requests"][1] == 1
+    assert found["tables_live"][1] == 1

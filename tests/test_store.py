@@ -29,6 +29,21 @@ def random_kv(n: int, h: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torc
     return k, v
 
 
+def mirrored(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with its second half of dims equal to the first."""
+    half = x.shape[-1] // 2
+    return torch.cat([x[..., :half], x[..., :half]], dim=-1)
+
+
+def with_ties(patterns: torch.Tensor) -> torch.Tensor:
+    """``patterns [..., m, d]`` whose last half are the first half with the halves of dims swapped.
+
+    A mirrored token is exactly as far from one as from the other, which rounding would hide.
+    """
+    first = patterns[..., : patterns.shape[-2] // 2, :]
+    return torch.cat([first, first.roll(first.shape[-1] // 2, dims=-1)], dim=-2)
+
+
 def formula(
     fmt: SlotFormat,
     buffer: torch.Tensor,
@@ -150,11 +165,9 @@ def test_batching_never_changes_bytes(h_kv: int, bits: tuple[int, int], device: 
     n, d = 333, 96
     fmt = SlotFormat(*bits, d)
     tables = random_tables(h_kv, d, seed=5)
-    # Coarse values make many near and exact ties between patterns.
-    tables.patterns[:NUM_TABLES] = (tables.patterns[:NUM_TABLES] * 2).round() / 2
+    tables.patterns.copy_(with_ties(tables.patterns))
     tables = LayerTables(tables.patterns.to(device), tables.channel_scale.to(device))
-    k, v = ((x * 2).round() / 2 for x in random_kv(n, h_kv, d))
-    k, v = k.to(device), v.to(device)
+    k, v = (mirrored(x).to(device) for x in random_kv(n, h_kv, d))
     generator = torch.Generator().manual_seed(0)
     table_ids = torch.randint(NUM_TABLES, (n,), generator=generator).to(device)
 
@@ -266,6 +279,23 @@ def test_nearest_pattern_matches_brute_force(num_patterns: int) -> None:
     patterns = torch.randn(2, num_patterns, 64, generator=generator).half()
     distance = (x.double().unsqueeze(2) - patterns.double().unsqueeze(1)).square().sum(3)
     assert torch.equal(nearest_pattern(x, patterns), distance.argmin(2))
+
+
+@pytest.mark.parametrize("octaves", [0, 14])
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_exact_ties_go_to_the_lowest_id(d: int, octaves: int) -> None:
+    """Also when components span many octaves, where products of floats do not sum exactly."""
+    generator = torch.Generator().manual_seed(d)
+
+    def spread(*shape: int) -> torch.Tensor:
+        exponent = octaves * torch.rand(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator) * torch.exp2(-exponent)
+
+    x = mirrored(spread(2, 300, d) * spread(2, 300, d))
+    patterns = with_ties(spread(2, 32, d).half())
+    ids = nearest_pattern(x, patterns)
+    assert ids.max() < 16
+    assert torch.equal(ids[:, :1], nearest_pattern(x[:, :1], patterns))
 
 
 def test_repeated_patterns_are_never_chosen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -21,13 +22,15 @@ def runs_of(per_token: list[int]) -> TableRuns:
 
 def per_token_of(runs: TableRuns, begin: int, end: int) -> list[int]:
     """Tables of positions [begin, end), read off the runs themselves."""
-    return [max((start, table) for start, table in runs if start <= p)[1] for p in range(begin, end)]
+    return [
+        max((start, table) for start, table in runs if start <= p)[1] for p in range(begin, end)
+    ]
 
 
 def is_canonical(runs: TableRuns) -> bool:
     starts = [start for start, _ in runs]
     tables = [table for _, table in runs]
-    return starts == sorted(set(starts)) and all(a != b for a, b in zip(tables, tables[1:]))
+    return starts == sorted(set(starts)) and all(a != b for a, b in pairwise(tables))
 
 
 @FIXED

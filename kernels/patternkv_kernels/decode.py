@@ -19,8 +19,10 @@ _BATCH_TOKENS = 4096
 _LOWEST = torch.finfo(torch.float32).min
 
 _State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Unmerged attention of ``n`` query rows: unnormalised output ``[n, h_q, d]``, peak logit and
-softmax mass ``[n, h_q]``, float32."""
+"""Unmerged attention of ``n`` query rows, float32.
+
+Unnormalised output ``[n, h_q, d]``, peak logit ``[n, h_q]``, softmax mass ``[n, h_q]``.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,7 @@ class _WorkBatch:
 class _Work:
     batches: list[_WorkBatch]
     states: torch.Tensor
-    """int64 ``[num_rows, max_states]``: which states each row merges; state 0 is the empty one and
-    pads"""
+    """int64 ``[num_rows, max_states]``: the states each row merges, padded with empty state 0"""
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,7 @@ def _empty_state(h_q: int, d: int, device: torch.device) -> _State:
 
 
 def _merge(states: list[_State], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge by log-sum-exp, as FlashInfer's ``merge_states``: row ``i`` is the merger of states
-    ``index[i]``."""
+    """Merge states ``index[i]`` into row ``i`` by log-sum-exp (FlashInfer's ``merge_states``)."""
     out, peak, mass = (torch.cat(part)[index] for part in zip(*states, strict=True))
     top = peak.amax(1, keepdim=True).clamp_min(_LOWEST)
     weight = (peak - top).exp_()  # [b, max_states, h_q]

@@ -64,8 +64,7 @@ def dequantize_runs(
 
 
 def _centred_codes(fmt: SlotFormat, codes: torch.Tensor) -> torch.Tensor:
-    """``code - (2**bits - 1) / 2`` in float32, ``[..., 2, d]``, of the code bytes of K and V
-    ``[..., bytes]``."""
+    """``code - (2**bits - 1) / 2``, float32 ``[..., 2, d]``, of the code bytes of K and V."""
     if fmt.k_bits == fmt.v_bits:
         x = unpack(codes, fmt.k_bits).float().sub_(centre(fmt.k_bits))
     else:

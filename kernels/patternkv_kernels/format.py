@@ -21,8 +21,7 @@ _SCALE_BYTES = 2
 
 
 class SlotViews(NamedTuple):
-    """Zero-copy views of the sections of a packed buffer, all ``[num_pages, h_kv, page_size,
-    ...]``."""
+    """Zero-copy views of the sections of a packed buffer."""
 
     k_codes: torch.Tensor
     """uint8 ``[num_pages, h_kv, page_size, k_code_bytes]``"""
@@ -149,8 +148,7 @@ class SlotFormat:
         )
 
     def sections(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The raw bytes of the six sections, zero-copy, uint8 ``[num_pages, h_kv, page_size,
-        row_bytes]`` each."""
+        """The six sections as zero-copy uint8 ``[num_pages, h_kv, page_size, row_bytes]``."""
         self.check(buffer)
         row_bytes = (self.k_code_bytes, self.v_code_bytes, 1, 1, _SCALE_BYTES, _SCALE_BYTES)
         parts = buffer.split([self.page_size * size for size in row_bytes], dim=2)
@@ -160,8 +158,7 @@ class SlotFormat:
         ]
 
     def check(self, buffer: torch.Tensor) -> None:
-        """Raise ``ValueError`` unless ``buffer`` has this format's dtype and shape and is
-        contiguous."""
+        """Raise ``ValueError`` unless ``buffer`` is contiguous and of this format."""
         if (
             buffer.dtype != torch.uint8
             or buffer.dim() != 3
@@ -196,8 +193,10 @@ def read_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor) -> to
 def write_slots(
     fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
 ) -> None:
-    """Write ``rows`` (uint8 ``[n, h_kv, bytes_per_slot]``, as a page of one slot) to ``slots``
-    (int64 ``[n]``)."""
+    """Write ``rows`` to ``slots`` (int64 ``[n]``).
+
+    ``rows`` is uint8 ``[n, h_kv, bytes_per_slot]``, each laid out as in a page of one slot.
+    """
     fmt.check(buffer)
     if fmt.page_size == 1:
         buffer.index_copy_(0, slots, rows)
@@ -217,8 +216,7 @@ def centre(bits: int) -> float:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack ``codes`` (uint8 ``[..., d]``, values below ``2**bits``) into uint8 ``[..., d * bits //
-    8]``."""
+    """Pack uint8 codes ``[..., d]``, below ``2**bits``, into uint8 ``[..., d * bits // 8]``."""
     per_byte = 8 // bits
     fields = codes.unflatten(-1, (-1, per_byte)).unbind(-1)
     packed = fields[0]

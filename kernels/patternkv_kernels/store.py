@@ -16,8 +16,7 @@ from patternkv_kernels.mining import FLOAT16_MAX, sanitize
 from patternkv_kernels.tables import LayerTables
 
 _SCALE_TRIALS = {4: (0.65, 0.75, 0.9, 1.0), 2: (0.4, 0.55, 0.7, 0.9)}
-"""Tried scales, in units of the one that just covers the largest residual; see the kernel README
-for the choice."""
+"""Tried scales, in units of the one that just covers the largest residual."""
 _TOKEN_GRID_BITS = 22
 _PATTERN_GRID_BITS = 20
 _TINY = 2.0**-100
@@ -65,8 +64,7 @@ def _quantize(
     tables: LayerTables,
     table_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """The bytes of the tokens, uint8 ``[n, h_kv, bytes_per_slot]``, sections as in a page of one
-    slot."""
+    """The bytes of the tokens, uint8 ``[n, h_kv, bytes_per_slot]``, as in pages of one slot."""
     n, h_kv, d = k.shape
     x = sanitize(torch.cat([k, v], dim=1))
     ids = _assign(x, tables, table_ids)
@@ -106,13 +104,14 @@ def _assign(x: torch.Tensor, tables: LayerTables, table_ids: torch.Tensor) -> to
 
 
 def nearest_pattern(x: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
-    """Ids (int64 ``[h, n]``, lowest first among equals) of the patterns nearest to float32 ``x [h,
-    n, d]``.
+    """Ids of the nearest patterns, int64 ``[h, n]``; the lowest of equally near ones.
 
-    ``patterns`` is ``[h, num_patterns, d]``. Token components are rounded to ``2**-22`` and pattern
-    components to ``2**-20`` of the power of two below the largest one of the token and of the
-    head's table. Their products are then multiples of one unit, at most ``2**44`` of them each, and
-    the sum of up to 256 is below ``2**53``: exact in float64 in any order.
+    ``x`` is float32 ``[h, n, d]`` and ``patterns`` is ``[h, num_patterns, d]``.
+
+    Token components are rounded to ``2**-22`` and pattern components to ``2**-20`` of the power of
+    two below the largest one of the token and of the head's table. Their products are then
+    multiples of one unit, at most ``2**44`` of them each, and the sum of up to 256 is below
+    ``2**53``: exact in float64 in any order.
     """
     p = _on_grid(patterns.float(), (1, 2), _PATTERN_GRID_BITS)
     half_norm = p.square().sum(2).mul_(0.5).unsqueeze(1)
@@ -122,8 +121,10 @@ def nearest_pattern(x: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
 
 
 def _on_grid(x: torch.Tensor, dims: tuple[int, ...], bits: int) -> torch.Tensor:
-    """``x`` in float64, rounded to ``2**-bits`` of the power of two below the largest ``|x|`` over
-    ``dims``."""
+    """``x`` in float64, rounded to ``2**-bits`` of the power of two below its largest magnitude.
+
+    The largest magnitude is taken over ``dims``.
+    """
     largest = x.abs().amax(dims, keepdim=True).clamp_min(_TINY)
     power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).double()
     # Adding and subtracting 1.5 * 2**52 steps leaves a multiple of the step.
@@ -134,8 +135,9 @@ def _on_grid(x: torch.Tensor, dims: tuple[int, ...], bits: int) -> torch.Tensor:
 def fit(
     residual: torch.Tensor, channel_scale: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale of (nearly) least squared error for float32 ``residual`` and ``channel_scale
-    [n, h, d]``.
+    """Codes and scale of (nearly) least squared error.
+
+    ``residual`` and ``channel_scale`` are float32 ``[n, h, d]``.
 
     For every trial scale the codes are rounded, and given codes the best scale is the least-squares
     one, ``(residual . s) / (s . s)`` with ``s = channel_scale * (code - centre)``; the trial that

@@ -2,10 +2,10 @@
 
 A context is a shuffled ledger. The fact ``; ba ko ri lu +35`` says that account ``ba ko`` holds
 what ``ri lu`` holds plus 35, and ``; ri lu 83`` that ``ri lu`` holds 83. A question ``? ba ko``
-asks for a balance modulo 100. The reasoning follows the references through the ledger, one fact per step
-with a running total behind it, and ends in ``answer 18``. Every step is one retrieval among all
-facts of the context plus one addition; a single wrong step makes the answer wrong. Names are pairs
-of a few syllables, so a retrieval has to tell a name from the many that share a syllable with it.
+asks for a balance modulo 100. The reasoning follows the references through the ledger, one fact
+per step with a running total behind it, and ends in ``answer 18``. Every step is one retrieval
+among all facts of the context plus one addition; a single wrong step makes the answer wrong. Names
+are pairs of a few syllables, so a retrieval has to tell a name from many that share a syllable.
 
 The facts of a context form disjoint chains of equal depth and each chain is asked once, so no
 question's reasoning reveals a fact that another question needs.

@@ -163,7 +163,7 @@ def train(args: argparse.Namespace) -> None:
             logits = predict(model, batch, positions)
         targets = batch.tokens[:, batch.predictors.flatten() + 1]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(progress.step, progress.seconds / (args.minutes * 60))
         for group in optimizer.param_groups:
