@@ -18,6 +18,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     _enum = PlatformEnum.OOT
 
+    def get_device(self, device_id: int = 0) -> str:
+        # SGLang takes it for the value of --device, which it splits as a string.
+        return "cpu"
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from patternkv_sgl.stats import Stats
 
 
+MIN_ROOT_TOKENS = 16  # fewest tokens that give the root its first table
+
+
 class PatternRadixCache(RadixCache):  # type: ignore[misc]
     """SGLang's ``RadixCache`` (mem_cache/radix_cache.py) whose nodes own pattern tables.
 
@@ -53,7 +56,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         # Stock flushes only when no request runs, so nobody is left to own a table.
         self.requests.clear()
         self.refs.clear()
-        self.root_table = ZERO_TABLE
+        self.root_table, self.root_tokens = ZERO_TABLE, 0
         self.refs.acquire([ZERO_TABLE])
         self.version += 1
         super().reset()
@@ -69,7 +72,8 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         Called once per extend batch, just before its forward. A prefill of at least
         ``mine_tokens`` new tokens mines a table; one that starts like another of the batch (best
         of N sent as N equal prompts) shares the other's; the rest, and all when no slot is free,
-        inherit the table of the prefix.
+        inherit the table of the prefix. What has no prefix inherits the root's table: the first
+        one mined, from a short prompt if need be, since the zero table costs accuracy at 2 bits.
         """
         minable: dict[tuple[int, int, bytes], list[Minable]] = {}
         return [
@@ -89,7 +93,9 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         assert bool(runs) == (prefix_len > 0), f"no tables for a prefix of {prefix_len}: {runs}"
         inherited = runs.last if runs else self.root_table
         table, mine = inherited, False
-        if num_tokens >= self.config.mine_tokens:
+        if num_tokens >= self.config.mine_tokens or (
+            inherited == ZERO_TABLE and num_tokens >= MIN_ROOT_TOKENS
+        ):
             token_ids = np.asarray(
                 req.full_untruncated_fill_ids[prefix_len : prefix_len + num_tokens]
             )
@@ -108,10 +114,10 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         else:
             self.stats.inherited += 1
         self._own(state, runs.extended(prefix_len, table))
-        if mine and self.root_table == ZERO_TABLE:
+        if mine and self.root_tokens < min(num_tokens, self.config.mine_tokens):
             self.refs.acquire([table])
             self.refs.release([self.root_table])
-            self.root_table = table
+            self.root_table, self.root_tokens = table, num_tokens
         state.window_start = prefix_len + num_tokens
         return Extend(prefix_len, num_tokens, table, mine)
 

@@ -57,9 +57,9 @@ def run(config: RunConfig, problems: ProblemSet) -> tuple[Path, dict[str, Run]]:
         variant = Variant.parse(name)
         runs[name] = Run(folder, variant.slug, config, problems)
         if runs[name].finished:
-            print(f"==> {name}: complete in {folder}")
+            print(f"==> {name}: complete in {folder}", flush=True)
             continue
-        print(f"==> {name}: starting an engine")
+        print(f"==> {name}: starting an engine", flush=True)
         seed = runs[name].next_seed
         client = EngineClient(config, variant, seed)
         try:
@@ -78,7 +78,7 @@ def run_server(config: RunConfig, problems: ProblemSet) -> tuple[Path, dict[str,
         config = dataclasses.replace(config, model=info["model_path"])
         folder = make_folder(config, problems)
         name = CacheInfo.parse(info).variant
-        print(f"==> {name}: {info['model_path']} at {config.base_url}")
+        print(f"==> {name}: {info['model_path']} at {config.base_url}", flush=True)
         drawn = Run(folder, Variant(name).slug, config, problems)
         if not drawn.finished:
             drawn.draw(client, name, info["random_seed"])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ledger import MODULUS, Level, extract_answer, make_problems
+from .ledger import LEVELS, MODULUS, Level, extract_answer, level_argument, make_problems
 
 SUBSETS = 64
 """Random subsets of the samples over which maj@k is averaged."""
@@ -137,7 +137,7 @@ def standard_error(values: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure pass@1 and maj@k on held-out problems.")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--levels", type=Level.parse, nargs="+", default=[Level.parse("demo")])
+    parser.add_argument("--levels", type=level_argument, nargs="+", default=[LEVELS["demo"]])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--samples", type=int, default=16)

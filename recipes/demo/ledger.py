@@ -206,10 +206,18 @@ def _reason(chain: list[tuple[str, int]]) -> tuple[str, str]:
     return "".join(steps) + f" ; {name} {number} {answer} answer {answer}", answer
 
 
+def level_argument(text: str) -> Level:
+    """``Level.parse`` for command lines: argparse prints what is wrong with the text."""
+    try:
+        return Level.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write ledger problems as JSON lines.")
     parser.add_argument("--split", choices=SPLITS, default="heldout")
-    parser.add_argument("--level", type=Level.parse, default="demo", help="name or FACTSxDEPTH")
+    parser.add_argument("--level", type=level_argument, default="demo", help="name or FACTSxDEPTH")
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--questions", type=int, default=4, help="per context")
     parser.add_argument("--seed", type=int, default=0)
@@ -222,11 +230,13 @@ def main() -> None:
         seed=args.seed,
         split=args.split,
     )
-    lines = []
-    for problem in problems:
-        record = asdict(problem)
+    try:
+        records = [asdict(problem) for problem in problems]
+    except ValueError as error:
+        parser.error(str(error))
+    for record in records:
         del record["reasoning"]
-        lines.append(json.dumps(record) + "\n")
+    lines = [json.dumps(record) + "\n" for record in records]
     if args.out is None:
         sys.stdout.writelines(lines)
     else:
