@@ -42,7 +42,9 @@ def hardware() -> dict[str, str | int | None]:
 
 def git_commit() -> str | None:
     """Commit of the checkout this file is in, with ``-dirty`` if files differ from it; None
-    outside a checkout."""
+    outside a checkout. ``GIT_COMMIT`` names it where files travel without their history."""
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
 
     def git(*words: str) -> str:
         where = Path(__file__).resolve().parent

@@ -56,19 +56,26 @@ class EngineRun:
 
 
 def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
-    """Start one engine, answer its requests in order, and shut it down."""
+    """Start one engine, answer its requests in order, and shut it down.
+
+    Returns:
+        ``answers``, and ``stats``: the PatternKV numbers after each of them.
+    """
     import sglang
 
     os.environ.update(engine["environment"])
     runtime = sglang.Engine(**engine["kwargs"])
+    answers, stats = [], []
     try:
-        answers = [runtime.generate(**request) for request in engine["requests"]]
-        states = runtime.get_server_info()["internal_states"]
+        for request in engine["requests"]:
+            answers.append(runtime.generate(**request))
+            (state,) = runtime.get_server_info()["internal_states"]
+            stats.append(state.get("patternkv"))
     finally:
         runtime.shutdown()
         for name in engine["environment"]:
             del os.environ[name]
-    return {"answers": answers, "stats": [state.get("patternkv") for state in states]}
+    return {"answers": answers, "stats": stats}
 
 
 if __name__ == "__main__":

@@ -25,21 +25,15 @@ import requests
 from tests.answers import greedy
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo" / "model"
-START_SECONDS = 400  # three imports of SGLang on a busy machine
+START_SECONDS = 600  # three imports of SGLang on a busy machine
 STOP_SECONDS = 60
 REQUEST_SECONDS = 120
 TAIL_LINES = 60
 CRASHES = ("Traceback", "AssertionError", "memory leak detected")
-COMMON = [
-    "--device",
-    "cpu",
-    "--dtype",
-    "bfloat16",
-    "--mem-fraction-static",
-    "0.05",
-    "--random-seed",
-    "0",
-]
+COMMON = (
+    *("--dtype", "bfloat16", "--mem-fraction-static", "0.05", "--random-seed", "0"),
+    "--sleep-on-idle",
+)
 
 LAUNCH_SERVER = (sys.executable, "-m", "sglang.launch_server")
 SERVE = (str(Path(sys.executable).parent / "sglang"), "serve")

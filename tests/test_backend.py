@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import get_context
 import patternkv_sgl.backend
 from patternkv_kernels import dequantize
 from patternkv_sgl.backend import PatternKVBackend
-from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch
+from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, read_batch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.segments import build_segments
 from patternkv_sgl.tables import ZERO_TABLE
@@ -376,6 +376,34 @@ def test_sinks_are_stored_exactly() -> None:
         assert torch.equal(held, exact.half().float())
 
 
+def test_only_the_first_tokens_of_a_sequence_are_sinks() -> None:
+    """A later chunk mines patterns for all its tokens; none of them is a sink."""
+    model = Model(config(sinks=2), dtype=torch.bfloat16)
+    req = model.admit(tokens(0, 110))
+    for length in (1, 49, 60):
+        model.extend([req], [length])
+        model.checkpoint(req)
+    for layer in range(LAYERS):
+        held, exact = model.stored(layer, req, 110), model.exact(layer, req, range(110))
+        same = (held == exact.half().float()).flatten(2).all(2)
+        assert same[:, 1].all()  # position 1 starts the first chunk that mines
+        assert not same[:, [2, 3, 50, 51]].any()
+
+
+@pytest.mark.parametrize(("bits", "error"), [((4, 4), 0.02), ((2, 2), 0.3)])
+def test_stored_tokens_are_near_the_exact_ones(bits: tuple[int, int], error: float) -> None:
+    """Of the prompt and of decoded tokens: relative squared error, over K and V each."""
+    model = Model(config(4, k_bits=bits[0], v_bits=bits[1]))
+    (req,) = model.prefill(tokens(0, 64))
+    for step in range(20):
+        model.decode([req], sampled([req], step))
+    for layer in range(LAYERS):
+        held, exact = model.stored(layer, req, 84), model.exact(layer, req, range(84))
+        squares = (held - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
+        for part in (squares[:, :64], squares[:, 64:]):
+            assert part.mean(1).max() < error
+
+
 # Batches without requests
 
 
@@ -443,8 +471,15 @@ def test_requests_of_another_kind_of_batch_are_an_error(mode: ForwardMode) -> No
         model.backend.init_forward_metadata(dummy(mode, [0]))
 
 
+@pytest.mark.parametrize("mode", [ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND_V2])
+def test_a_speculative_batch_is_refused(mode: ForwardMode) -> None:
+    with pytest.raises(RuntimeError, match=f"{mode.name} is not available with --kv-quant"):
+        read_batch(Model(config()).tree, SimpleNamespace(forward_mode=mode))
+
+
 def test_an_idle_batch_has_no_plan() -> None:
     model = Model(config())
+    assert read_batch(model.tree, SimpleNamespace(forward_mode=ForwardMode.IDLE)) is None
     model.backend.init_forward_metadata(dummy(ForwardMode.IDLE, []))
     assert model.backend.forward_metadata is None
     with pytest.raises(AssertionError, match="plan=None"):

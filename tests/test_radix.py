@@ -289,8 +289,12 @@ def test_a_long_prefill_mines_and_a_short_one_inherits(scheduler: Scheduler) -> 
     (extend,) = scheduler.extend([long])
     assert extend.mine and extend.table not in (ZERO_TABLE, table)
     assert state_of(long).runs == ((0, table), (64, extend.table))
+    scheduler.checkpoint(long)
+    below = scheduler.admit(tokens(0, 64) + tokens(200, MINE) + [1])
+    (inherited,) = scheduler.extend([below])
+    assert (inherited.prefix_len, inherited.table) == (64 + MINE, extend.table)
     stats = scheduler.stats
-    assert (stats.mined, stats.inherited, stats.exhausted) == (2, 1, 0)
+    assert (stats.mined, stats.inherited, stats.exhausted) == (2, 2, 0)
 
 
 def test_short_prompts_inherit_the_zero_table_until_one_mines(scheduler: Scheduler) -> None:
@@ -455,6 +459,17 @@ def test_a_retracted_request_comes_back_to_its_own_prefix(scheduler: Scheduler) 
     (extend,) = scheduler.extend([req])
     assert (extend.prefix_len, extend.num_tokens, extend.mine) == (48, 8, False)
     assert state_of(req).runs == ((0, table),)
+
+
+def test_a_decoding_request_in_a_mixed_batch_keeps_its_tables(scheduler: Scheduler) -> None:
+    (req,) = scheduler.prefill(tokens(0, 40))
+    for step in range(3):
+        scheduler.decode([req], [700 + step])
+    runs = state_of(req).runs
+    req.refresh_fill_ids()
+    (extend,) = scheduler.tree.begin_extends([req], [42], [1])
+    assert (extend.table, extend.mine) == (runs.last, False)
+    assert (state_of(req).runs, state_of(req).window_start) == (runs, 43)
 
 
 def test_keys_of_different_namespaces_share_no_node(scheduler: Scheduler) -> None:

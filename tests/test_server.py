@@ -17,9 +17,9 @@ pytestmark = pytest.mark.slow
 
 PROMPT = 540  # tokens; more than --kv-quant-mine-tokens
 SHORT = 40  # tokens; less
-# Largest difference in nats between a greedy answer whose prompt was attended exactly and one that
-# read it from the 4-bit cache: four times what was measured over the prompts of this file.
-COLD_TO_WARM = 0.6
+# Nats between a greedy answer whose prompt was attended exactly and one that read it from the
+# 4-bit cache: 0.54 at most over eight random prompts to the demo model. Wrong slots give several.
+COLD_TO_WARM = 1.5
 CONFIGURATION = {"bits": "4/4", "patterns": 64, "window": 32, "sinks": 4, "mine_tokens": 256}
 COUNTS = {
     *("bytes_per_token", "bf16_bytes_per_token", "bytes_allocated", "table_bytes"),
@@ -28,11 +28,6 @@ COUNTS = {
     *("kv_reads", "kv_reads_shared", "max_branches"),
 }
 GAUGE = re.compile(r"^sglang:patternkv_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
-
-
-@pytest.fixture
-def server(patternkv_server: Server) -> Server:
-    return patternkv_server
 
 
 def grown(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
@@ -136,15 +131,16 @@ def test_abort_in_mid_stream_gives_everything_back(server: Server, model: Model,
     rid = uuid.uuid4().hex
     body = greedy(text, 3000) | {"stream": True, "rid": rid}
     with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=60) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         assert server.stats()["running_requests"] == 1
         if how == "abort_request":
             assert server.post(how, {"rid": rid}).ok
-            assert b'"type":"abort"' in stream.raw.read()
+            assert any(b'"type":"abort"' in line for line in lines)
     after = server.settle()
     assert {*grown(idle, after)} <= {"kv_reads", "tables_inherited", "table_refs"}
     assert after["tables_live"] == idle["tables_live"] == 1
-    assert server.generate(text)["meta_info"]["cached_tokens"] == PROMPT - 1
+    assert cached(server.generate(text)) == PROMPT - 1
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,12 @@ CONFIGURATION = {
     "chunked-prefill-size": CHUNK,
     "max-total-tokens": CAPACITY,
     "max-running-requests": 16,
+    # Admit more requests than will fit, so that the pool fills up while they decode.
+    "schedule-conservativeness": 0.05,
 }
 ENVIRONMENT = {
     "SGLANG_TEST_RETRACT": "1",
-    "SGLANG_TEST_RETRACT_INTERVAL": "7",
+    "SGLANG_TEST_RETRACT_INTERVAL": "29",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
@@ -91,7 +93,7 @@ def load(server: Server, model: Model, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     stem = model.prompt(rng.choice([64, 150, 210]), 40 + rng.randrange(3))
     tail = model.prompt(rng.randrange(1, 60), 1000 + seed)
-    num_tokens = rng.choice([16, 40, 90])
+    num_tokens = rng.choice([16, 60, 150])
     if seed % 8 == 0:
         body = greedy(f"{stem} {tail}", 400) | {"stream": True}
         with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=120) as stream:

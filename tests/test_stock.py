@@ -68,8 +68,7 @@ def test_help_lists_every_flag(runs: dict[str, subprocess.CompletedProcess[str]]
 
 def test_without_the_flag_every_logprob_is_stocks(engines: dict[str, Any]) -> None:
     stock, plugged = engines["stock"], engines["plugged"]
-    assert stock["stats"] == plugged["stats"] == [None]
-    assert len(stock["answers"]) == len(plugged["answers"])
+    assert not any(stock["stats"] + plugged["stats"])
     names = ("input_token_logprobs", "output_token_logprobs", "output_top_logprobs")
     for ours, theirs in zip(plugged["answers"], stock["answers"], strict=True):
         assert ours["text"] == theirs["text"]
