@@ -86,7 +86,11 @@ def main() -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepare(model)
     rows = setting_studies(model, tokenizer, args) + segment_study(model, tokenizer, args)
-    meta = {"model": "demo" if args.model == str(MODEL) else args.model, "level": str(args.level), "seed": args.seed}
+    meta = {
+        "model": "demo" if args.model == str(MODEL) else args.model,
+        "level": str(args.level),
+        "seed": args.seed,
+    }
     meta |= {"versions": versions(), "hardware": hardware(), "commit": git_commit()}
     args.out.write_bytes(b"".join(orjson.dumps(row | meta) + b"\n" for row in rows))
 

@@ -94,9 +94,11 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             self.forward_metadata = None
         elif mode.is_decode():
             assert batch is None or isinstance(batch, DecodeBatch), f"{batch=} in a decode forward"
-            self.forward_metadata = self._plan_decode(
+            segments, self.forward_metadata = self._plan_decode(
                 batch or self._dummy_decode(forward_batch), forward_batch
             )
+            if batch is not None:
+                self._count(batch, segments)
         else:
             assert batch is None or isinstance(batch, ExtendBatch), f"{batch=} in an extend forward"
             self.forward_metadata = self._plan_extend(
@@ -124,15 +126,14 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             token_tables,
         )
 
-    def _plan_decode(self, batch: DecodeBatch, forward_batch: ForwardBatch) -> TreePlan:
+    def _plan_decode(
+        self, batch: DecodeBatch, forward_batch: ForwardBatch
+    ) -> tuple[Segments, TreePlan]:
         token_tables = self._int32(batch.tables)
         self.pool.slot_table[forward_batch.out_cache_loc] = token_tables
         segments = build_segments(batch.readers)
         if self.config.check:
             self._check_segments(segments)
-        self.stats.kv_reads += sum(batch.seq_lens)
-        self.stats.kv_reads_shared += segments.shared_reads
-        self.stats.max_branches = max(self.stats.max_branches, segments.max_branches)
         decode = DecodePlan(
             self.req_to_token,
             self._int32(segments.segments).view(-1, 4),
@@ -140,13 +141,18 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             self._int32(segments.rows),
         )
         device = self.req_to_token.device
-        return TreePlan(
+        return segments, TreePlan(
             decode,
             token_tables,
             forward_batch.req_pool_indices.long(),
             torch.tensor(batch.seq_lens, device=device) - 1,
             torch.tensor(batch.window_starts, device=device),
         )
+
+    def _count(self, batch: DecodeBatch, segments: Segments) -> None:
+        self.stats.kv_reads += sum(batch.seq_lens)
+        self.stats.kv_reads_shared += segments.shared_reads
+        self.stats.max_branches = max(self.stats.max_branches, segments.max_branches)
 
     def _int32(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.req_to_token.device)

@@ -22,7 +22,7 @@ def parse_bits(text: str) -> tuple[int, int]:
     if len(parts) != 2 or any(part not in map(str, BITS) for part in parts):
         raise ValueError(
             f"--kv-quant-bits {text!r}: expected 4, 2 or K:V with each of K and V in {{2, 4}}, "
-            "for example 4:2"
+            "for example 4:2 (quoted in YAML, which reads a bare 4:2 as a number)"
         )
     return int(parts[0]), int(parts[1])
 

@@ -39,7 +39,7 @@ def record_targets() -> None:
     for target, expected in PARAMETERS.items():
         try:
             found = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
-        except (AttributeError, ImportError, ValueError) as error:
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
             _moved.append(f"{target} is gone ({error})")
             continue
         if found[: len(expected)] != expected:

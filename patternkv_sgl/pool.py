@@ -17,7 +17,7 @@ from patternkv_kernels import LayerTables, SlotFormat
 if TYPE_CHECKING:
     from patternkv_sgl.config import PatternKVConfig
 
-TABLE_MEMORY_SHARE = 0.03  # of the KV memory, for table slots, when --kv-quant-tables is unset
+TABLE_MEMORY_SHARE = 0.01  # of the KV memory, for table slots, when --kv-quant-tables is unset
 MIN_TABLES, MAX_TABLES = 16, 1024
 TABLE_ID_BYTES = torch.int32.itemsize
 

@@ -12,14 +12,13 @@ runs do the same for the whole sequence. Splitting a node copies references, del
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
-from patternkv_sgl.requests import ATTRIBUTE, Extend, Minable, RequestTables
+from patternkv_sgl.requests import ATTRIBUTE, Extend, RequestTables
 from patternkv_sgl.tables import ZERO_TABLE, TableRefs, TableRuns
 
 if TYPE_CHECKING:
@@ -70,14 +69,14 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         """Decide the table of each request's new tokens, and give the request its runs.
 
         Called once per extend batch, just before its forward. A prefill of at least
-        ``mine_tokens`` new tokens mines a table; one that starts like another of the batch (best
-        of N sent as N equal prompts) shares the other's; the rest, and all when no slot is free,
-        inherit the table of the prefix. What has no prefix inherits the root's table: the first
-        one mined, from a short prompt if need be, since the zero table costs accuracy at 2 bits.
+        ``mine_tokens`` new tokens mines a table; its equals in the batch (best of N sent as N equal
+        prompts) share it; the rest, and all when no slot is free, inherit the table of the prefix.
+        What has no prefix inherits the root's table: the first one mined, from a short prompt if
+        need be, since the zero table costs accuracy at 2 bits.
         """
-        minable: dict[tuple[int, int, bytes], list[Minable]] = {}
+        mined: dict[Hashable, int] = {}
         return [
-            self._begin_extend(req, prefix_len, num_tokens, minable)
+            self._begin_extend(req, prefix_len, num_tokens, mined)
             for req, prefix_len, num_tokens in zip(reqs, prefix_lens, extend_lens, strict=True)
         ]
 
@@ -86,7 +85,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         req: Req,
         prefix_len: int,
         num_tokens: int,
-        minable: dict[tuple[int, int, bytes], list[Minable]],
+        mined: dict[Hashable, int],
     ) -> Extend:
         state = self._state(req)
         runs = self._path_runs(req.last_node, state.runs).slice(0, prefix_len)
@@ -96,17 +95,13 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         if num_tokens >= self.config.mine_tokens or (
             inherited == ZERO_TABLE and num_tokens >= MIN_ROOT_TOKENS
         ):
-            token_ids = np.asarray(
-                req.full_untruncated_fill_ids[prefix_len : prefix_len + num_tokens]
-            )
-            head = token_ids[: self.config.mine_tokens].tobytes()
-            alike = minable.setdefault((id(req.last_node), prefix_len, head), [])
-            shared = [m for m in alike if m.covers(token_ids, self.config.mine_tokens)]
-            if shared:
-                table = shared[0].table
+            token_ids = req.full_untruncated_fill_ids[prefix_len : prefix_len + num_tokens]
+            equals = (id(req.last_node), req.extra_key, req.cache_salt, token_ids.tobytes())
+            if equals in mined:
+                table = mined[equals]
             elif (free := self.refs.allocate()) is not None:
                 table, mine = free, True
-                alike.append(Minable(token_ids, table))
+                mined[equals] = table
             else:
                 self.stats.exhausted += 1
         if mine:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SGLANG_VERSION = "0.5.23"
+MAX_PAGE_SIZE = 1024
 DTYPES = ("torch.bfloat16", "torch.float16")
 
 
@@ -108,8 +109,17 @@ def refuse_options(args: Any) -> None:
         if value not in conflict.neutral:
             raise ValueError(conflict.message(value))
     page_size, max_tokens = args.page_size, args.max_total_tokens
-    if page_size is not None and page_size < 1:
-        raise ValueError(f"--page-size {page_size}: expected at least 1")
+    if page_size is not None and not 1 <= page_size <= MAX_PAGE_SIZE:
+        raise ValueError(f"--page-size {page_size}: expected 1 to {MAX_PAGE_SIZE}")
+    chunk = args.chunked_prefill_size
+    if page_size is not None and chunk is not None and chunk > 0 and chunk % page_size:
+        raise ValueError(
+            f"--chunked-prefill-size {chunk} is no multiple of --page-size {page_size}: a chunk "
+            f"must end on a page; use {max(1, chunk // page_size) * page_size}"
+        )
+    requests = args.max_running_requests
+    if requests is not None and requests < 1:
+        raise ValueError(f"--max-running-requests {requests}: expected at least 1")
     if max_tokens is not None and max_tokens < max(2, page_size or 1):
         raise ValueError(
             f"--max-total-tokens {max_tokens}: expected at least 2 tokens and one page of "
@@ -117,19 +127,19 @@ def refuse_options(args: Any) -> None:
         )
 
 
-def refuse_model(model_config: Any, tp_size: int) -> None:
+def refuse_model(model_config: Any) -> None:
     """Refuse a model whose attention the cache cannot serve, from its configuration alone.
 
     Args:
         model_config: SGLang's ``ModelConfig``.
-        tp_size: tensor-parallel ranks that share its heads.
 
     Raises:
         ValueError: names the property, the limit and the remedy.
     """
     from sglang.srt.configs.model_config import AttentionArch
 
-    name = model_config.hf_config.architectures[0]
+    hf_config = model_config.hf_config
+    name = (hf_config.architectures or [hf_config.model_type])[0]
     remedy = "serve this model without --kv-quant"
     if model_config.attention_arch != AttentionArch.MHA:
         raise ValueError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from patternkv_sgl.tables import TableRuns
 
 ATTRIBUTE = "patternkv"  # where a RequestTables hangs on an sglang Req
@@ -40,18 +38,3 @@ class Extend:
     num_tokens: int
     table: int
     mine: bool
-
-
-@dataclass(frozen=True)
-class Minable:
-    """A prefill of this batch that mines: later ones that start alike share its table."""
-
-    token_ids: np.ndarray  # int64 [num_tokens]
-    table: int
-
-    def covers(self, token_ids: np.ndarray, mine_tokens: int) -> bool:
-        """Whether ``token_ids`` differ by less than what would repay a table of their own."""
-        limit = min(len(self.token_ids), len(token_ids))
-        differs = np.flatnonzero(self.token_ids[:limit] != token_ids[:limit])
-        common = int(differs[0]) if len(differs) else limit
-        return common >= mine_tokens and len(token_ids) - common < mine_tokens

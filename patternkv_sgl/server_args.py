@@ -15,6 +15,17 @@ from patternkv_sgl.refusals import refuse_model, refuse_options, refuse_sglang
 
 BACKEND = "patternkv"
 DEFAULT_MAX_RUNNING_REQUESTS = 256
+DEFAULTS = PatternKVConfig()
+# The tuning flags; --kv-quant itself is not one.
+FLAG_DEFAULTS: dict[str, Any] = {
+    "kv_quant_bits": str(DEFAULTS.k_bits),
+    "kv_quant_patterns": DEFAULTS.patterns,
+    "kv_quant_window": DEFAULTS.window,
+    "kv_quant_sinks": DEFAULTS.sinks,
+    "kv_quant_mine_tokens": DEFAULTS.mine_tokens,
+    "kv_quant_tables": DEFAULTS.tables,
+    "kv_quant_check": DEFAULTS.check,
+}
 
 # The module path of a parent class matters to hooks: SGLang's hook registry rewrites every module
 # global that is the replaced class, so the original ServerArgs lives only in this closure.
@@ -26,8 +37,6 @@ def _range(name: str) -> str:
 
 
 def _build(base: Any) -> Any:
-    defaults = PatternKVConfig()
-
     class KVQuantServerArgs(base, dict=True):  # type: ignore[misc, call-arg]
         kv_quant: A[
             Optional[str],  # noqa: UP045 - SGLang's argument parser reads Optional
@@ -41,48 +50,47 @@ def _build(base: Any) -> Any:
         kv_quant_bits: A[
             str,
             "Bits of the residuals with --kv-quant patternkv: 4, 2, or K:V such as 4:2.",
-        ] = str(defaults.k_bits)
+        ] = FLAG_DEFAULTS["kv_quant_bits"]
         kv_quant_patterns: A[
             int,
             f"Patterns per table, for K and V each ({_range('patterns')}). More patterns mean "
             "smaller residuals and larger tables.",
-        ] = defaults.patterns
+        ] = FLAG_DEFAULTS["kv_quant_patterns"]
         kv_quant_window: A[
             int,
             "Most recent generated tokens of each running request that attention reads in the "
             f"model dtype ({_range('window')}).",
-        ] = defaults.window
+        ] = FLAG_DEFAULTS["kv_quant_window"]
         kv_quant_sinks: A[
             int,
             "First tokens of a sequence that are stored exactly, as patterns of their own "
             f"({_range('sinks')}).",
-        ] = defaults.sinks
+        ] = FLAG_DEFAULTS["kv_quant_sinks"]
         kv_quant_mine_tokens: A[
             int,
             "A prefill of at least this many new tokens mines a pattern table of its own; a "
             f"shorter one uses the table of its prefix ({_range('mine_tokens')}).",
-        ] = defaults.mine_tokens
+        ] = FLAG_DEFAULTS["kv_quant_mine_tokens"]
         kv_quant_tables: A[
             Optional[int],  # noqa: UP045
-            f"Table slots, the zero table included ({_range('tables')}). Default: 3 percent of "
+            f"Table slots, the zero table included ({_range('tables')}). Default: 1 percent of "
             "the KV memory, between 16 and 1024.",
-        ] = defaults.tables
+        ] = FLAG_DEFAULTS["kv_quant_tables"]
         kv_quant_check: A[
             bool,
             "Verify table ownership and per-slot table ids while serving (slow; for tests).",
-        ] = defaults.check
+        ] = FLAG_DEFAULTS["kv_quant_check"]
 
         def __post_init__(self) -> None:
             base.__post_init__(self)
-            if self.kv_quant is not None:
-                _prepare(self)
+            _prepare(self)
 
         def check_server_args(self) -> None:
             base.check_server_args(self)
             if self.kv_quant is not None:
                 from sglang.srt.arg_groups.model_override_base import model_config_of
 
-                refuse_model(model_config_of(self), self.tp_size)
+                refuse_model(model_config_of(self))
 
     KVQuantServerArgs._NS_BY_FIELD = {
         **base._NS_BY_FIELD,
@@ -95,6 +103,14 @@ def _build(base: Any) -> Any:
 
 def _prepare(args: Any) -> None:
     """Refuse what cannot work, then select our backend, tree and memory defaults."""
+    if args.kv_quant is None:
+        refuse_idle_flags(args)
+        return
+    if args.kv_quant != BACKEND:
+        raise ValueError(
+            f"--kv-quant {args.kv_quant!r}: expected {BACKEND!r}, or leave it unset for the "
+            "model's own dtype"
+        )
     refuse_sglang()
     config_of(args)
     refuse_options(args)
@@ -105,6 +121,21 @@ def _prepare(args: Any) -> None:
         # Every request slot reserves a bf16 window; stock's default of 2048 to 4096 slots would
         # spend gigabytes on windows that are never filled.
         args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
+
+
+def refuse_idle_flags(args: Any) -> None:
+    """Refuse tuning flags that would silently do nothing.
+
+    Raises:
+        ValueError: names the flag that was set without ``--kv-quant``.
+    """
+    for name, default in FLAG_DEFAULTS.items():
+        value = getattr(args, name)
+        if value != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value!r} has no effect without --kv-quant: add "
+                f"--kv-quant {BACKEND}, or drop it"
+            )
 
 
 def config_of(args: Any) -> PatternKVConfig:

@@ -122,6 +122,7 @@ def plot(variants: Mapping[str, Metrics], title: str, path: Path) -> None:
     curves.set(xlabel="k samples per problem", ylabel="maj@k, %", title=title)
     curves.grid(alpha=0.3)
     curves.legend(title="KV cache")
+    bars.margins(y=0.1)
     bars.set(xlabel="KV cache", ylabel="tokens", title="KV tokens in the same memory")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -442,6 +442,7 @@ def test_a_dummy_batch_touches_only_the_padding_page(mode: ForwardMode, window: 
     assert torch.equal(tables, model.slot_table[16:])
     assert not model.slot_table[:16].any()
     assert not model.pool.tables[0].patterns[ZERO_TABLE].any()
+    assert model.stats.kv_reads == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

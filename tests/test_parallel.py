@@ -66,9 +66,10 @@ def test_data_parallel_ranks_count_for_themselves(data_parallel: Server, model: 
     answers = server.generate(text, TOKENS, n=BRANCHES, temperature=0.8)
     assert len(answers) == BRANCHES
     after = [server.settle(rank) for rank in ranks]
-    # Branches are dealt in turn, so each rank prefills the prompt once and shares it.
+    # Branches are dealt in turn, so each rank prefills the prompt itself. Those that reach a rank
+    # while it still prefills may mine once more, and end up on the slots of the first.
     for rank in ranks:
-        assert after[rank]["tables_mined"] - before[rank]["tables_mined"] == 1
-        assert after[rank]["tables_live"] == 1
+        mined = after[rank]["tables_mined"] - before[rank]["tables_mined"]
+        assert 1 <= after[rank]["tables_live"] <= mined <= BRANCHES // 2
         assert after[rank]["kv_reads_shared"] > before[rank]["kv_reads_shared"]
         assert 2 <= after[rank]["max_branches"] < BRANCHES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -387,14 +388,31 @@ def test_equal_prompts_of_a_batch_mine_once(scheduler: Scheduler) -> None:
     assert rows[0] == rows[1] == rows[2]
 
 
-@pytest.mark.parametrize(("tail", "shares"), [(MINE - 1, True), (MINE, False)])
-def test_a_batch_shares_a_table_when_less_than_a_segment_differs(tail: int, shares: bool) -> None:
+def test_prompts_that_are_not_equal_mine_each_their_own() -> None:
     scheduler = Scheduler(CONFIG, size=512)
-    reqs = [scheduler.admit(tokens(0, 48) + tokens(start, tail)) for start in (100, 200)]
+    reqs = [scheduler.admit(tokens(0, 48) + tokens(last, 1)) for last in (100, 200)]
     first, second = scheduler.extend(reqs)
-    assert first.mine
-    assert second.mine is not shares
-    assert (first.table == second.table) is shares
+    assert first.mine and second.mine and first.table != second.table
+
+
+def test_equal_prompts_of_two_namespaces_mine_each_their_own() -> None:
+    scheduler = Scheduler(CONFIG, size=512)
+    first, second = scheduler.extend([scheduler.admit(tokens(0, 48), key) for key in "ab"])
+    assert first.mine and second.mine and first.table != second.table
+
+
+def test_the_root_takes_its_first_table_from_a_short_prompt_and_a_better_one_later() -> None:
+    scheduler = Scheduler(replace(CONFIG, mine_tokens=64), size=512)
+    (tiny,) = scheduler.extend([scheduler.admit(tokens(0, 15))])
+    assert not tiny.mine and scheduler.tree.root_table == ZERO_TABLE
+    first, second = scheduler.extend([scheduler.admit(tokens(s, 20)) for s in (100, 200)])
+    assert first.mine and scheduler.tree.root_table == first.table
+    assert not second.mine and second.table == first.table
+    (long,) = scheduler.extend([scheduler.admit(tokens(300, 64))])
+    assert long.mine and scheduler.tree.root_table == long.table
+    (longer,) = scheduler.extend([scheduler.admit(tokens(400, 70))])
+    assert longer.mine and scheduler.tree.root_table == long.table
+    check(scheduler)
 
 
 def test_prompts_that_differ_at_the_start_mine_each_their_own(scheduler: Scheduler) -> None:

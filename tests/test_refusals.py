@@ -105,8 +105,21 @@ def test_the_remedy_of_a_refusal_is_accepted(conflict: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"page_size": 0}, "--page-size 0: expected at least 1"),
-        ({"page_size": -16}, "--page-size -16: expected at least 1"),
+        ({"page_size": 0}, "--page-size 0: expected 1 to 1024"),
+        ({"page_size": -16}, "--page-size -16: expected 1 to 1024"),
+        ({"page_size": 10**9}, "--page-size 1000000000: expected 1 to 1024"),
+        (
+            {"page_size": 16, "chunked_prefill_size": 100},
+            "--chunked-prefill-size 100 is no multiple of --page-size 16: a chunk must end on a "
+            "page; use 96",
+        ),
+        ({"max_running_requests": 0}, "--max-running-requests 0: expected at least 1"),
+        ({"max_running_requests": -1}, "--max-running-requests -1: expected at least 1"),
+        ({"kv_quant": ""}, "--kv-quant '': expected 'patternkv'"),
+        ({"kv_quant": "Patternkv"}, "--kv-quant 'Patternkv': expected 'patternkv'"),
+        ({"kv_quant": True}, "--kv-quant True: expected 'patternkv'"),
+        ({"kv_quant": None, "kv_quant_bits": "2"}, "--kv-quant-bits '2' has no effect without"),
+        ({"kv_quant": None, "kv_quant_check": True}, "--kv-quant-check True has no effect"),
         ({"max_total_tokens": 0}, "--max-total-tokens 0: expected at least 2 tokens"),
         ({"max_total_tokens": -5}, "--max-total-tokens -5: expected at least 2 tokens"),
         ({"max_total_tokens": 1}, "--max-total-tokens 1: expected at least 2 tokens"),
@@ -153,7 +166,7 @@ def model(**changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_supported_models(head_dim: int, dtype: torch.dtype) -> None:
-    refuse_model(model(head_dim=head_dim, v_head_dim=head_dim, dtype=dtype), tp_size=1)
+    refuse_model(model(head_dim=head_dim, v_head_dim=head_dim, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +196,7 @@ def test_an_unsupported_model_is_refused(
     changes: dict[str, Any], problem: str, remedy: str
 ) -> None:
     with pytest.raises(ValueError, match="TinyForCausalLM") as error:
-        refuse_model(model(**changes), tp_size=1)
+        refuse_model(model(**changes))
     assert problem in str(error.value)
     assert remedy in str(error.value)
 
@@ -311,6 +324,13 @@ def test_the_hook_targets_of_this_sglang_are_in_place(monkeypatch: pytest.Monkey
     monkeypatch.setattr(hooks, "_moved", ["stale"])
     hooks.record_targets()
     assert hooks.moved_targets() == []
+
+
+def test_a_target_that_is_no_function_any_more_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "_moved", [])
+    monkeypatch.setattr(hooks, "PARAMETERS", {"sys.maxsize": ("self",)})
+    hooks.record_targets()
+    assert "sys.maxsize is gone" in hooks.moved_targets()[0]
 
 
 # Flags
