@@ -56,13 +56,18 @@ def engines(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "model_path": str(model.path),
         "device": "cpu",
         "dtype": "bfloat16",
-        "mem_fraction_static": 0.05,
+        "mem_fraction_static": 0.3,
         "max_total_tokens": 8192,
         "chunked_prefill_size": CHUNK,
         "random_seed": 0,
         "log_level": "warning",
     }
-    quantized = {"kv_quant": "patternkv", "kv_quant_bits": "4:2", "kv_quant_check": True}
+    quantized = {
+        "kv_quant": "patternkv",
+        "kv_quant_bits": "4:2",
+        "kv_quant_check": True,
+        "kv_quant_tables": 64,
+    }
 
     def body(num_tokens: int, **params: Any) -> dict[str, Any]:
         request = greedy(model.prompt(num_tokens, num_tokens), **params)

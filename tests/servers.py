@@ -30,8 +30,10 @@ STOP_SECONDS = 60
 REQUEST_SECONDS = 120
 TAIL_LINES = 60
 CRASHES = ("Traceback", "AssertionError", "memory leak detected")
+# The share of memory leaves room for what other processes take while a server starts; each test
+# caps the pool with --max-total-tokens.
 COMMON = (
-    *("--dtype", "bfloat16", "--mem-fraction-static", "0.05", "--random-seed", "0"),
+    *("--dtype", "bfloat16", "--mem-fraction-static", "0.3", "--random-seed", "0"),
     "--sleep-on-idle",
 )
 
@@ -123,7 +125,7 @@ PATTERNKV = Spec(
     LAUNCH_SERVER,
     (
         *("--kv-quant", "patternkv", "--kv-quant-bits", "4", "--kv-quant-check"),
-        *("--enable-metrics", "--max-total-tokens", "20000"),
+        *("--enable-metrics", "--max-total-tokens", "20000", "--kv-quant-tables", "64"),
     ),
 )
 
@@ -231,12 +233,21 @@ class Launcher:
         self._model, self._logs = model, logs
         self._server: Server | None = None
         self._started = 0
+        self._failed: dict[Spec, AssertionError] = {}
 
     def server(self, spec: Spec) -> Server:
+        """The server of ``spec``; one that failed to start is not tried again."""
+        if spec in self._failed:
+            raise self._failed[spec]
         if self._server is None or self._server.spec != spec:
             self.stop()
             self._started += 1
-            self._server = Server(spec, self._model, self._logs / f"server{self._started}.log")
+            log = self._logs / f"server{self._started}.log"
+            try:
+                self._server = Server(spec, self._model, log)
+            except AssertionError as error:
+                self._failed[spec] = error
+                raise
         return self._server
 
     def stop(self) -> None:

@@ -17,6 +17,7 @@ PROMPT, BRANCHES, TOKENS = 300, 8, 24
 ARGUMENTS = (
     *("--kv-quant", "patternkv", "--kv-quant-bits", "4:2", "--kv-quant-check"),
     *("--max-total-tokens", "8192", "--max-running-requests", "32"),
+    *("--kv-quant-tables", "64"),
 )
 
 

@@ -115,11 +115,6 @@ def test_the_remedy_of_a_refusal_is_accepted(conflict: Any) -> None:
         ),
         ({"max_running_requests": 0}, "--max-running-requests 0: expected at least 1"),
         ({"max_running_requests": -1}, "--max-running-requests -1: expected at least 1"),
-        ({"kv_quant": ""}, "--kv-quant '': expected 'patternkv'"),
-        ({"kv_quant": "Patternkv"}, "--kv-quant 'Patternkv': expected 'patternkv'"),
-        ({"kv_quant": True}, "--kv-quant True: expected 'patternkv'"),
-        ({"kv_quant": None, "kv_quant_bits": "2"}, "--kv-quant-bits '2' has no effect without"),
-        ({"kv_quant": None, "kv_quant_check": True}, "--kv-quant-check True has no effect"),
         ({"max_total_tokens": 0}, "--max-total-tokens 0: expected at least 2 tokens"),
         ({"max_total_tokens": -5}, "--max-total-tokens -5: expected at least 2 tokens"),
         ({"max_total_tokens": 1}, "--max-total-tokens 1: expected at least 2 tokens"),
@@ -136,6 +131,18 @@ def test_the_remedy_of_a_refusal_is_accepted(conflict: Any) -> None:
 def test_a_malformed_size_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         serve(**options)
+
+
+@pytest.mark.parametrize("scheme", ["", "Patternkv", "kivi", True])
+def test_an_unknown_scheme_is_refused(scheme: Any) -> None:
+    with pytest.raises(ValueError, match=f"--kv-quant {scheme!r}: expected 'patternkv'"):
+        KVQuantServerArgs(model_path="m", kv_quant=scheme)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("kv_quant_bits", "2"), ("kv_quant_check", True)])
+def test_a_tuning_flag_without_the_scheme_is_refused(flag: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{value!r} has no effect without --kv-quant"):
+        KVQuantServerArgs(model_path="m", **{flag: value})
 
 
 def test_sizes_at_their_limits_are_accepted() -> None:

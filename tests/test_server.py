@@ -30,6 +30,11 @@ COUNTS = {
 GAUGE = re.compile(r"^sglang:patternkv_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
+@pytest.fixture
+def server(patternkv_server: Server) -> Server:
+    return patternkv_server
+
+
 def grown(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
     """Counters that moved, by how much."""
     return {name: after[name] - before[name] for name in COUNTS if after[name] != before[name]}
