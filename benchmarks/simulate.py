@@ -16,7 +16,14 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AttentionInterface, PreTrainedModel
 
-from patternkv_kernels import LayerTables, SlotFormat, dequantize, mine_table, store_kv
+from patternkv_kernels import (
+    LayerTables,
+    SlotFormat,
+    dequantize,
+    mine_table,
+    query_weight,
+    store_kv,
+)
 from patternkv_sgl.config import PatternKVConfig
 
 ATTENTION = "patternkv_simulated"
@@ -58,7 +65,7 @@ def _attend(
     visible, exact = column <= row, torch.ones(n, n, dtype=torch.bool, device=q.device)
     stored_k, stored_v = k, v
     if _cache is not None:
-        stored_k, stored_v = _store(_cache, module.layer_idx, key[0], value[0])
+        stored_k, stored_v = _store(_cache, module.layer_idx, query[0], key[0], value[0])
         prompt = _cache.prompt_len
         first_exact = torch.clamp(row + 1 - _cache.config.window, min=prompt)
         exact = (row < prompt) | (column >= first_exact)
@@ -70,20 +77,22 @@ def _attend(
 
 
 def _store(
-    cache: Cache, layer: int, key: torch.Tensor, value: torch.Tensor
+    cache: Cache, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config, device, (h_kv, n, d) = cache.config, key.device, key.shape
     k, v = key.transpose(0, 1), value.transpose(0, 1)
     if cache.tables is None:
         tables = LayerTables.allocate(1, h_kv, config.patterns, d, device)
+        weight = query_weight(query.transpose(0, 1)[: cache.prompt_len], h_kv)
         mined_k, mined_v = (
             mine_table(
                 x[: cache.prompt_len],
                 num_patterns=config.patterns,
                 num_sinks=config.sinks,
                 bits=bits,
+                channel_weight=weight,
             )
-            for x, bits in ((k, config.k_bits), (v, config.v_bits))
+            for x, bits, weight in ((k, config.k_bits, weight), (v, config.v_bits, None))
         )
         tables.write(0, mined_k, mined_v)
     else:

@@ -18,6 +18,7 @@ from patternkv_kernels import (
     dequantize,
     extend_attention,
     mine_table,
+    query_weight,
     store_kv,
     tree_decode,
 )
@@ -209,7 +210,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         tables = self.pool.tables[index]
         for extend, start in zip(plan.extends, plan.qo_indptr, strict=False):
             if extend.mine:
-                self._mine(index, extend, k[start:][: extend.num_tokens], v[start:])
+                self._mine(index, extend, *(x[start:][: extend.num_tokens] for x in (q, k, v)))
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables)
         prefix_k, prefix_v = dequantize(
             self.pool.slot_format,
@@ -270,17 +271,23 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
         )
 
-    def _mine(self, index: int, extend: Extend, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _mine(
+        self, index: int, extend: Extend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
         config = self.config
         sinks = max(0, min(config.sinks, extend.num_tokens) - extend.prefix_len)
         mined_k, mined_v = (
             mine_table(
-                x[: extend.num_tokens],
+                x,
                 num_patterns=config.patterns,
                 num_sinks=sinks,
                 bits=bits,
+                channel_weight=weight,
             )
-            for x, bits in ((k, config.k_bits), (v, config.v_bits))
+            for x, bits, weight in (
+                (k, config.k_bits, query_weight(q, k.shape[1])),
+                (v, config.v_bits, None),
+            )
         )
         self.pool.tables[index].write(extend.table, mined_k, mined_v)
 

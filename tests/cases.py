@@ -117,6 +117,7 @@ def random_tables(h_kv: int, d: int, seed: int) -> LayerTables:
     )
     tables.patterns[-1] = math.nan
     tables.channel_scale[-1] = math.nan
+    tables.channel_weight[-1] = math.nan
     return tables
 
 

@@ -81,15 +81,20 @@ class Model(Scheduler):
         # Clustered, with an outlier channel, as K is.
         self.vectors = torch.randn(LAYERS, 2, 512, H_KV, D, generator=self.random)
         self.vectors[:, 0, :, :, 3] *= 8
+        self.queries = torch.randn(LAYERS, 512, H_Q, D, generator=self.random)
         self.prompt_end: dict[str, int] = {}
         self.outputs: list[torch.Tensor] = []
         self.expected: list[torch.Tensor] = []
 
+    @staticmethod
+    def index(req: Req, positions: Sequence[int]) -> list[int]:
+        """Which vectors the tokens at ``positions`` have."""
+        text = [*req.origin_input_ids, *req.output_ids]
+        return [(31 * text[p] + 7 * p) % 512 for p in positions]
+
     def exact(self, layer: int, req: Req, positions: Sequence[int]) -> torch.Tensor:
         """K and V of ``positions``, ``[2, n, h_kv, d]``."""
-        text = [*req.origin_input_ids, *req.output_ids]
-        index = [(31 * text[p] + 7 * p) % 512 for p in positions]
-        return self.vectors[layer][:, index].to(self.dtype)
+        return self.vectors[layer][:, self.index(req, positions)].to(self.dtype)
 
     def stored(self, layer: int, req: Req, end: int) -> torch.Tensor:
         """What the pool holds of positions [0, end), ``[2, end, h_kv, d]``."""
@@ -123,7 +128,12 @@ class Model(Scheduler):
                 ],
                 dim=1,
             )
-            q = torch.randn(len(slots), H_Q, D, generator=self.random).to(self.dtype)
+            positions = [
+                position
+                for req, start, end in zip(reqs, starts, ends, strict=True)
+                for position in self.index(req, range(start, end))
+            ]
+            q = self.queries[index][positions].to(self.dtype)
             out = run(q.flatten(1), k.flatten(1), v.flatten(1), self.layer(index), forward_batch)
             assert out.shape == (len(slots), H_Q * D) and out.dtype == self.dtype
             self.outputs.append(out.view(-1, H_Q, D))
@@ -333,7 +343,12 @@ def stored_bytes(model: Model, req: Req) -> list[torch.Tensor]:
     assert table != ZERO_TABLE
     out = []
     for packed, tables in zip(model.pool.packed, model.pool.tables, strict=True):
-        out += [packed[slots], tables.patterns[table], tables.channel_scale[table]]
+        out += [
+            packed[slots],
+            tables.patterns[table],
+            tables.channel_scale[table],
+            tables.channel_weight[table],
+        ]
     return out
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patternkv_kernels import MinedTable, mine_table
+from patternkv_kernels import (
+    LayerTables,
+    MinedTable,
+    SlotFormat,
+    dequantize,
+    mine_table,
+    query_weight,
+    store_kv,
+)
 from patternkv_kernels.store import fit, nearest_pattern
 
 DEVICES = [
@@ -169,3 +177,38 @@ def test_bad_arguments_are_refused(options: dict[str, int], message: str) -> Non
 def test_no_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         mine_table(torch.zeros(0, 2, 64), num_patterns=4, num_sinks=0, bits=4)
+
+
+def test_weighted_channels_are_stored_better_and_sinks_stay_exact() -> None:
+    """What counts more errs less, in clusters and in codes, and nothing else changes."""
+    x = torch.randn(300, 2, 64).bfloat16().float()
+    weight = torch.ones(2, 64, dtype=torch.float16)
+    weight[:, :16] = 4.0
+
+    def stored(channel_weight: torch.Tensor | None) -> torch.Tensor:
+        mined = mine_table(x, num_patterns=16, num_sinks=2, bits=2, channel_weight=channel_weight)
+        tables = LayerTables.allocate(1, 2, 16, 64, "cpu")
+        tables.write(0, mined, mined)
+        fmt = SlotFormat(2, 2, 64)
+        buffer, slots = fmt.allocate(300, 2, "cpu"), torch.arange(300)
+        table_ids = torch.zeros(300, dtype=torch.int32)
+        store_kv(fmt, buffer, slots, x, x, tables, table_ids)
+        return dequantize(fmt, buffer, slots, tables, table_ids)[0]
+
+    plain, weighted = stored(None), stored(weight)
+    assert torch.equal(plain, stored(torch.ones_like(weight)))
+    assert torch.equal(weighted[:2], x[:2])
+
+    def error(k: torch.Tensor) -> float:
+        return float(((k - x) * weight).square().sum())
+
+    assert error(weighted) < 0.95 * error(plain)
+
+
+def test_query_weight_is_the_spread_of_a_group_of_query_heads() -> None:
+    q = torch.randn(500, 6, 64) * torch.linspace(0.5, 2.0, 64)
+    q[:, 3:] *= 100  # a KV head's own scale does not count
+    weight = query_weight(q, 2).float()
+    expected = torch.linspace(0.5, 2.0, 64) / 1.25
+    torch.testing.assert_close(weight, expected.expand(2, 64), rtol=0.1, atol=0.0)
+    assert (query_weight(torch.zeros(3, 4, 64), 2) == 1).all()

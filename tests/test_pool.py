@@ -44,8 +44,8 @@ def test_bytes_per_token(
 
 def test_bytes_per_table_and_window() -> None:
     sizes = geometry("4", LLAMA_8B, patterns=64, window=32)
-    # float16 patterns and channel scales of K and V.
-    assert sizes.bytes_per_table == 32 * 8 * 2 * 2 * (64 * 128 + 128)
+    # float16 patterns, channel scales and channel weights of K and V.
+    assert sizes.bytes_per_table == 32 * 8 * 2 * 2 * (64 * 128 + 2 * 128)
     assert sizes.bytes_per_window == 32 * (2 * 32 * 8 * 128 * 2)
     assert geometry("4", LLAMA_8B, window=0).bytes_per_window == 0
 

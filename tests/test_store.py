@@ -105,7 +105,7 @@ def test_error_is_within_half_a_covering_step(bits: tuple[int, int], device: str
     tables = random_tables(2, d, seed=1)
     k, v = random_kv(n, 2, d)
     buffer = fmt.allocate(n, 2, device)
-    on_device = LayerTables(tables.patterns.to(device), tables.channel_scale.to(device))
+    on_device = tables.to(device)
     slots = torch.arange(n, device=device)
     table_ids = torch.full((n,), 2, device=device)
     store_kv(fmt, buffer, slots, k.to(device), v.to(device), on_device, table_ids)
@@ -166,7 +166,7 @@ def test_batching_never_changes_bytes(h_kv: int, bits: tuple[int, int], device: 
     fmt = SlotFormat(*bits, d)
     tables = random_tables(h_kv, d, seed=5)
     tables.patterns.copy_(with_ties(tables.patterns))
-    tables = LayerTables(tables.patterns.to(device), tables.channel_scale.to(device))
+    tables = tables.to(device)
     k, v = (mirrored(x).to(device) for x in random_kv(n, h_kv, d))
     generator = torch.Generator().manual_seed(0)
     table_ids = torch.randint(NUM_TABLES, (n,), generator=generator).to(device)
@@ -321,7 +321,8 @@ def test_tables_write_and_clear() -> None:
     tables.clear(1)
     assert torch.equal(tables.patterns, untouched)
     assert (tables.channel_scale == 1).all()
-    assert tables.nbytes == 3 * 2 * 2 * (8 + 1) * 64 * 2
+    assert (tables.channel_weight == 1).all()
+    assert tables.nbytes == 3 * 2 * 2 * (8 + 2) * 64 * 2
 
 
 def test_shapes_that_do_not_fit_the_pool_are_refused() -> None:

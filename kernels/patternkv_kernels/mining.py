@@ -1,4 +1,4 @@
-"""Mining: patterns and channel scales from the exact K or V vectors of a segment."""
+"""Mining: patterns, channel scales and weights from the exact K or V vectors of a segment."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _OUTLIER_SHARE = 8
 """One in this many of the free patterns starts as an outlier token."""
 _PRIOR_TOKENS = 16
 """Weight, in tokens, of the plain spread of the channels next to that of the residuals."""
+_WEIGHT_FLOOR = 2.0**-4
+"""Smallest channel weight, relative to the mean over a head's channels."""
 
 
 class MinedTable(NamedTuple):
@@ -24,11 +26,26 @@ class MinedTable(NamedTuple):
     """float16 ``[h, num_patterns, d]``"""
     channel_scale: torch.Tensor
     """float16 ``[h, d]``, root mean square 1 over ``d``, positive"""
+    channel_weight: torch.Tensor | None = None
+    """float16 ``[h, d]``, positive: how much an error in each channel counts; None: all alike"""
 
 
 def sanitize(x: torch.Tensor) -> torch.Tensor:
     """``x`` in float32, NaN turned to 0 and everything else clamped to the finite float16 range."""
     return x.float().nan_to_num(nan=0.0).clamp(-FLOAT16_MAX, FLOAT16_MAX)
+
+
+def query_weight(q: torch.Tensor, h_kv: int) -> torch.Tensor:
+    """Weights of K's channels, float16 ``[h_kv, d]``, by the queries ``q [n, h_q, d]`` of a segment.
+
+    An error in channel ``j`` of K moves a logit by ``q[j]`` times itself, so errors count by the
+    root mean square that the KV head's queries have there (relative to the mean over channels).
+    """
+    grouped = sanitize(q).unflatten(1, (h_kv, -1))
+    rms = grouped.square().mean((0, 2)).sqrt()
+    mean = rms.mean(1, keepdim=True)
+    weight = torch.where(mean > 0, rms / mean.clamp_min(2.0**-100), 1.0)
+    return weight.clamp_min(_WEIGHT_FLOOR).half()
 
 
 def mine_table(
@@ -37,6 +54,7 @@ def mine_table(
     num_patterns: int,
     num_sinks: int,
     bits: int,
+    channel_weight: torch.Tensor | None = None,
     max_sample: int = 2048,
     iterations: int = 3,
 ) -> MinedTable:
@@ -61,6 +79,8 @@ def mine_table(
         start a sequence.
     bits: 2 or 4, of the codes this table will be used with. Only validated: measurements gave no
         reason to mine differently.
+    channel_weight: float16 ``[h, d]``, positive: how much an error in each channel counts, for the
+        clusters here and for the store later (:func:`query_weight`); None counts all alike.
     max_sample: at most this many tokens besides the sinks, evenly spaced, are looked at.
     iterations: Lloyd steps before the outliers join; one more follows.
     """
@@ -82,11 +102,12 @@ def mine_table(
         picks = torch.arange(max_sample, device=x.device) * tokens.shape[0] // max_sample
         tokens = tokens[picks]
     tokens = sanitize(tokens).transpose(0, 1).contiguous()
-    centres = _cluster(tokens, num_patterns - sinks.shape[1], iterations)
+    weight = 1.0 if channel_weight is None else channel_weight.float().unsqueeze(1)
+    centres = _cluster(tokens * weight, num_patterns - sinks.shape[1], iterations) / weight
     patterns = torch.cat([sinks, centres], dim=1).half()
-    channel_scale = _channel_scale(tokens, patterns.float())
+    channel_scale = _channel_scale(tokens, patterns.float(), weight)
     padding = patterns[:, :1].expand(-1, num_patterns - patterns.shape[1], -1)
-    return MinedTable(torch.cat([patterns, padding], dim=1), channel_scale)
+    return MinedTable(torch.cat([patterns, padding], dim=1), channel_scale, channel_weight)
 
 
 def _cluster(tokens: torch.Tensor, num_centres: int, iterations: int) -> torch.Tensor:
@@ -141,7 +162,9 @@ def _take(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, ids.unsqueeze(2).expand(-1, -1, rows.shape[2]))
 
 
-def _channel_scale(tokens: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+def _channel_scale(
+    tokens: torch.Tensor, patterns: torch.Tensor, weight: torch.Tensor | float
+) -> torch.Tensor:
     """Relative spread of the channels, float16 ``[h, d]``.
 
     Mostly that of the residuals. Where these are few (nearly every token is its own pattern) the
@@ -151,12 +174,13 @@ def _channel_scale(tokens: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor
     h, n, d = tokens.shape
     if n == 0:
         return torch.ones(h, d, dtype=torch.float16, device=tokens.device)
-    square = tokens.square().sum(-1)
-    residual = tokens - _take(patterns, _nearest(tokens, square, patterns)[1])
-    weight = max(n - patterns.shape[1], 0)
-    spread = weight * _relative_variance(residual)
+    weighted = tokens * weight
+    ids = _nearest(weighted, weighted.square().sum(-1), patterns * weight)[1]
+    residual = tokens - _take(patterns, ids)
+    count = max(n - patterns.shape[1], 0)
+    spread = count * _relative_variance(residual)
     spread += _PRIOR_TOKENS * _relative_variance(tokens - tokens.mean(1, keepdim=True))
-    relative = (spread / (weight + _PRIOR_TOKENS)).sqrt()
+    relative = (spread / (count + _PRIOR_TOKENS)).sqrt()
     return relative.clamp_min(_CHANNEL_SCALE_FLOOR).half()
 
 

@@ -71,8 +71,13 @@ def _quantize(
     table_head = table_ids.unsqueeze(1) * (2 * h_kv) + torch.arange(2 * h_kv, device=x.device)
     pattern = (table_head * tables.num_patterns + ids).flatten()
     residual = x - tables.patterns.view(-1, d).index_select(0, pattern).view_as(x)
-    channel_scale = tables.channel_scale.view(-1, d).index_select(0, table_head.flatten())
-    channel_scale = channel_scale.view_as(x).float()
+
+    def per_channel(of_tables: torch.Tensor) -> torch.Tensor:
+        return of_tables.view(-1, d).index_select(0, table_head.flatten()).view_as(x).float()
+
+    # Residual and step weighted alike: levels are the same, squared errors count by channel.
+    weight = per_channel(tables.channel_weight)
+    residual, channel_scale = residual * weight, per_channel(tables.channel_scale) * weight
     if fmt.k_bits == fmt.v_bits:
         codes, scale = fit(residual, channel_scale, fmt.k_bits)
         packed = pack(codes, fmt.k_bits)
@@ -90,16 +95,21 @@ def _quantize(
 
 
 def _assign(x: torch.Tensor, tables: LayerTables, table_ids: torch.Tensor) -> torch.Tensor:
-    """Nearest pattern ids, int64 ``[n, 2 * h_kv]``, of ``x [n, 2 * h_kv, d]``."""
+    """Ids of the patterns nearest by channel weight, int64 ``[n, 2 * h_kv]``, of ``x`` alike."""
     used, member = table_ids.unique(return_inverse=True)
     tokens = x.transpose(0, 1)
+
+    def nearest(table_id: int, tokens: torch.Tensor) -> torch.Tensor:
+        weight = tables.channel_weight[table_id].flatten(0, 1).unsqueeze(1).float()
+        patterns = tables.patterns[table_id].flatten(0, 1)
+        return nearest_pattern(tokens * weight, patterns * weight).t()
+
     if used.numel() == 1:
-        return nearest_pattern(tokens, tables.patterns[used[0]].flatten(0, 1)).t()
+        return nearest(int(used), tokens)
     ids = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
     for i, table_id in enumerate(used.tolist()):
         rows = (member == i).nonzero().squeeze(1)
-        patterns = tables.patterns[table_id].flatten(0, 1)
-        ids[rows] = nearest_pattern(tokens[:, rows], patterns).t()
+        ids[rows] = nearest(table_id, tokens[:, rows])
     return ids
 
 

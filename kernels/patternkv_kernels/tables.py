@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -12,7 +12,9 @@ from patternkv_kernels.mining import MinedTable
 
 @dataclass(frozen=True)
 class LayerTables:
-    """The patterns and channel scales of every table slot of one layer.
+    """The patterns, channel scales and channel weights of every table slot of one layer.
+
+    Readers need patterns and channel scales; the weights only steer the store.
 
     Every table has the full ``num_patterns`` entries, so readers need no count: a table mined with
     fewer repeats its pattern 0 up to the end, and since ties go to the lowest index no token is
@@ -26,12 +28,14 @@ class LayerTables:
     """float16 ``[num_tables, 2, h_kv, num_patterns, d]``: K, then V"""
     channel_scale: torch.Tensor
     """float16 ``[num_tables, 2, h_kv, d]``, positive: K, then V"""
+    channel_weight: torch.Tensor
+    """float16 ``[num_tables, 2, h_kv, d]``, positive: K, then V"""
 
     @classmethod
     def allocate(
         cls, num_tables: int, h_kv: int, num_patterns: int, d: int, device: torch.device | str
     ) -> LayerTables:
-        """``num_tables`` zero tables: all patterns zero, all channel scales one."""
+        """``num_tables`` zero tables: all patterns zero, all channel scales and weights one."""
         if num_tables < 1 or h_kv < 1:
             raise ValueError(f"num_tables={num_tables}, h_kv={h_kv}: both must be at least 1")
         if not 1 <= num_patterns <= MAX_PATTERNS:
@@ -42,10 +46,9 @@ class LayerTables:
         if d not in HEAD_DIMS:
             raise ValueError(f"d={d}: supported head dims are {HEAD_DIMS}")
         shape = (num_tables, 2, h_kv, num_patterns, d)
-        return cls(
-            patterns=torch.zeros(shape, dtype=torch.float16, device=device),
-            channel_scale=torch.ones(num_tables, 2, h_kv, d, dtype=torch.float16, device=device),
-        )
+        one = torch.ones(num_tables, 2, h_kv, d, dtype=torch.float16, device=device)
+        patterns = torch.zeros(shape, dtype=torch.float16, device=device)
+        return cls(patterns, channel_scale=one, channel_weight=one.clone())
 
     @property
     def k_patterns(self) -> torch.Tensor:
@@ -79,7 +82,7 @@ class LayerTables:
     @property
     def nbytes(self) -> int:
         """Bytes of all tables of the layer."""
-        return self.patterns.nbytes + self.channel_scale.nbytes
+        return self.patterns.nbytes + self.channel_scale.nbytes + self.channel_weight.nbytes
 
     def check(self, h_kv: int, d: int) -> None:
         """Raise ``ValueError`` unless the tables are for ``h_kv`` heads of ``d`` dims."""
@@ -88,6 +91,10 @@ class LayerTables:
                 f"tables of {list(self.patterns.shape)} do not fit {h_kv} KV heads of {d} dims: "
                 "allocate them with the pool's h_kv and head_dim"
             )
+
+    def to(self, device: torch.device | str) -> LayerTables:
+        """The same tables on ``device``."""
+        return LayerTables(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def write(self, table_id: int, k: MinedTable, v: MinedTable) -> None:
         """Fill table ``table_id`` with mined content of at most ``num_patterns`` patterns each."""
@@ -101,8 +108,11 @@ class LayerTables:
             self.patterns[table_id, i, :, :used] = mined.patterns
             self.patterns[table_id, i, :, used:] = mined.patterns[:, :1]
             self.channel_scale[table_id, i] = mined.channel_scale
+            weight = mined.channel_weight
+            self.channel_weight[table_id, i] = 1.0 if weight is None else weight
 
     def clear(self, table_id: int) -> None:
         """Turn table ``table_id`` back into the zero table."""
         self.patterns[table_id] = 0
         self.channel_scale[table_id] = 1
+        self.channel_weight[table_id] = 1
