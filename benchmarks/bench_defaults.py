@@ -9,7 +9,7 @@ bytes per element of the prompt with its table. The baseline of each study is th
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.simulate import Cache, divergence, mined, prepare, simulated
-from patternkv_sgl.config import PatternKVConfig
+from patternkv_sgl.config import PatternKVConfig, default_patterns
 from recipes.demo.ledger import Level, make_problems
 from recipes.environment import git_commit, hardware, versions
 
@@ -34,13 +34,30 @@ STUDIES: dict[str, tuple[Any, ...]] = {
 SEGMENTS = (64, 128, 256, 512, 1024)
 
 
-def token_sequences(tokenizer: Any, level: Level, count: int, seed: int) -> list[Any]:
-    """``(token ids, prompt length)`` of ``count`` problems with their worked answers."""
+@dataclass(frozen=True)
+class Sequence:
+    """A problem with its worked answer: ``token_ids`` are context, question, answer.
+
+    The context is prefilled once; what follows attends the stored cache, as where many questions
+    share a context. ``answer`` is the first position that is scored.
+    """
+
+    token_ids: list[int]
+    context: int
+    answer: int
+
+
+def default_config(k_bits: int, v_bits: int) -> PatternKVConfig:
+    return PatternKVConfig(k_bits, v_bits, patterns=default_patterns(k_bits))
+
+
+def token_sequences(tokenizer: Any, level: Level, count: int, seed: int) -> list[Sequence]:
     sequences = []
     for problem in make_problems(level, contexts=count, questions=1, seed=seed):
+        context = tokenizer(problem.context)["input_ids"]
         prompt = tokenizer(problem.context + problem.question)["input_ids"]
         answer = tokenizer(problem.reasoning, add_special_tokens=False)["input_ids"]
-        sequences.append((prompt + answer, len(prompt)))
+        sequences.append(Sequence(prompt + answer, len(context), len(prompt)))
     return sequences
 
 
@@ -54,7 +71,7 @@ def bits_per_element(config: PatternKVConfig, model: PreTrainedModel, tokens: in
     """Stored bits of one prompt's K and V, its table included, per element."""
     head_dim, patterns = model.config.head_dim, config.patterns
     slot = config.slot_format(head_dim, 1).bytes_per_slot * tokens
-    table = 2 * 2 * head_dim * (patterns + 1)
+    table = 2 * 2 * head_dim * (patterns + 2)
     return 8 * (slot + table) / (2 * head_dim * tokens)
 
 
@@ -98,9 +115,9 @@ def main() -> None:
 def setting_studies(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One option at a time away from the defaults, at every bit width."""
     sequences = token_sequences(tokenizer, args.level, args.count, args.seed)
-    exact = [exact_log_probs(model, token_ids) for token_ids, _ in sequences]
+    exact = [exact_log_probs(model, sequence.token_ids) for sequence in sequences]
     settings = [
-        (study, replace(PatternKVConfig(k_bits, v_bits), **{study: value}))
+        (study, replace(default_config(k_bits, v_bits), **{study: value}))
         for k_bits, v_bits in BITS
         for study, values in STUDIES.items()
         for value in values
@@ -108,11 +125,11 @@ def setting_studies(model: Any, tokenizer: Any, args: argparse.Namespace) -> lis
     rows = []
     for study, config in tqdm(settings, desc="settings"):
         kls = [
-            divergence(model, token_ids, reference, Cache(config, prompt_len))
-            for (token_ids, prompt_len), reference in zip(sequences, exact, strict=True)
+            divergence(model, s.token_ids, reference, s.answer, Cache(config, s.context))
+            for s, reference in zip(sequences, exact, strict=True)
         ]
-        bits = bits_per_element(config, model, sequences[0][1])
-        rows.append(row(study, config, kls, bits_per_element=bits, prompt=sequences[0][1]))
+        bits = bits_per_element(config, model, sequences[0].context)
+        rows.append(row(study, config, kls, bits_per_element=bits, context=sequences[0].context))
     return rows
 
 
@@ -122,31 +139,29 @@ def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
     for tokens in tqdm(SEGMENTS, desc="segments"):
         level = Level(facts=tokens // 16 * 4, depth=4)
         sequences = token_sequences(tokenizer, level, args.count, args.seed)
-        other, other_len = token_sequences(tokenizer, args.level, 1, args.seed + 1)[0]
+        other = token_sequences(tokenizer, args.level, 1, args.seed + 1)[0]
+        exact = [exact_log_probs(model, sequence.token_ids) for sequence in sequences]
         for k_bits, v_bits in BITS:
-            config = PatternKVConfig(k_bits, v_bits)
-            with torch.inference_mode(), simulated(Cache(config, other_len)):
-                model(torch.tensor([other], device=model.device))
+            config = default_config(k_bits, v_bits)
+            with torch.inference_mode(), simulated(Cache(config, other.context)):
+                model(torch.tensor([other.token_ids], device=model.device))
             inherited = dict(mined)
             for tables in (None, inherited):
                 kls = [
                     divergence(
-                        model,
-                        token_ids,
-                        exact_log_probs(model, token_ids),
-                        Cache(config, prompt_len, tables),
+                        model, s.token_ids, reference, s.answer, Cache(config, s.context, tables)
                     )
-                    for token_ids, prompt_len in sequences
+                    for s, reference in zip(sequences, exact, strict=True)
                 ]
                 own = tables is None
-                bits = bits_per_element(config, model, sequences[0][1])
+                bits = bits_per_element(config, model, sequences[0].context)
                 rows.append(
                     row(
                         "segment",
                         config,
                         kls,
                         own_table=own,
-                        prompt=sequences[0][1],
+                        context=sequences[0].context,
                         bits_per_element=bits
                         if own
                         else 8

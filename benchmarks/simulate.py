@@ -125,17 +125,18 @@ def prepare(model: PreTrainedModel) -> None:
 
 @torch.inference_mode()
 def divergence(
-    model: PreTrainedModel, token_ids: list[int], exact: torch.Tensor, cache: Cache
+    model: PreTrainedModel, token_ids: list[int], exact: torch.Tensor, first: int, cache: Cache
 ) -> float:
-    """Mean KL(exact || simulated) in nats of the tokens generated after the prompt.
+    """Mean KL(exact || simulated) in nats of the tokens from position ``first`` on.
 
     Args:
         token_ids: prompt and continuation, teacher-forced.
         exact: log-probabilities [n, vocab] of the exact run.
+        first: first position that counts.
     """
     with simulated(cache):
         logits = model(torch.tensor([token_ids], device=model.device)).logits[0].float()
-    after = slice(cache.prompt_len, len(token_ids))
+    after = slice(first, len(token_ids))
     mean_kl: torch.Tensor = kl_div(
         log_softmax(logits[after], -1), exact[after], reduction="batchmean", log_target=True
     )

@@ -27,6 +27,11 @@ def parse_bits(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+def default_patterns(k_bits: int) -> int:
+    """Patterns per table where the user sets none: K at 2 bits needs the most there can be."""
+    return 256 if k_bits == 2 else 64
+
+
 @dataclass(frozen=True)
 class PatternKVConfig:
     """Options of the PatternKV cache; every field is one ``--kv-quant-*`` flag.

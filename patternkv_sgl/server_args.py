@@ -10,7 +10,7 @@ from typing import Any, Optional
 import sglang.srt.server_args as sglang_server_args
 from sglang.srt.arg_groups.arg_utils import A, Arg
 
-from patternkv_sgl.config import PatternKVConfig, parse_bits
+from patternkv_sgl.config import PatternKVConfig, default_patterns, parse_bits
 from patternkv_sgl.refusals import refuse_model, refuse_options, refuse_sglang
 
 BACKEND = "patternkv"
@@ -19,7 +19,7 @@ DEFAULTS = PatternKVConfig()
 # The tuning flags; --kv-quant itself is not one.
 FLAG_DEFAULTS: dict[str, Any] = {
     "kv_quant_bits": str(DEFAULTS.k_bits),
-    "kv_quant_patterns": DEFAULTS.patterns,
+    "kv_quant_patterns": None,
     "kv_quant_window": DEFAULTS.window,
     "kv_quant_sinks": DEFAULTS.sinks,
     "kv_quant_mine_tokens": DEFAULTS.mine_tokens,
@@ -52,9 +52,10 @@ def _build(base: Any) -> Any:
             "Bits of the residuals with --kv-quant patternkv: 4, 2, or K:V such as 4:2.",
         ] = FLAG_DEFAULTS["kv_quant_bits"]
         kv_quant_patterns: A[
-            int,
+            Optional[int],  # noqa: UP045
             f"Patterns per table, for K and V each ({_range('patterns')}). More patterns mean "
-            "smaller residuals and larger tables.",
+            f"smaller residuals and larger tables. Default: {default_patterns(4)}, or "
+            f"{default_patterns(2)} with K at 2 bits.",
         ] = FLAG_DEFAULTS["kv_quant_patterns"]
         kv_quant_window: A[
             int,
@@ -145,10 +146,11 @@ def config_of(args: Any) -> PatternKVConfig:
         ValueError: a malformed or out-of-range flag.
     """
     k_bits, v_bits = parse_bits(args.kv_quant_bits)
+    patterns = args.kv_quant_patterns
     return PatternKVConfig(
         k_bits,
         v_bits,
-        patterns=args.kv_quant_patterns,
+        patterns=default_patterns(k_bits) if patterns is None else patterns,
         window=args.kv_quant_window,
         sinks=args.kv_quant_sinks,
         mine_tokens=args.kv_quant_mine_tokens,

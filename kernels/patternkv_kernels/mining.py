@@ -36,7 +36,7 @@ def sanitize(x: torch.Tensor) -> torch.Tensor:
 
 
 def query_weight(q: torch.Tensor, h_kv: int) -> torch.Tensor:
-    """Weights of K's channels, float16 ``[h_kv, d]``, by the queries ``q [n, h_q, d]`` of a segment.
+    """Weights of K's channels, float16 ``[h_kv, d]``, by a segment's queries ``q [n, h_q, d]``.
 
     An error in channel ``j`` of K moves a logit by ``q[j]`` times itself, so errors count by the
     root mean square that the KV head's queries have there (relative to the mean over channels).
