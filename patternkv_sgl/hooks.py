@@ -18,6 +18,7 @@ FUSED_STORE = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
 INIT_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
+VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 
 # Parameters that each hook passes on or relies on, as SGLang 0.5.23 names them.
 PARAMETERS = {
@@ -28,6 +29,7 @@ PARAMETERS = {
     INIT_FORWARD_BATCH: ("batch", "model_runner"),
     INTERNAL_STATE: ("self", "recv_req"),
     BEAM_SEARCH: ("self", "req", "recv_req"),
+    VALIDATE_REQUEST: ("self", "obj", "input_ids"),
 }
 
 _moved: list[str] = []

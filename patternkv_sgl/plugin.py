@@ -16,6 +16,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.INIT_FORWARD_BATCH` | the batch's requests, for tables and shared segments | asserted |
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
+| `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def load() -> None:
     HookRegistry.register(hooks.INIT_FORWARD_BATCH, _init_forward_batch, HookType.AROUND)
     HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
     HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
+    HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
 
 
 def _enabled() -> bool:
@@ -181,3 +183,20 @@ def _no_beam_search(original: Callable[..., Any], self: Any, req: Any, recv_req:
             "--kv-quant patternkv; use n parallel samples instead."
         )
     return original(self, req, recv_req)
+
+
+def _validate_prompt(self: Any, obj: Any, input_ids: Any) -> None:
+    # SGLang lets both through to the model, where they end the scheduler process.
+    if not _enabled() or input_ids is None or getattr(obj, "input_embeds", None) is not None:
+        return
+    if len(input_ids) == 0:
+        raise ValueError("The prompt has no tokens: send at least one.")
+    if obj.input_ids is None:
+        return
+    vocab_size = self.model_config.vocab_size
+    low, high = min(input_ids), max(input_ids)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"The prompt holds token id {low if low < 0 else high}: ids of this model are 0 to "
+            f"{vocab_size - 1}."
+        )

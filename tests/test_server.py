@@ -171,6 +171,23 @@ def test_bad_requests_are_answered_and_the_server_goes_on(
     assert len(outputs(server.generate(model.prompt(SHORT, 8)))) == 16
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"text": ""}, "The prompt has no tokens"),
+        ({"input_ids": [5, 99999]}, "The prompt holds token id 99999: ids of this model are 0 to"),
+        ({"input_ids": [[5, 6], [7, -1]]}, "The prompt holds token id -1"),
+    ],
+)
+def test_prompts_that_no_model_can_read_are_answered(
+    server: Server, model: Model, prompt: dict[str, Any], message: str
+) -> None:
+    response = server.post("generate", prompt | {"sampling_params": {"max_new_tokens": 4}})
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+    assert len(outputs(server.generate(model.prompt(SHORT, 8)))) == 16
+
+
 def test_a_body_that_is_no_json_is_answered(server: Server) -> None:
     headers = {"Content-Type": "application/json"}
     answer = requests.post(f"{server.url}/generate", data="{text:", headers=headers, timeout=60)
