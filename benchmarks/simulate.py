@@ -20,8 +20,7 @@ from patternkv_kernels import (
     LayerTables,
     SlotFormat,
     dequantize,
-    mine_table,
-    query_weight,
+    mine_kv,
     store_kv,
 )
 from patternkv_sgl.config import PatternKVConfig
@@ -83,18 +82,13 @@ def _store(
     k, v = key.transpose(0, 1), value.transpose(0, 1)
     if cache.tables is None:
         tables = LayerTables.allocate(1, h_kv, config.patterns, d, device)
-        weight = query_weight(query.transpose(0, 1)[: cache.prompt_len], h_kv)
-        mined_k, mined_v = (
-            mine_table(
-                x[: cache.prompt_len],
-                num_patterns=config.patterns,
-                num_sinks=config.sinks,
-                bits=bits,
-                channel_weight=weight,
-            )
-            for x, bits, weight in ((k, config.k_bits, weight), (v, config.v_bits, None))
+        mined_kv = mine_kv(
+            *(x[: cache.prompt_len] for x in (query.transpose(0, 1), k, v)),
+            num_patterns=config.patterns,
+            num_sinks=config.sinks,
+            bits=(config.k_bits, config.v_bits),
         )
-        tables.write(0, mined_k, mined_v)
+        tables.write(0, *mined_kv)
     else:
         tables = cache.tables[layer]
     mined[layer] = tables

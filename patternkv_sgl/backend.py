@@ -17,8 +17,7 @@ from patternkv_kernels import (
     Window,
     dequantize,
     extend_attention,
-    mine_table,
-    query_weight,
+    mine_kv,
     store_kv,
     tree_decode,
 )
@@ -276,20 +275,15 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     ) -> None:
         config = self.config
         sinks = max(0, min(config.sinks, extend.num_tokens) - extend.prefix_len)
-        mined_k, mined_v = (
-            mine_table(
-                x,
-                num_patterns=config.patterns,
-                num_sinks=sinks,
-                bits=bits,
-                channel_weight=weight,
-            )
-            for x, bits, weight in (
-                (k, config.k_bits, query_weight(q, k.shape[1])),
-                (v, config.v_bits, None),
-            )
+        mined = mine_kv(
+            q,
+            k,
+            v,
+            num_patterns=config.patterns,
+            num_sinks=sinks,
+            bits=(config.k_bits, config.v_bits),
         )
-        self.pool.tables[index].write(extend.table, mined_k, mined_v)
+        self.pool.tables[index].write(extend.table, *mined)
 
     def _store(
         self,

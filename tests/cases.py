@@ -7,9 +7,13 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from patternkv_kernels import DecodePlan, LayerTables, SlotFormat, Window, dequantize
+
+# conftest.py skips what is marked gpu where there is none.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 BITS_KV = ((4, 4), (4, 2), (2, 2), (2, 4))
 PAGE_SIZES = (1, 3, 16, 64)

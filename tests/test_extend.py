@@ -9,17 +9,7 @@ import pytest
 import torch
 
 from patternkv_kernels import extend_attention
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+from tests.cases import DEVICES
 
 
 def dense(

@@ -15,17 +15,7 @@ from patternkv_kernels import (
     store_kv,
 )
 from patternkv_kernels.store import fit, nearest_pattern
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+from tests.cases import DEVICES
 
 
 def clustered(n: int, h: int = 2, d: int = 64, clusters: int = 12, seed: int = 0) -> torch.Tensor:

@@ -8,18 +8,7 @@ import torch
 from patternkv_kernels import LayerTables, MinedTable, SlotFormat, dequantize, mine_table, store_kv
 from patternkv_kernels.format import HEAD_DIMS, unpack
 from patternkv_kernels.store import fit, nearest_pattern
-from tests.cases import BITS_KV, NUM_TABLES, PAGE_SIZES, random_tables
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+from tests.cases import BITS_KV, DEVICES, NUM_TABLES, PAGE_SIZES, random_tables
 
 
 def random_kv(n: int, h: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from patternkv_kernels.decode import DecodePlan, Window, tree_decode, tree_decod
 from patternkv_kernels.dequantize import dequantize
 from patternkv_kernels.extend import extend_attention
 from patternkv_kernels.format import SlotFormat, SlotViews
-from patternkv_kernels.mining import MinedTable, mine_table, query_weight
+from patternkv_kernels.mining import MinedTable, mine_kv, mine_table, query_weight
 from patternkv_kernels.store import store_kv
 from patternkv_kernels.tables import LayerTables
 
@@ -17,6 +17,7 @@ __all__ = [
     "Window",
     "dequantize",
     "extend_attention",
+    "mine_kv",
     "mine_table",
     "query_weight",
     "store_kv",

@@ -110,6 +110,31 @@ def mine_table(
     return MinedTable(torch.cat([patterns, padding], dim=1), channel_scale, channel_weight)
 
 
+def mine_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    num_patterns: int,
+    num_sinks: int,
+    bits: tuple[int, int],
+) -> tuple[MinedTable, MinedTable]:
+    """Mine K's and V's tables of one layer from a segment's ``q [n, h_q, d]`` and ``k``, ``v [n,
+    h_kv, d]``: K's channels weighted by the queries, V's alike. ``bits`` are those of K and V; the
+    rest is as in :func:`mine_table`."""
+
+    def mine(x: torch.Tensor, bits: int, weight: torch.Tensor | None) -> MinedTable:
+        return mine_table(
+            x,
+            num_patterns=num_patterns,
+            num_sinks=num_sinks,
+            bits=bits,
+            channel_weight=weight,
+        )
+
+    return mine(k, bits[0], query_weight(q, k.shape[1])), mine(v, bits[1], None)
+
+
 def _cluster(tokens: torch.Tensor, num_centres: int, iterations: int) -> torch.Tensor:
     """At most ``num_centres`` centres ``[h, m, d]`` of ``tokens [h, n, d]``; the tokens themselves
     if they are few."""
