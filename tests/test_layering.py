@@ -18,7 +18,7 @@ PACKAGES = {
 # A module imports modules of earlier ranks only. A package's own name is its `__init__`.
 LAYERS = [
     ["patternkv_kernels.format"],
-    ["patternkv_kernels.mining"],
+    ["patternkv_kernels.jit", "patternkv_kernels.mining"],
     ["patternkv_kernels.tables"],
     ["patternkv_kernels.dequantize", "patternkv_kernels.store"],
     ["patternkv_kernels.decode", "patternkv_kernels.extend"],
