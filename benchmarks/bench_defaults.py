@@ -68,9 +68,9 @@ def exact_log_probs(model: PreTrainedModel, token_ids: list[int]) -> torch.Tenso
 
 
 def bits_per_element(config: PatternKVConfig, model: PreTrainedModel, tokens: int) -> float:
-    """Stored bits of one prompt's K and V, its table included, per element."""
+    """Stored bits of one prompt's K and V per element, with its table, without page padding."""
     head_dim, patterns = model.config.head_dim, config.patterns
-    slot = config.slot_format(head_dim, 1).bytes_per_slot * tokens
+    slot = config.slot_format(1, head_dim, 1).bytes_per_slot * tokens
     table = 2 * 2 * head_dim * (patterns + 2)
     return 8 * (slot + table) / (2 * head_dim * tokens)
 
@@ -165,7 +165,7 @@ def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
                         bits_per_element=bits
                         if own
                         else 8
-                        * config.slot_format(model.config.head_dim, 1).bytes_per_slot
+                        * config.slot_format(1, model.config.head_dim, 1).bytes_per_slot
                         / (2 * model.config.head_dim),
                     )
                 )

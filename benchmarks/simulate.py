@@ -92,8 +92,8 @@ def _store(
     else:
         tables = cache.tables[layer]
     mined[layer] = tables
-    fmt = SlotFormat(config.k_bits, config.v_bits, d)
-    buffer, slots = fmt.allocate(n, h_kv, device), torch.arange(n, device=device)
+    fmt = SlotFormat(config.k_bits, config.v_bits, d, h_kv=h_kv)
+    buffer, slots = fmt.allocate(n, device), torch.arange(n, device=device)
     table_ids = torch.zeros(n, dtype=torch.int32, device=device)
     store_kv(fmt, buffer, slots, k, v, tables, table_ids)
     stored = dequantize(fmt, buffer, slots, tables, table_ids)

@@ -85,6 +85,6 @@ class PatternKVConfig:
         """``"K/V"`` bits, as printed in tables and stats."""
         return f"{self.k_bits}/{self.v_bits}"
 
-    def slot_format(self, head_dim: int, page_size: int) -> SlotFormat:
-        """The slot format of a model with ``head_dim`` in pages of ``page_size`` slots."""
-        return SlotFormat(self.k_bits, self.v_bits, head_dim, page_size)
+    def slot_format(self, h_kv: int, head_dim: int, page_size: int) -> SlotFormat:
+        """The slot format of ``h_kv`` KV heads of ``head_dim`` in pages of ``page_size`` slots."""
+        return SlotFormat(self.k_bits, self.v_bits, head_dim, page_size, h_kv=h_kv)

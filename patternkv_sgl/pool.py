@@ -42,15 +42,12 @@ class PoolGeometry:
 
     @property
     def slot_format(self) -> SlotFormat:
-        return self.config.slot_format(self.head_dim, self.page_size)
+        return self.config.slot_format(self.h_kv, self.head_dim, self.page_size)
 
     @property
     def bytes_per_token(self) -> int:
-        """All layers of one slot, with its table id."""
-        return (
-            self.num_layers * self.h_kv * self.slot_format.page_bytes // self.page_size
-            + TABLE_ID_BYTES
-        )
+        """All layers of one slot, with its share of page padding and its table id."""
+        return self.num_layers * self.slot_format.bytes_per_token + TABLE_ID_BYTES
 
     @property
     def dense_bytes_per_token(self) -> int:
@@ -95,7 +92,7 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
     """KV pool of SGLang (mem_cache/memory_pool.py) that holds packed slots.
 
     Attributes:
-        packed: per layer, uint8 [num_pages, h_kv, page_bytes] in ``slot_format``.
+        packed: per layer, uint8 [num_pages, page_bytes] in ``slot_format``.
         slot_table: int32 [num_slots]: the table each slot was quantized with, for all layers.
         tables: per layer, the patterns and channel scales of every table slot.
         window_k, window_v: per layer, [num_windows, window, h_kv, head_dim]; the ring of request
@@ -124,7 +121,7 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
         actual = (h_kv, head_dim, self.layer_num)
         assert actual == expected, f"pool of {actual} (heads, dim, layers), sized for {expected}"
 
-        self.packed = [self.slot_format.allocate(rows, h_kv, self.device) for _ in layers]
+        self.packed = [self.slot_format.allocate(rows, self.device) for _ in layers]
         self.slot_table = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self.tables = [
             LayerTables.allocate(

@@ -148,11 +148,11 @@ def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
     """
     generator = torch.Generator().manual_seed(seed)
     b = 1 + max(row for segment in case.tree for row in segment.rows)
-    fmt = SlotFormat(*case.bits, case.d, case.page_size)
+    fmt = SlotFormat(*case.bits, case.d, case.page_size, h_kv=case.h_kv)
     total = sum(segment.length for segment in case.tree)
     num_pages = (total + 16) // case.page_size + 1
     num_slots = num_pages * case.page_size
-    buffer = fmt.allocate(num_slots, case.h_kv, "cpu").fill_(0xFF)
+    buffer = fmt.allocate(num_slots, "cpu").fill_(0xFF)
     order = torch.randperm(num_slots, generator=generator)
     fill_slots(fmt, buffer, order[:total], seed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from patternkv_kernels import SlotFormat
 from patternkv_sgl.config import PatternKVConfig, parse_bits
 
 
@@ -76,12 +77,12 @@ def test_each_sink_needs_a_pattern() -> None:
 
 def test_the_slot_format_carries_the_bits() -> None:
     config = PatternKVConfig(*parse_bits("4:2"))
-    fmt = config.slot_format(head_dim=96, page_size=16)
-    assert (fmt.k_bits, fmt.v_bits, fmt.head_dim, fmt.page_size) == (4, 2, 96, 16)
+    fmt = config.slot_format(h_kv=3, head_dim=96, page_size=16)
+    assert fmt == SlotFormat(4, 2, 96, 16, h_kv=3)
     assert config.bits == "4/2"
 
 
 @pytest.mark.parametrize("bits", [(3, 4), (4, 0)])
 def test_unsupported_bits_are_refused_by_the_format(bits: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="codes have 2 or 4 bits"):
-        PatternKVConfig(*bits).slot_format(head_dim=64, page_size=1)
+        PatternKVConfig(*bits).slot_format(h_kv=1, head_dim=64, page_size=1)

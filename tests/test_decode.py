@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patternkv_kernels import DecodePlan, tree_decode, tree_decode_with_lse
-from tests.cases import CASES, DecodeCase, DecodeInputs, Segment, dense_decode, make_inputs
+from patternkv_kernels import DecodePlan, decode_reference, tree_decode, tree_decode_with_lse
+from tests.cases import (
+    CASES,
+    DecodeCase,
+    DecodeInputs,
+    Segment,
+    dense_decode,
+    make_inputs,
+    random_tables,
+)
 
 OUT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7}
 LSE_TOLERANCE = 2e-5
@@ -150,9 +159,40 @@ def test_huge_logits_do_not_overflow() -> None:
     torch.testing.assert_close(out.double(), expected_out, rtol=1e-2, atol=1e-2)
 
 
+def test_a_plan_is_lowered_once_and_forgotten_with_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lowered = []
+
+    def lower(plan: DecodePlan) -> object:
+        lowered.append(1)
+        return original(plan)
+
+    original = decode_reference._lower
+    monkeypatch.setattr(decode_reference, "_lower", lower)
+    gc.collect()
+    kept = len(decode_reference._lowered)
+    inputs = make_inputs(DecodeCase("cached"))
+    first = tree_decode(*inputs.args, **inputs.options)
+    assert torch.equal(first, tree_decode(*inputs.args, **inputs.options))
+    assert len(lowered) == 1
+    # The same tensors in another plan: another step, which may have changed them in place.
+    tree_decode(*replace(inputs, plan=replace(inputs.plan)).args, **inputs.options)
+    assert len(lowered) == 2
+    del inputs
+    gc.collect()
+    assert len(decode_reference._lowered) == kept
+
+
 def test_plans_and_queries_that_do_not_fit_are_refused() -> None:
     inputs = make_inputs(CASES[0])
     with pytest.raises(ValueError, match="batch row 3"):
         tree_decode(inputs.q[:2], *inputs.args[1:], **inputs.options)
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         tree_decode(inputs.q[:, :5], *inputs.args[1:], **inputs.options)
+    other = replace(inputs, fmt=replace(inputs.fmt, h_kv=3))
+    with pytest.raises(ValueError, match=r"needs a contiguous uint8 \[num_pages, 216\]"):
+        tree_decode(*other.args, **other.options)
+    narrow = replace(inputs, tables=random_tables(1, inputs.fmt.head_dim, seed=0))
+    with pytest.raises(ValueError, match="do not fit 2 KV heads"):
+        tree_decode(*narrow.args, **narrow.options)

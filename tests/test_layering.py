@@ -17,11 +17,17 @@ PACKAGES = {
 
 # A module imports modules of earlier ranks only. A package's own name is its `__init__`.
 LAYERS = [
-    ["patternkv_kernels.format"],
+    ["patternkv_kernels.format", "patternkv_kernels.plan"],
     ["patternkv_kernels.jit", "patternkv_kernels.mining"],
     ["patternkv_kernels.tables"],
-    ["patternkv_kernels.dequantize", "patternkv_kernels.store"],
-    ["patternkv_kernels.decode", "patternkv_kernels.extend"],
+    ["patternkv_kernels.dequantize_reference", "patternkv_kernels.store_reference"],
+    ["patternkv_kernels.decode_reference"],
+    [
+        "patternkv_kernels.decode",
+        "patternkv_kernels.dequantize",
+        "patternkv_kernels.extend",
+        "patternkv_kernels.store",
+    ],
     ["patternkv_kernels"],
     ["patternkv_sgl", "patternkv_sgl.hooks", "patternkv_sgl.platform"],
     ["patternkv_sgl.config", "patternkv_sgl.cpu_platform", "patternkv_sgl.tables"],

@@ -14,7 +14,7 @@ from patternkv_kernels import (
     query_weight,
     store_kv,
 )
-from patternkv_kernels.store import fit, nearest_pattern
+from patternkv_kernels.store_reference import fit, nearest_pattern
 from tests.cases import DEVICES
 
 
@@ -179,8 +179,8 @@ def test_weighted_channels_are_stored_better_and_sinks_stay_exact() -> None:
         mined = mine_table(x, num_patterns=16, num_sinks=2, bits=2, channel_weight=channel_weight)
         tables = LayerTables.allocate(1, 2, 16, 64, "cpu")
         tables.write(0, mined, mined)
-        fmt = SlotFormat(2, 2, 64)
-        buffer, slots = fmt.allocate(300, 2, "cpu"), torch.arange(300)
+        fmt = SlotFormat(2, 2, 64, h_kv=2)
+        buffer, slots = fmt.allocate(300, "cpu"), torch.arange(300)
         table_ids = torch.zeros(300, dtype=torch.int32)
         store_kv(fmt, buffer, slots, x, x, tables, table_ids)
         return dequantize(fmt, buffer, slots, tables, table_ids)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -38,7 +39,8 @@ def test_bytes_per_token(
     bits: str, head_dim: int, per_head: int, num_layers: int, h_kv: int, page_size: int
 ) -> None:
     sizes = geometry(bits, (num_layers, h_kv, head_dim), page_size=page_size)
-    assert sizes.bytes_per_token == num_layers * h_kv * per_head + 4  # and one table id
+    page = math.ceil(page_size * h_kv * per_head / 8) * 8
+    assert sizes.bytes_per_token == num_layers * page // page_size + 4  # and one table id
     assert sizes.dense_bytes_per_token == num_layers * h_kv * 2 * head_dim * 2
 
 
@@ -119,6 +121,7 @@ POOLS = [
     {"config": PatternKVConfig(patterns=8, window=4)},
     {"config": PatternKVConfig(4, 2, patterns=256, window=0), "h_kv": 3, "num_layers": 4},
     {"config": PatternKVConfig(2, 2), "page_size": 16, "head_dim": 128, "num_windows": 5},
+    {"config": PatternKVConfig(2, 2), "h_kv": 2, "num_layers": 3},  # with 4 bytes of padding
     {"config": PatternKVConfig(2, 4), "page_size": 4, "size": 1024, "dtype": torch.float16},
 ]
 
@@ -148,8 +151,8 @@ def test_buffers_have_their_documented_shapes() -> None:
     pool = make_pool(
         config, size=64, page_size=16, num_tables=3, num_windows=4, num_layers=2, h_kv=3
     )
-    page_bytes = 16 * (32 + 16 + 2 + 4)
-    assert [tuple(x.shape) for x in pool.packed] == [(5, 3, page_bytes)] * 2
+    page_bytes = 16 * 3 * (32 + 16 + 2 + 4)
+    assert [tuple(x.shape) for x in pool.packed] == [(5, page_bytes)] * 2
     assert pool.slot_table.shape == (80,) and pool.slot_table.dtype == torch.int32
     assert not pool.slot_table.any()
     for ring in (*pool.window_k, *pool.window_v):
@@ -199,7 +202,7 @@ def test_the_start_up_line_states_what_was_chosen() -> None:
     config = PatternKVConfig(4, 2, patterns=8, window=5)
     pool = make_pool(config, num_tables=3, num_windows=4, num_layers=2, h_kv=3)
     line = pool.describe()
-    for part in ("4/2", "328 bytes per token", "1536 in bfloat16", "4.68x", "256 tokens"):
+    for part in ("4/2", "340 bytes per token", "1536 in bfloat16", "4.52x", "256 tokens"):
         assert part in line
     assert "2 table slots of 8 patterns" in line
     assert "4 windows of 5 tokens" in line

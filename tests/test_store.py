@@ -7,7 +7,7 @@ import torch
 
 from patternkv_kernels import LayerTables, MinedTable, SlotFormat, dequantize, mine_table, store_kv
 from patternkv_kernels.format import HEAD_DIMS, unpack
-from patternkv_kernels.store import fit, nearest_pattern
+from patternkv_kernels.store_reference import fit, nearest_pattern
 from tests.cases import BITS_KV, DEVICES, NUM_TABLES, PAGE_SIZES, random_tables
 
 
@@ -42,7 +42,7 @@ def formula(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition in ``SlotFormat``, token by token and head by head, in float64."""
     views = fmt.views(buffer)
-    h_kv, d = buffer.shape[1], fmt.head_dim
+    h_kv, d = fmt.h_kv, fmt.head_dim
     k, v = torch.empty(2, len(slots), h_kv, d, dtype=torch.float64)
     sides = (
         (k, views.k_codes, views.k_pattern_id, views.k_scale, fmt.k_bits, 0),
@@ -65,8 +65,8 @@ def formula(
 @pytest.mark.parametrize("d", HEAD_DIMS)
 @pytest.mark.parametrize("bits", BITS_KV)
 def test_dequantize_follows_the_formula(bits: tuple[int, int], d: int, page_size: int) -> None:
-    fmt = SlotFormat(*bits, d, page_size)
-    buffer = fmt.allocate(8 * page_size + 64 // page_size * page_size, 2, "cpu")
+    fmt = SlotFormat(*bits, d, page_size, h_kv=2)
+    buffer = fmt.allocate(8 * page_size + 64 // page_size * page_size, "cpu")
     tables = random_tables(2, d, seed=3)
     k, v = random_kv(20, 2, d)
     slots = torch.randperm(buffer.shape[0] * page_size, generator=torch.manual_seed(0))[:20]
@@ -90,10 +90,10 @@ def test_error_is_within_half_a_covering_step(bits: tuple[int, int], device: str
     """A step that covers the largest residual errs by at most half of it per channel; the search
     never does worse."""
     d, n = 128, 300
-    fmt = SlotFormat(*bits, d)
+    fmt = SlotFormat(*bits, d, h_kv=2)
     tables = random_tables(2, d, seed=1)
     k, v = random_kv(n, 2, d)
-    buffer = fmt.allocate(n, 2, device)
+    buffer = fmt.allocate(n, device)
     on_device = tables.to(device)
     slots = torch.arange(n, device=device)
     table_ids = torch.full((n,), 2, device=device)
@@ -132,14 +132,14 @@ def test_sinks_are_stored_exactly(bits: tuple[int, int]) -> None:
     n, d = 200, 64
     k, v = random_kv(n, 2, d)
     k[:4] *= 20
-    fmt = SlotFormat(*bits, d)
+    fmt = SlotFormat(*bits, d, h_kv=2)
     tables = LayerTables.allocate(2, 2, 32, d, "cpu")
     mined = [
         mine_table(x, num_patterns=32, num_sinks=4, bits=b)
         for x, b in zip((k, v), bits, strict=True)
     ]
     tables.write(1, *mined)
-    buffer = fmt.allocate(n, 2, "cpu")
+    buffer = fmt.allocate(n, "cpu")
     table_ids = torch.ones(n, dtype=torch.int32)
     store_kv(fmt, buffer, torch.arange(n), k, v, tables, table_ids)
     back = dequantize(fmt, buffer, torch.arange(4), tables, table_ids[:4], torch.bfloat16)
@@ -152,7 +152,7 @@ def test_sinks_are_stored_exactly(bits: tuple[int, int]) -> None:
 @pytest.mark.parametrize("h_kv", [1, 2])
 def test_batching_never_changes_bytes(h_kv: int, bits: tuple[int, int], device: str) -> None:
     n, d = 333, 96
-    fmt = SlotFormat(*bits, d)
+    fmt = SlotFormat(*bits, d, h_kv=h_kv)
     tables = random_tables(h_kv, d, seed=5)
     tables.patterns.copy_(with_ties(tables.patterns))
     tables = tables.to(device)
@@ -161,7 +161,7 @@ def test_batching_never_changes_bytes(h_kv: int, bits: tuple[int, int], device: 
     table_ids = torch.randint(NUM_TABLES, (n,), generator=generator).to(device)
 
     def stored(*batches: torch.Tensor) -> torch.Tensor:
-        buffer = fmt.allocate(n, h_kv, device)
+        buffer = fmt.allocate(n, device)
         for batch in batches:
             batch = batch.to(device)
             store_kv(fmt, buffer, batch, k[batch], v[batch], tables, table_ids[batch])
@@ -177,48 +177,49 @@ def test_batching_never_changes_bytes(h_kv: int, bits: tuple[int, int], device: 
     assert torch.equal(together, one_table)
 
 
-def test_pages_hold_the_same_bytes_as_single_slots() -> None:
+@pytest.mark.parametrize("h_kv", [1, 2, 3, 8])
+def test_pages_hold_the_same_bytes_as_single_slots(h_kv: int) -> None:
     n = 48
-    k, v = random_kv(n, 2, 64)
-    tables = random_tables(2, 64, seed=0)
+    k, v = random_kv(n, h_kv, 64)
+    tables = random_tables(h_kv, 64, seed=0)
     table_ids = torch.zeros(n, dtype=torch.int64)
     stored = []
-    for page_size in (1, 16):
-        fmt = SlotFormat(4, 2, 64, page_size)
-        buffer = fmt.allocate(n, 2, "cpu")
+    for page_size in (1, 3, 16):
+        fmt = SlotFormat(4, 2, 64, page_size, h_kv=h_kv)
+        buffer = fmt.allocate(n, "cpu")
         store_kv(fmt, buffer, torch.arange(n), k, v, tables, table_ids)
         stored.append([view.transpose(1, 2).flatten(0, 1) for view in fmt.views(buffer)])
-    for single, paged in zip(*stored, strict=True):
-        assert torch.equal(single, paged)
+    for single, *paged in zip(*stored, strict=True):
+        assert all(torch.equal(single, pages) for pages in paged)
 
 
-def test_only_the_given_slots_are_written() -> None:
-    fmt = SlotFormat(2, 2, 64, page_size=16)
-    buffer = fmt.allocate(64, 2, "cpu").fill_(0xAB)
-    k, v = random_kv(3, 2, 64)
-    tables = random_tables(2, 64, seed=0)
-    store_kv(fmt, buffer, torch.tensor([5, 17, 63]), k, v, tables, torch.zeros(3).long())
-    written = torch.zeros(64, dtype=torch.bool)
-    written[[5, 17, 63]] = True
-    for view in fmt.views(buffer):
-        raw = view.contiguous().view(torch.uint8).flatten(3) if view.dim() == 4 else None
-        if raw is None:
-            raw = view.contiguous().view(torch.uint8).view(*view.shape, -1)
-        by_slot = raw.transpose(1, 2).flatten(0, 1).flatten(1)
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_only_the_given_slots_are_written(page_size: int) -> None:
+    fmt = SlotFormat(2, 2, 64, page_size, h_kv=3)
+    assert (fmt.padding_offset < fmt.page_bytes) == (page_size != 16)
+    buffer = fmt.allocate(48, "cpu").fill_(0xAB)
+    k, v = random_kv(3, 3, 64)
+    tables = random_tables(3, 64, seed=0)
+    store_kv(fmt, buffer, torch.tensor([5, 17, 47]), k, v, tables, torch.zeros(3).long())
+    written = torch.zeros(48, dtype=torch.bool)
+    written[[5, 17, 47]] = True
+    for section in fmt.sections(buffer):
+        by_slot = section.transpose(1, 2).flatten(0, 1).flatten(1)
         assert (by_slot[~written] == 0xAB).all()
-        assert (by_slot[written] != 0xAB).any()
+        assert (by_slot[written] != 0xAB).any(1).all()
+    assert (buffer[:, fmt.padding_offset :] == 0xAB).all()
 
 
 def test_garbage_tokens_poison_nothing() -> None:
-    fmt = SlotFormat(4, 4, 64)
+    fmt = SlotFormat(4, 4, 64, h_kv=2)
     tables = random_tables(2, 64, seed=0)
     k, v = random_kv(6, 2, 64)
     table_ids = torch.zeros(6, dtype=torch.int64)
-    clean = fmt.allocate(6, 2, "cpu")
+    clean = fmt.allocate(6, "cpu")
     store_kv(fmt, clean, torch.arange(6), k, v, tables, table_ids)
     k[1], v[1] = torch.nan, torch.inf
     k[2, 0, 3], v[2, 1, 5] = -torch.inf, 3e38
-    buffer = fmt.allocate(6, 2, "cpu")
+    buffer = fmt.allocate(6, "cpu")
     store_kv(fmt, buffer, torch.arange(6), k, v, tables, table_ids)
     assert torch.equal(buffer[[0, 3, 4, 5]], clean[[0, 3, 4, 5]])
     for x in dequantize(fmt, buffer, torch.arange(6), tables, table_ids):
@@ -226,13 +227,13 @@ def test_garbage_tokens_poison_nothing() -> None:
 
 
 def test_the_padding_slot_may_be_written_many_times() -> None:
-    fmt = SlotFormat(4, 4, 64)
+    fmt = SlotFormat(4, 4, 64, h_kv=2)
     tables = random_tables(2, 64, seed=0)
     k, v = random_kv(8, 2, 64)
     slots = torch.tensor([0, 3, 0, 0, 5, 0, 0, 0])
-    buffer = fmt.allocate(8, 2, "cpu")
+    buffer = fmt.allocate(8, "cpu")
     store_kv(fmt, buffer, slots, k, v, tables, torch.zeros(8).long())
-    alone = fmt.allocate(8, 2, "cpu")
+    alone = fmt.allocate(8, "cpu")
     for i in (1, 4):
         one = slice(i, i + 1)
         store_kv(fmt, alone, slots[one], k[one], v[one], tables, torch.zeros(1).long())
@@ -240,9 +241,9 @@ def test_the_padding_slot_may_be_written_many_times() -> None:
 
 
 def test_zero_vectors_and_patterns_come_back_exactly() -> None:
-    fmt = SlotFormat(2, 2, 64)
+    fmt = SlotFormat(2, 2, 64, h_kv=1)
     tables = LayerTables.allocate(1, 1, 4, 64, "cpu")
-    buffer = fmt.allocate(4, 1, "cpu").fill_(0xFF)
+    buffer = fmt.allocate(4, "cpu").fill_(0xFF)
     zeros = torch.zeros(4, 1, 64)
     store_kv(fmt, buffer, torch.arange(4), zeros, zeros, tables, torch.zeros(4).long())
     for x in dequantize(fmt, buffer, torch.arange(4), tables, torch.zeros(4).long()):
@@ -251,8 +252,8 @@ def test_zero_vectors_and_patterns_come_back_exactly() -> None:
 
 
 def test_no_tokens_is_a_no_op() -> None:
-    fmt = SlotFormat(4, 4, 64)
-    buffer = fmt.allocate(4, 2, "cpu")
+    fmt = SlotFormat(4, 4, 64, h_kv=2)
+    buffer = fmt.allocate(4, "cpu")
     tables = random_tables(2, 64, seed=0)
     nothing = torch.zeros(0, dtype=torch.int64)
     store_kv(fmt, buffer, nothing, *torch.zeros(2, 0, 2, 64), tables, nothing)
@@ -315,8 +316,8 @@ def test_tables_write_and_clear() -> None:
 
 
 def test_shapes_that_do_not_fit_the_pool_are_refused() -> None:
-    fmt = SlotFormat(4, 4, 64)
-    buffer = fmt.allocate(8, 2, "cpu")
+    fmt = SlotFormat(4, 4, 64, h_kv=2)
+    buffer = fmt.allocate(8, "cpu")
     tables = random_tables(2, 64, seed=0)
     k, v = random_kv(3, 2, 64)
     slots = table_ids = torch.zeros(3, dtype=torch.int64)
@@ -324,6 +325,8 @@ def test_shapes_that_do_not_fit_the_pool_are_refused() -> None:
         store_kv(fmt, buffer, slots, k[:, :1], v, tables, table_ids)
     with pytest.raises(ValueError, match=r"table_ids \[2\]"):
         store_kv(fmt, buffer, slots, k, v, tables, table_ids[:2])
+    with pytest.raises(ValueError, match=r"table_ids \[2\]"):
+        dequantize(fmt, buffer, slots, tables, table_ids[:2])
     one_head = random_tables(1, 64, seed=0)
     with pytest.raises(ValueError, match="do not fit 2 KV heads"):
         store_kv(fmt, buffer, slots, k, v, one_head, table_ids)

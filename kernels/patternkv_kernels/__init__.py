@@ -1,10 +1,11 @@
 """Pattern-quantized KV cache: the slot format and its reference ops (tensors in, tensors out)."""
 
-from patternkv_kernels.decode import DecodePlan, Window, tree_decode, tree_decode_with_lse
+from patternkv_kernels.decode import tree_decode, tree_decode_with_lse
 from patternkv_kernels.dequantize import dequantize
 from patternkv_kernels.extend import extend_attention
 from patternkv_kernels.format import SlotFormat, SlotViews
 from patternkv_kernels.mining import MinedTable, mine_kv, mine_table, query_weight
+from patternkv_kernels.plan import DecodePlan, Window
 from patternkv_kernels.store import store_kv
 from patternkv_kernels.tables import LayerTables
 

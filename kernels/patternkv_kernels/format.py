@@ -6,7 +6,7 @@ Everything that reads or writes the pool derives its offsets from :class:`SlotFo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,12 +16,14 @@ HEAD_DIMS = (64, 96, 128, 256)
 MAX_PATTERNS = 256
 """Pattern ids are one byte."""
 
-_PATTERN_ID_BYTES = 1
-_SCALE_BYTES = 2
+METADATA_BYTES = 6
+"""Two pattern ids of one byte and two float16 scales."""
+PAGE_ALIGNMENT = 8
+"""Bytes; pages are padded to a multiple, so code rows can be copied 8 bytes at a time."""
 
 
 class SlotViews(NamedTuple):
-    """Zero-copy views of the sections of a packed buffer."""
+    """Zero-copy views of what a packed buffer holds."""
 
     k_codes: torch.Tensor
     """uint8 ``[num_pages, h_kv, page_size, k_code_bytes]``"""
@@ -37,14 +39,27 @@ class SlotViews(NamedTuple):
     """float16 ``[num_pages, h_kv, page_size]``"""
 
 
+class Sections(NamedTuple):
+    """Zero-copy uint8 views of the sections of a packed buffer."""
+
+    k_codes: torch.Tensor
+    """``[num_pages, h_kv, page_size, k_code_bytes]``"""
+    v_codes: torch.Tensor
+    """``[num_pages, h_kv, page_size, v_code_bytes]``"""
+    metadata: torch.Tensor
+    """``[num_pages, h_kv, page_size, METADATA_BYTES]``: both pattern ids, then both scales"""
+
+
 @dataclass(frozen=True)
 class SlotFormat:
     """Byte layout of packed K/V slots.
 
-    One page of one KV head is a contiguous block of ``page_bytes``, in sections
-    ``[K codes][V codes][k_pattern_id][v_pattern_id][k_scale][v_scale]``, each section token-major.
-    The codes of one token are in head-dim order, little-end first within a byte: dim ``j`` of a
-    byte's dims sits at bit ``bits * j``. A stored vector means::
+    A page holds all KV heads of its slots in ``page_bytes`` contiguous bytes: for every head the K
+    codes and then the V codes of its slots, for every head the metadata of its slots, and zero
+    bytes up to a multiple of 8. Everything is token-major. The metadata of a token is
+    ``k_pattern_id`` and ``v_pattern_id`` (uint8), ``k_scale`` and ``v_scale`` (float16). Its codes
+    are in head-dim order, little-end first within a byte: dim ``j`` of a byte's dims sits at bit
+    ``bits * j``. A stored vector means::
 
         x = pattern[pattern_id] + scale * channel_scale * (code - (2**bits - 1) / 2)
 
@@ -53,6 +68,7 @@ class SlotFormat:
     k_bits, v_bits: bits per code, 2 or 4, independent of each other.
     head_dim: 64, 96, 128 or 256.
     page_size: slots per page, >= 1.
+    h_kv: KV heads, >= 1.
 
     Raises ``ValueError`` for anything else.
     """
@@ -61,6 +77,7 @@ class SlotFormat:
     v_bits: int
     head_dim: int
     page_size: int = 1
+    h_kv: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
         for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
@@ -73,6 +90,8 @@ class SlotFormat:
             )
         if self.page_size < 1:
             raise ValueError(f"page_size={self.page_size}: a page holds at least 1 slot")
+        if self.h_kv < 1:
+            raise ValueError(f"h_kv={self.h_kv}: a slot holds at least 1 KV head")
 
     @property
     def k_code_bytes(self) -> int:
@@ -85,107 +104,104 @@ class SlotFormat:
         return self.head_dim * self.v_bits // 8
 
     @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one token and head, K and V."""
+        return self.k_code_bytes + self.v_code_bytes
+
+    @property
     def bytes_per_slot(self) -> int:
-        """Bytes of one token and KV head: both codes, both pattern ids, both scales."""
-        return self.k_code_bytes + self.v_code_bytes + 2 * (_PATTERN_ID_BYTES + _SCALE_BYTES)
+        """Bytes of one token and one KV head, without padding: codes and metadata."""
+        return self.code_bytes + METADATA_BYTES
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page of one KV head; always even, so that the scales are aligned."""
-        return self.page_size * self.bytes_per_slot
+        """Bytes of one page of all heads, padding included; a multiple of 8."""
+        used = self.h_kv * self.page_size * self.bytes_per_slot
+        return -(-used // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
 
     @property
-    def k_codes_offset(self) -> int:
-        """Byte offset of the K codes inside a page of one head."""
-        return 0
+    def bytes_per_token(self) -> int:
+        """Bytes of one token of all heads with its share of the padding, rounded up.
+
+        Exact for the page sizes 1, 2 and multiples of 4.
+        """
+        return -(-self.page_bytes // self.page_size)
+
+    def k_codes_offset(self, head: int) -> int:
+        """Byte offset in a page of the K codes of ``head``."""
+        return head * self.page_size * self.code_bytes
+
+    def v_codes_offset(self, head: int) -> int:
+        """Byte offset in a page of the V codes of ``head``."""
+        return self.k_codes_offset(head) + self.page_size * self.k_code_bytes
+
+    def metadata_offset(self, head: int) -> int:
+        """Byte offset in a page of the metadata of ``head``."""
+        return self.k_codes_offset(self.h_kv) + head * self.page_size * METADATA_BYTES
 
     @property
-    def v_codes_offset(self) -> int:
-        """Byte offset of the V codes inside a page of one head."""
-        return self.page_size * self.k_code_bytes
+    def padding_offset(self) -> int:
+        """Byte offset in a page of its padding, which may be empty."""
+        return self.metadata_offset(self.h_kv)
 
-    @property
-    def k_pattern_id_offset(self) -> int:
-        """Byte offset of the K pattern ids inside a page of one head."""
-        return self.v_codes_offset + self.page_size * self.v_code_bytes
-
-    @property
-    def v_pattern_id_offset(self) -> int:
-        """Byte offset of the V pattern ids inside a page of one head."""
-        return self.k_pattern_id_offset + self.page_size * _PATTERN_ID_BYTES
-
-    @property
-    def k_scale_offset(self) -> int:
-        """Byte offset of the K scales inside a page of one head."""
-        return self.v_pattern_id_offset + self.page_size * _PATTERN_ID_BYTES
-
-    @property
-    def v_scale_offset(self) -> int:
-        """Byte offset of the V scales inside a page of one head."""
-        return self.k_scale_offset + self.page_size * _SCALE_BYTES
-
-    def allocate(self, num_slots: int, h_kv: int, device: torch.device | str) -> torch.Tensor:
-        """A zeroed packed buffer, uint8 ``[num_slots // page_size, h_kv, page_bytes]``."""
+    def allocate(self, num_slots: int, device: torch.device | str) -> torch.Tensor:
+        """A zeroed packed buffer, uint8 ``[num_slots // page_size, page_bytes]``."""
         if num_slots < 1 or num_slots % self.page_size:
             raise ValueError(
                 f"num_slots={num_slots}: must be a positive multiple of page_size={self.page_size}"
             )
-        if h_kv < 1:
-            raise ValueError(f"h_kv={h_kv}: at least 1 KV head is needed")
-        shape = (num_slots // self.page_size, h_kv, self.page_bytes)
+        shape = (num_slots // self.page_size, self.page_bytes)
         return torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def views(self, buffer: torch.Tensor) -> SlotViews:
-        """The sections of ``buffer`` (as made by :meth:`allocate`) as zero-copy views."""
-        k_codes, v_codes, k_pattern_id, v_pattern_id, k_scale, v_scale = self.sections(buffer)
-        return SlotViews(
-            k_codes=k_codes,
-            v_codes=v_codes,
-            k_pattern_id=k_pattern_id.squeeze(3),
-            v_pattern_id=v_pattern_id.squeeze(3),
-            k_scale=k_scale.view(torch.float16).squeeze(3),
-            v_scale=v_scale.view(torch.float16).squeeze(3),
-        )
+        """What ``buffer`` (as made by :meth:`allocate`) holds, as zero-copy views."""
+        k_codes, v_codes, metadata = self.sections(buffer)
+        k_scale, v_scale = metadata[..., 2:].view(torch.float16).unbind(3)
+        return SlotViews(k_codes, v_codes, metadata[..., 0], metadata[..., 1], k_scale, v_scale)
 
-    def sections(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The six sections as zero-copy uint8 ``[num_pages, h_kv, page_size, row_bytes]``."""
+    def sections(self, buffer: torch.Tensor) -> Sections:
+        """The sections of ``buffer`` as zero-copy views of its bytes."""
         self.check(buffer)
-        row_bytes = (self.k_code_bytes, self.v_code_bytes, 1, 1, _SCALE_BYTES, _SCALE_BYTES)
-        parts = buffer.split([self.page_size * size for size in row_bytes], dim=2)
-        return [
-            part.unflatten(2, (self.page_size, size))
-            for part, size in zip(parts, row_bytes, strict=True)
-        ]
+        length, metadata_offset = self.page_size, self.metadata_offset(0)
+        codes = buffer[:, :metadata_offset].unflatten(1, (self.h_kv, length * self.code_bytes))
+        k_codes, v_codes = codes.split([length * self.k_code_bytes, length * self.v_code_bytes], 2)
+        metadata = buffer[:, metadata_offset : self.padding_offset]
+        return Sections(
+            k_codes.unflatten(2, (length, self.k_code_bytes)),
+            v_codes.unflatten(2, (length, self.v_code_bytes)),
+            metadata.unflatten(1, (self.h_kv, length, METADATA_BYTES)),
+        )
 
     def check(self, buffer: torch.Tensor) -> None:
         """Raise ``ValueError`` unless ``buffer`` is contiguous and of this format."""
         if (
             buffer.dtype != torch.uint8
-            or buffer.dim() != 3
-            or buffer.shape[2] != self.page_bytes
+            or buffer.dim() != 2
+            or buffer.shape[1] != self.page_bytes
             or not buffer.is_contiguous()
         ):
             raise ValueError(
                 f"buffer is {buffer.dtype} {list(buffer.shape)}, strides {buffer.stride()}: "
-                f"{self} needs a contiguous uint8 [num_pages, h_kv, {self.page_bytes}]"
+                f"{self} needs a contiguous uint8 [num_pages, {self.page_bytes}]"
             )
 
 
 def read_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """The bytes of ``slots`` (int64 ``[w, length]``) for every head, each row as in a page of one
-    slot.
+    """The bytes of ``slots`` (int64 ``[w, length]``) for every head.
 
-    Returns uint8 ``[w, h_kv, length, bytes_per_slot]``.
+    Returns uint8 ``[w, h_kv, length, bytes_per_slot]``, each row as in a page of one slot and one
+    head: K codes, V codes, metadata.
     """
-    h_kv = buffer.shape[1]
-    heads = torch.arange(h_kv, device=buffer.device).view(1, h_kv, 1)
     if fmt.page_size == 1:
-        # index_select copies whole rows; advanced indexing is ten times slower on the CPU.
-        index = slots.unsqueeze(1) * h_kv + heads
+        # index_select copies whole pages; advanced indexing is ten times slower on the CPU.
         fmt.check(buffer)
-        rows = buffer.view(-1, fmt.bytes_per_slot)
-        return rows.index_select(0, index.flatten()).view(*index.shape, fmt.bytes_per_slot)
+        pages = buffer.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        codes = pages[..., : fmt.metadata_offset(0)].unflatten(2, (fmt.h_kv, fmt.code_bytes))
+        metadata = pages[..., fmt.metadata_offset(0) : fmt.padding_offset]
+        metadata = metadata.unflatten(2, (fmt.h_kv, METADATA_BYTES))
+        return torch.cat([codes.transpose(1, 2), metadata.transpose(1, 2)], dim=3)
     page = torch.div(slots, fmt.page_size, rounding_mode="floor")
+    heads = torch.arange(fmt.h_kv, device=buffer.device).view(1, fmt.h_kv, 1)
     at = (page.unsqueeze(1), heads, (slots - page * fmt.page_size).unsqueeze(1))
     return torch.cat([section[at] for section in fmt.sections(buffer)], dim=3)
 
@@ -193,21 +209,21 @@ def read_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor) -> to
 def write_slots(
     fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
 ) -> None:
-    """Write ``rows`` to ``slots`` (int64 ``[n]``).
+    """Write ``rows`` to ``slots`` (int64 ``[n]``); padding is left alone.
 
-    ``rows`` is uint8 ``[n, h_kv, bytes_per_slot]``, each laid out as in a page of one slot.
+    ``rows`` is uint8 ``[n, h_kv, bytes_per_slot]``, each as in a page of one slot and one head.
     """
-    fmt.check(buffer)
     if fmt.page_size == 1:
-        buffer.index_copy_(0, slots, rows)
+        fmt.check(buffer)
+        codes, metadata = rows.split([fmt.code_bytes, METADATA_BYTES], dim=2)
+        pages = torch.cat([codes.flatten(1), metadata.flatten(1)], dim=1)
+        buffer[slots, : fmt.padding_offset] = pages
         return
     page = torch.div(slots, fmt.page_size, rounding_mode="floor")
     offset = slots - page * fmt.page_size
-    first = 0
-    for section in fmt.sections(buffer):
-        last = first + section.shape[3]
-        section[page, :, offset] = rows[:, :, first:last]
-        first = last
+    parts = rows.split([fmt.k_code_bytes, fmt.v_code_bytes, METADATA_BYTES], dim=2)
+    for section, part in zip(fmt.sections(buffer), parts, strict=True):
+        section[page, :, offset] = part
 
 
 def centre(bits: int) -> float:
