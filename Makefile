@@ -11,10 +11,10 @@ ifneq ($(BUILT_AT),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu lint types format clean
+.PHONY: help setup demo test test-fast test-gpu bench-kernels lint types format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F '|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F '|' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## build .venv with the pinned dependencies
 
@@ -33,6 +33,10 @@ test-fast: $(STAMP) ## the tests that start no server
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@echo "==> tests (gpu)"
 	@$(PY) -m pytest -m gpu
+
+bench-kernels: $(STAMP) ## time tree decode on a CUDA device against FlashInfer and the targets
+	@$(PY) -m benchmarks.bench_kernels
+	@$(PY) -m benchmarks.bench_kernels --check
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@echo "==> ruff"

@@ -41,10 +41,8 @@ def hardware() -> dict[str, str | int | None]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this file is in, with ``-dirty`` if files differ from it; None
-    outside a checkout. ``GIT_COMMIT`` names it where files travel without their history."""
-    if "GIT_COMMIT" in os.environ:
-        return os.environ["GIT_COMMIT"]
+    """Commit of the checkout this file is in, with ``-dirty`` if files differ from it. Where files
+    travel without their history, ``PATTERNKV_COMMIT`` names it; None if that is not set."""
 
     def git(*words: str) -> str:
         where = Path(__file__).resolve().parent
@@ -56,7 +54,7 @@ def git_commit() -> str | None:
         commit = git("rev-parse", "HEAD")
         return f"{commit}-dirty" if git("status", "--porcelain", "-uno") else commit
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("PATTERNKV_COMMIT")
 
 
 def _cpu_name() -> str:

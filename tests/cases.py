@@ -17,7 +17,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 BITS_KV = ((4, 4), (4, 2), (2, 2), (2, 4))
 PAGE_SIZES = (1, 3, 16, 64)
-NUM_PATTERNS = 16
 NUM_TABLES = 5
 
 
@@ -60,6 +59,7 @@ class DecodeCase:
     window: int = 0
     logit_cap: float = 0.0
     dtype: torch.dtype = torch.float32
+    num_patterns: int = 16
     tree: list[Segment] = field(default_factory=lambda: balanced_tree(1, 4, 90, [20, 0, 1, 33]))
 
 
@@ -110,11 +110,11 @@ class DecodeInputs:
         }
 
 
-def random_tables(h_kv: int, d: int, seed: int) -> LayerTables:
+def random_tables(h_kv: int, d: int, seed: int, num_patterns: int = 16) -> LayerTables:
     """Tables of random patterns and channel scales between 1/2 and 2; the last table is NaN and
     must not be read."""
     generator = torch.Generator().manual_seed(seed)
-    tables = LayerTables.allocate(NUM_TABLES + 1, h_kv, NUM_PATTERNS, d, "cpu")
+    tables = LayerTables.allocate(NUM_TABLES + 1, h_kv, num_patterns, d, "cpu")
     tables.patterns.copy_(torch.randn(tables.patterns.shape, generator=generator))
     tables.channel_scale.copy_(
         torch.empty(tables.channel_scale.shape).uniform_(0.5, 2.0, generator=generator)
@@ -125,7 +125,9 @@ def random_tables(h_kv: int, d: int, seed: int) -> LayerTables:
     return tables
 
 
-def fill_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, seed: int) -> None:
+def fill_slots(
+    fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, num_patterns: int, seed: int
+) -> None:
     """Give ``slots`` random codes, pattern ids and scales."""
     generator = torch.Generator().manual_seed(seed)
     page, offset = slots // fmt.page_size, slots % fmt.page_size
@@ -134,7 +136,7 @@ def fill_slots(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, seed:
         if view.dtype == torch.float16:
             value = torch.empty(shape).uniform_(0.05, 0.5, generator=generator).half()
         else:
-            high = 256 if view.dim() == 4 else NUM_PATTERNS
+            high = 256 if view.dim() == 4 else num_patterns
             value = torch.randint(high, shape, generator=generator).to(torch.uint8)
         view[page, :, offset] = value
 
@@ -154,7 +156,7 @@ def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
     num_slots = num_pages * case.page_size
     buffer = fmt.allocate(num_slots, "cpu").fill_(0xFF)
     order = torch.randperm(num_slots, generator=generator)
-    fill_slots(fmt, buffer, order[:total], seed)
+    fill_slots(fmt, buffer, order[:total], case.num_patterns, seed)
 
     context = max(
         sum(segment.length for segment in case.tree if row in segment.rows) for row in range(b)
@@ -187,7 +189,7 @@ def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
     )
     q = torch.randn(b, case.h_kv * case.group, case.d, generator=generator).to(case.dtype)
     window = random_window(case, length, generator) if case.window else None
-    tables = random_tables(case.h_kv, case.d, seed + 1)
+    tables = random_tables(case.h_kv, case.d, seed + 1, case.num_patterns)
     sm_scale = case.d**-0.5
     return DecodeInputs(
         case, q, fmt, buffer, tables, plan, window, sm_scale, segment_slots, segment_tables

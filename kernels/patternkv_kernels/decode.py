@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from patternkv_kernels.decode_cuda import tree_decode_cuda, unsupported
 from patternkv_kernels.decode_reference import tree_decode_reference
+from patternkv_kernels.dispatch import Impl, use_cuda
 from patternkv_kernels.format import SlotFormat
 from patternkv_kernels.plan import DecodePlan, Window
 from patternkv_kernels.tables import LayerTables
@@ -20,11 +22,20 @@ def tree_decode(
     window: Window | None,
     sm_scale: float,
     logit_cap: float = 0.0,
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Attention output of every row, ``[b, h_q, d]`` in ``q.dtype``; see
     :func:`tree_decode_with_lse`."""
     return tree_decode_with_lse(
-        q, fmt, buffer, tables, plan, window=window, sm_scale=sm_scale, logit_cap=logit_cap
+        q,
+        fmt,
+        buffer,
+        tables,
+        plan,
+        window=window,
+        sm_scale=sm_scale,
+        logit_cap=logit_cap,
+        impl=impl,
     )[0]
 
 
@@ -38,6 +49,7 @@ def tree_decode_with_lse(
     window: Window | None,
     sm_scale: float,
     logit_cap: float = 0.0,
+    impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode attention over the segments of ``plan`` and the exact tokens of ``window``.
 
@@ -47,6 +59,8 @@ def tree_decode_with_lse(
     buffer: uint8 ``[num_pages, page_bytes]``.
     sm_scale: factor on ``q @ k``.
     logit_cap: ``cap * tanh(logit / cap)`` when positive, as SGLang's attention backends do.
+    impl: the CUDA kernels round queries and probabilities to float16 and work out the plan on the
+        device at its first use (:func:`~patternkv_kernels.decode_cuda.lower`).
 
     Returns ``out [b, h_q, d]`` in ``q.dtype`` and ``lse [b, h_q]`` float32, natural logarithm. A
     row without any token has ``out = 0`` and ``lse = -inf``.
@@ -58,4 +72,7 @@ def tree_decode_with_lse(
     tables.check(h_kv, d)
     if q.dim() != 3 or q.shape[1] % h_kv or q.shape[2] != d:
         raise ValueError(f"q is {list(q.shape)}: needs head_dim={d} and a multiple of {h_kv} heads")
-    return tree_decode_reference(q, fmt, buffer, tables, plan, window, sm_scale, logit_cap)
+    decode = tree_decode_reference
+    if use_cuda(impl, q.device, unsupported(q, fmt, window, plan)):
+        decode = tree_decode_cuda
+    return decode(q, fmt, buffer, tables, plan, window, sm_scale, logit_cap)

@@ -33,6 +33,8 @@ from patternkv_kernels.format import SlotFormat
 if TYPE_CHECKING:
     import tvm_ffi
 
+    Module = tvm_ffi.Module
+
 Op = Literal["decode", "dequantize", "store"]
 OPS: tuple[Op, ...] = get_args(Op)
 

@@ -1,0 +1,108 @@
+"""The rows that bench_kernels writes: reading them, targets missed, tables for a README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernel_cases import BITS, TARGETS
+
+Row = dict[str, Any]
+BASELINES = ("flashinfer_us", "flashinfer_fp8_us", "cascade_us")
+
+
+HEADER = (
+    f"{'case':36}{'bits':>4}{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>7}{'roof':>6}"
+    f"{'x bf16':>9}{'x fp8':>9}{'x cascade':>11}"
+)
+
+
+def line(row: Row) -> str:
+    """One row under :data:`HEADER`: time, bandwidth, percent of the packed roofline, and how many
+    times faster than each baseline."""
+    gains = ["" if row[name] is None else f"{row[name] / row['us']:.2f}" for name in BASELINES]
+    return (
+        f"{row['case']:36}{row['bits_k']}/{row['bits_v']:<2}{row['us']:9.1f}{row['us_p20']:9.1f}"
+        f"{row['us_p80']:9.1f}{row['bytes'] / row['us'] / 1e3:7.0f}"
+        f"{100 * row['roofline_us'] / row['us']:5.0f}%{gains[0]:>9}{gains[1]:>9}{gains[2]:>11}"
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def misses(rows: Iterable[Row]) -> list[str]:
+    """One line per target that is not reached or not measured. Targets are for pages of one slot
+    in the order of allocation, so other rows do not count."""
+    measured = {
+        (row["case"], row["bits_k"], row["bits_v"]): row["us"]
+        for row in rows
+        if row["page"] == 1 and not row["shuffle"]
+    }
+    missed = []
+    for case, targets in TARGETS.items():
+        for (k_bits, v_bits), target in targets.items():
+            us = measured.get((case.name, k_bits, v_bits))
+            what = f"{case.name} {k_bits}/{v_bits}"
+            if us is None:
+                missed.append(f"{what}: not measured, target {target:g} us")
+            elif us > target:
+                over = 100 * (us / target - 1)
+                missed.append(f"{what}: {us:.1f} us, target {target:g} us ({over:.0f} % over)")
+    return missed
+
+
+def best_baseline(row: Row) -> float | None:
+    """The fastest FlashInfer time of the row's case; None where none was measured."""
+    return min((row[name] for name in BASELINES if row[name] is not None), default=None)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table per suite, a line per case, our bit widths side by side. Cells below 1 lose."""
+    sections = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        cases: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["suite"] == suite:
+                cases.setdefault(row["case"], []).append(row)
+        bits = " · ".join(f"{k}/{v}" for k, v in BITS)
+        columns = f"case|FlashInfer bf16|fp8|cascade|ours {bits}|% of roofline|× best FlashInfer"
+        head = columns.split("|")
+        lines = [head, ["---"] * len(head), *(_line(name, of) for name, of in cases.items())]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        sections.append(f"**{suite}**, µs per layer\n\n{table}")
+    return "\n\n".join([*sections, _provenance(rows[0])])
+
+
+def _line(name: str, of_case: list[Row]) -> list[str]:
+    def cells(values: Iterable[float | None], digits: int) -> str:
+        return " · ".join("–" if value is None else f"{value:.{digits}f}" for value in values)
+
+    by_bits = {(row["bits_k"], row["bits_v"]): row for row in of_case}
+
+    def ours(value: Callable[[Row], float | None]) -> list[float | None]:
+        return [value(by_bits[bits]) if bits in by_bits else None for bits in BITS]
+
+    def gain(row: Row) -> float | None:
+        best = best_baseline(row)
+        return None if best is None else best / row["us"]
+
+    return [
+        name,
+        *(cells([of_case[0][baseline]], 0) for baseline in BASELINES),
+        cells(ours(lambda row: row["us"]), 1),
+        cells(ours(lambda row: 100 * row["roofline_us"] / row["us"]), 0),
+        cells(ours(gain), 2),
+    ]
+
+
+def _provenance(row: Row) -> str:
+    found = [f"{name} {version}" for name, version in row["versions"].items() if version]
+    return (
+        f"{row['gpu']}, device copy {row['copy_gbps']:.0f} GB/s (read + write), bfloat16 matmul "
+        f"{row['matmul_tflops']:.0f} TFLOP/s, page size {row['page']}; {', '.join(found)}; "
+        f"commit {row['commit']}."
+    )

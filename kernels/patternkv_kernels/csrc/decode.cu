@@ -1,0 +1,246 @@
+// Launchers of tree decode: the planner once per step, attention and merge once per layer.
+#include <algorithm>
+#include <cmath>
+
+#include "patternkv/decode_merge.cuh"
+#include "patternkv/decode_narrow.cuh"
+#include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_wide.cuh"
+#include "tvm_ffi_utils.h"
+
+namespace patternkv {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  TVM_FFI_ICHECK(error == cudaSuccess) << what << ": " << cudaGetErrorString(error);
+}
+
+// Capacities of a work list and the places of its parts in one int32 tensor.
+struct WorkSizes {
+  int64_t b, nnz, max_narrow, max_wide;
+
+  int64_t words() const {
+    return (sizeof(WorkHeader) + (max_narrow + max_wide) * sizeof(WorkItem)) / sizeof(int) + b + 1 +
+           4 * nnz;
+  }
+};
+
+struct WorkParts {
+  WorkList list;
+  StateRun* entry_runs;
+};
+
+WorkParts work_parts(const TensorView& work, const WorkSizes& sizes) {
+  CHECK_INPUT_AND_TYPE(work, dl_int32);
+  TVM_FFI_ICHECK_GE(work.numel(), sizes.words()) << "work list of the plan is too small";
+  auto* at = static_cast<int*>(work.data_ptr());
+  WorkParts parts;
+  const auto take = [&](auto*& part, int64_t count) {
+    part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(at);
+    at += count * sizeof(*part) / sizeof(int);
+  };
+  take(parts.list.header, 1);
+  take(parts.list.narrow, sizes.max_narrow);
+  take(parts.list.wide, sizes.max_wide);
+  take(parts.list.runs, sizes.nnz);
+  take(parts.entry_runs, sizes.nnz);
+  take(parts.list.run_indptr, sizes.b + 1);
+  return parts;
+}
+
+// How the kernels run on the current device with tables of num_patterns.
+struct LaunchConfig {
+  int wide_rows, wide_bytes, wide_blocks;
+  int narrow_bytes, narrow_blocks;
+  bool dependent_launch;  // compute capability 9.0 and later
+};
+
+template <typename Kernel>
+int resident_blocks(Kernel kernel, int bytes, int sms) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "shared memory of a decode kernel");
+  int per_sm = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
+        "occupancy of a decode kernel");
+  TVM_FFI_ICHECK_GT(per_sm, 0) << "a decode kernel does not fit the GPU: " << bytes
+                               << " bytes of shared memory";
+  return per_sm * sms;
+}
+
+LaunchConfig make_config(int num_patterns, int device) {
+  int per_sm, per_block, sms, major;
+  cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  constexpr int kReserved = 1024;  // shared memory that CUDA takes per block
+
+  LaunchConfig config = {};
+  // The most rows of which two blocks fit, so that one's loads hide behind the other's arithmetic.
+  config.wide_rows = wide::kMaxRows;
+  const auto wide_bytes = [&] { return wide::shared_bytes(num_patterns, config.wide_rows); };
+  while (config.wide_rows > 16 &&
+         (2 * (wide_bytes() + kReserved) > per_sm || wide_bytes() > per_block)) {
+    config.wide_rows /= 2;
+  }
+  config.wide_bytes = wide_bytes();
+  config.narrow_bytes = narrow::shared_bytes(num_patterns);
+  for (const int bytes : {config.wide_bytes, config.narrow_bytes}) {
+    TVM_FFI_CHECK(bytes <= per_block, ValueError)
+        << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
+        << per_block << " per block: use fewer patterns";
+  }
+  config.wide_blocks = resident_blocks(wide::attend_kernel, config.wide_bytes, sms);
+  config.narrow_blocks = resident_blocks(narrow::attend_kernel, config.narrow_bytes, sms);
+  config.dependent_launch = major >= 9;
+  return config;
+}
+
+// Once per device and number of patterns: the attributes that it sets stay set.
+const LaunchConfig& launch_config(int num_patterns, int device) {
+  constexpr int kMaxDevices = 64, kMaxPatterns = 256;
+  static thread_local LaunchConfig configs[kMaxDevices][kMaxPatterns + 1];
+  TVM_FFI_ICHECK(device >= 0 && device < kMaxDevices) << "device " << device;
+  TVM_FFI_ICHECK(num_patterns >= 1 && num_patterns <= kMaxPatterns) << num_patterns << " patterns";
+  LaunchConfig& config = configs[device][num_patterns];
+  if (config.wide_rows == 0) config = make_config(num_patterns, device);
+  return config;
+}
+
+template <typename Kernel, typename Params>
+void launch(Kernel kernel, dim3 grid, int threads, int bytes, cudaStream_t stream, bool dependent,
+            const Params& params) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params), "launch of a decode kernel");
+}
+
+}  // namespace
+
+// {items that the planner may make of each kind beyond one per segment and tile of branches, and
+// beyond one per kMaxChunk tokens; most branches of such an item}: narrow, then wide.
+ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, int64_t device) {
+  ffi::CUDADeviceGuard guard(device);
+  const LaunchConfig& c = launch_config(num_patterns, device);
+  const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
+  const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
+  return {extra(c.narrow_blocks), branches(kNarrowRows), extra(c.wide_blocks), branches(c.wide_rows)};
+}
+
+// Writes the work list of one step into `work`; capacities as the caller allocated them.
+void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, TensorView work, int64_t b,
+          int64_t group, int64_t h_kv, int64_t num_patterns, int64_t max_narrow, int64_t max_wide,
+          int64_t max_states) {
+  CHECK_INPUT_AND_TYPE(segments, dl_int32);
+  CHECK_INPUT_AND_TYPE(row_indptr, dl_int32);
+  CHECK_INPUT_AND_TYPE(rows, dl_int32);
+  TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(segments.data_ptr()) % 16 == 0) << "segments unaligned";
+  const int device = segments.device().device_id;
+  ffi::CUDADeviceGuard guard(device);
+  const LaunchConfig& config = launch_config(num_patterns, device);
+  const WorkSizes sizes = {b, rows.numel(), max_narrow, max_wide};
+  const WorkParts parts = work_parts(work, sizes);
+  plan::PlanParams params = {};
+  params.segments = static_cast<const int4*>(segments.data_ptr());
+  params.row_indptr = static_cast<const int*>(row_indptr.data_ptr());
+  params.rows = static_cast<const int*>(rows.data_ptr());
+  params.num_segments = segments.size(0);
+  params.b = b;
+  params.group = group;
+  params.h_kv = h_kv;
+  params.wide_rows = config.wide_rows;
+  params.narrow_blocks = config.narrow_blocks;
+  params.wide_blocks = config.wide_blocks;
+  params.max_narrow = max_narrow;
+  params.max_wide = max_wide;
+  params.max_states = max_states;
+  params.max_runs = rows.numel();
+  params.work = parts.list;
+  params.entry_runs = parts.entry_runs;
+  launch(plan::plan_kernel, dim3(1), plan::kPlanThreads, 0, get_stream(segments.device()), false,
+         params);
+}
+
+// One layer: `states` is float32 [max_states * h_q * (d + 2)].
+void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView patterns,
+            TensorView channel_scale, TensorView req_to_token, TensorView rows, TensorView work,
+            int64_t max_narrow, int64_t max_wide, TensorView states, int64_t max_states,
+            TensorView out, TensorView lse, ffi::Optional<TensorView> window_k,
+            ffi::Optional<TensorView> window_v, ffi::Optional<TensorView> ring,
+            ffi::Optional<TensorView> start, ffi::Optional<TensorView> end, double sm_scale,
+            double logit_cap) {
+  const int device = q.device().device_id;
+  ffi::CUDADeviceGuard guard(device);
+  const cudaStream_t stream = get_stream(q.device());
+  const int b = q.size(0), h_q = q.size(1), h_kv = patterns.size(2), group = h_q / h_kv;
+  const int num_patterns = patterns.size(3);
+  const LaunchConfig& config = launch_config(num_patterns, device);
+  const WorkParts parts = work_parts(work, {b, rows.numel(), max_narrow, max_wide});
+  CHECK_INPUT_AND_TYPE(states, dl_float32);
+  TVM_FFI_ICHECK_GE(states.numel(), max_states * h_q * (HEAD_DIM + 2)) << "states of the plan";
+
+  DecodeParams params = {};
+  params.q = q.data_ptr();
+  params.q_stride = q.stride(0);
+  params.q_is_bf16 = encode_dlpack_dtype(q.dtype()) == bfloat16_code;
+  params.pool = SlotPool::make(buffer.data_ptr(), page_size, h_kv);
+  params.copy16 = params.pool.page_bytes % 16 == 0 && K_ROW_BYTES % 16 == 0 &&
+                  V_ROW_BYTES % 16 == 0 && reinterpret_cast<uintptr_t>(buffer.data_ptr()) % 16 == 0;
+  params.req_to_token = static_cast<const int*>(req_to_token.data_ptr());
+  params.req_stride = req_to_token.stride(0);
+  params.patterns = static_cast<const __half*>(patterns.data_ptr());
+  params.channel_scale = static_cast<const __half*>(channel_scale.data_ptr());
+  params.num_patterns = num_patterns;
+  params.rows = static_cast<const int*>(rows.data_ptr());
+  params.work = parts.list;
+  params.state_out = static_cast<float*>(states.data_ptr());
+  params.state_sum = reinterpret_cast<float2*>(params.state_out + max_states * h_q * HEAD_DIM);
+  params.scale_log2 = static_cast<float>(sm_scale * M_LOG2E);
+  params.cap_log2 = static_cast<float>(logit_cap * M_LOG2E);
+  params.h_q = h_q;
+  params.group = group;
+  launch(wide::attend_kernel, dim3(config.wide_blocks), kThreads, config.wide_bytes, stream, false,
+         params);
+  launch(narrow::attend_kernel, dim3(config.narrow_blocks), kThreads, config.narrow_bytes, stream,
+         config.dependent_launch, params);
+
+  DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {
+    merge::MergeParams<T> merged = {};
+    merged.q = static_cast<const T*>(q.data_ptr());
+    merged.q_stride = params.q_stride;
+    merged.work = params.work;
+    merged.state_out = params.state_out;
+    merged.state_sum = params.state_sum;
+    merged.out = static_cast<T*>(out.data_ptr());
+    merged.lse = static_cast<float*>(lse.data_ptr());
+    if (window_k.has_value()) {
+      merged.window_k = static_cast<const T*>(window_k.value().data_ptr());
+      merged.window_v = static_cast<const T*>(window_v.value().data_ptr());
+      merged.ring = static_cast<const int64_t*>(ring.value().data_ptr());
+      merged.start = static_cast<const int64_t*>(start.value().data_ptr());
+      merged.end = static_cast<const int64_t*>(end.value().data_ptr());
+      merged.window = window_k.value().size(1);
+    }
+    merged.h_kv = h_kv;
+    merged.group = group;
+    merged.scale_log2 = params.scale_log2;
+    merged.cap_log2 = params.cap_log2;
+    launch(merge::merge_kernel<T>, dim3(b, h_kv), merge::kMergeThreads, 0, stream,
+           config.dependent_launch, merged);
+    return true;
+  });
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(limits, limits);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan, plan_work);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, decode_layer);
+
+}  // namespace patternkv

@@ -1,0 +1,396 @@
+// Attention of up to 8 query rows over a chunk of tokens: private suffixes, and prefixes of few
+// branches. Each warp of a block works through every fourth 32-token tile on its own, with its own
+// ring of code rows, reference logits and pattern histogram; the four results are added at the end.
+#pragma once
+
+#include "patternkv/decode_tile.cuh"
+
+namespace patternkv {
+namespace narrow {
+
+constexpr int kRows = kNarrowRows;
+constexpr int kTile = 32;
+constexpr int kTileBytes = kTile * (kKStride + kVStride);
+constexpr int kStages = kTileBytes > 3200 ? 3 : 4;
+constexpr int kRingBytes = kStages * kTileBytes;  // of a warp
+constexpr int kDims = D / 8;                      // of V and the output, per lane
+constexpr int kUnits = kDims / VCodes::kPerHalf;  // 16-bit units of V codes per lane and token
+
+struct Shared {
+  QueryTile<kRows> queries;
+  RawQueries<kRows> raw_queries;
+  float reference[kWarps][kRows];
+  float mass[kWarps][kRows];
+  int unit;
+};
+
+// [Shared][table][histograms][rings], the second and third by the number of patterns.
+__host__ __device__ __forceinline__ int table_words(int num_patterns) {
+  return round_up(num_patterns, 16) * kRows;
+}
+
+__host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
+  const int slabs = kWarps * kRows * D * 4;
+  const int rings = kWarps * kRingBytes;
+  return round_up(static_cast<int>(sizeof(Shared)), 16) + table_words(num_patterns) * 4 * (1 + kWarps) +
+         (rings > slabs ? rings : slabs);
+}
+
+// Brings a lane's V codes of two tokens together: unit u of token a in the low half, of b in the high.
+struct ValuePair {
+  uint32_t units[kUnits + kUnits % 2];
+
+  __device__ __forceinline__ void load(const uint8_t* a, const uint8_t* b) {
+    if constexpr (kUnits == 1) {
+      units[0] = *reinterpret_cast<const uint16_t*>(a) |
+                 static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(b)) << 16;
+    } else {
+      constexpr int kWords = (kUnits + 1) / 2;
+      uint32_t x[kWords], y[kWords];
+      load_words(x, a);
+      load_words(y, b);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        units[2 * w] = __byte_perm(x[w], y[w], 0x5410);
+        units[2 * w + 1] = __byte_perm(x[w], y[w], 0x7632);
+      }
+    }
+  }
+};
+
+// One warp's running attention. Lane (g, t) holds rows 2t and 2t + 1.
+struct State {
+  float out[kDims / 2][1][4] = {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of rows 2t, 2t+1
+  float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
+  float mass[2] = {};                           // of this lane's tokens
+};
+
+// Raises the references to `peak`, the lane's largest logits, where these are higher, and rescales.
+__device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], uint32_t* histogram,
+                                             int entries, int row_shift) {
+  const int lane = threadIdx.x % 32;
+  float shift[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+      peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], distance));
+    }
+    const float old = state.reference[i];
+    const float raised = fmaxf(old, ceilf(peak[i]));
+    const float scale = old == -INFINITY ? 0.0f : exp2_approx(old - raised);
+    shift[i] = old == -INFINITY ? 0.0f : raised - old;  // an empty histogram needs no shift
+    state.reference[i] = raised;
+    state.mass[i] *= scale;
+#pragma unroll
+    for (int d = 0; d < kDims / 2; ++d) {
+      state.out[d][0][i] *= scale;
+      state.out[d][0][i + 2] *= scale;
+    }
+  }
+  // Entry e of the histogram is of row e % 2^row_shift, which is the same for all of a lane's.
+  const int row = lane & ((1 << row_shift) - 1);
+  const float even = __shfl_sync(~0u, shift[0], row / 2), odd = __shfl_sync(~0u, shift[1], row / 2);
+  const int bits = static_cast<int>(fminf(row % 2 ? odd : even, 31.0f));
+  __syncwarp();
+  if (bits > 0) {
+    for (int e = lane; e < entries; e += 32) {
+      const uint32_t value = histogram[e];
+      histogram[e] = (value >> bits) + (value >> (bits - 1) & 1);
+    }
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state, const uint8_t* tile,
+                                            TokenWords own, int valid, const float* table,
+                                            uint32_t* histogram, int row_shift, int entries,
+                                            int num_rows, const uint32_t (&q)[D / 8],
+                                            const float (&bias)[2], float code_scale,
+                                            float value_scale, FixedPoint fixed) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint8_t* values = tile + kTile * kKStride;
+  float x[2][4];  // [slice of 16 tokens]: rows 2t, 2t+1 of token g, then of token g + 8
+  float v_scale[2][2];
+  int v_pattern[2][2];
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const KeyWords keys = load_keys(tile, s * 16 + g, t);
+    float sums[4] = {-bias[0], -bias[1], -bias[0], -bias[1]};
+#pragma unroll
+    for (int w = 0; w < KeyWords::kCount; ++w) {
+      uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
+      KCodes::expand(keys.low[w], low);
+      KCodes::expand(keys.high[w], high);
+#pragma unroll
+      for (int r = 0; r < KCodes::kPerHalf; r += 2) {
+        const int slot = w * KCodes::kPerHalf + r;
+        mma_m16n8k16(sums, low[r], high[r], low[r + 1], high[r + 1], q[slot], q[slot + 1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int source = s * 16 + i * 8 + g;
+      const TokenWords token = {__shfl_sync(~0u, own.ids_k_scale, source),
+                                __shfl_sync(~0u, own.v_scale, source)};
+      const float scale = token.k_scale() * code_scale;
+      const float2 product = *reinterpret_cast<const float2*>(table + token.k_pattern() * kRows + 2 * t);
+      x[s][2 * i] = fmaf(sums[2 * i], scale, product.x);
+      x[s][2 * i + 1] = fmaf(sums[2 * i + 1], scale, product.y);
+      v_scale[s][i] = fminf(token.v_scale_float() * value_scale, 4096.0f);
+      v_pattern[s][i] = token.v_pattern();
+    }
+  }
+  if (p.cap_log2 > 0) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = soft_cap(x[i / 4][i % 4], p.cap_log2);
+  }
+  if (valid < kTile) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i / 4 * 16 + i % 4 / 2 * 8 + g >= valid) x[i / 4][i % 4] = -INFINITY;
+    }
+  }
+  float peak[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    peak[i] = fmaxf(fmaxf(x[0][i], x[0][i + 2]), fmaxf(x[1][i], x[1][i + 2]));
+  }
+  if (__any_sync(~0u, peak[0] > state.reference[0] + kSlack ||
+                          peak[1] > state.reference[1] + kSlack)) {
+    raise_reference(state, peak, histogram, entries, row_shift);
+  }
+  const bool first_live = 2 * t < num_rows, second_live = 2 * t + 1 < num_rows;
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    uint32_t weights[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float p0 = exp2_approx(x[s][2 * i] - state.reference[0]);
+      const float p1 = exp2_approx(x[s][2 * i + 1] - state.reference[1]);
+      state.mass[0] += p0;
+      state.mass[1] += p1;
+      uint32_t* bin = histogram + (v_pattern[s][i] << row_shift) + 2 * t;
+      if (first_live) atomicAdd(bin, fixed.encode(p0));
+      if (second_live) atomicAdd(bin + 1, fixed.encode(p1));
+      weights[i] =
+          movmatrix_trans(as_u32(__floats2half2_rn(p0 * v_scale[s][i], p1 * v_scale[s][i])));
+    }
+    const uint8_t* row = values + (s * 16 + 2 * t) * kVStride + g * (kDims * V_BITS / 8);
+    ValuePair first, second;
+    first.load(row, row + kVStride);
+    second.load(row + 8 * kVStride, row + 9 * kVStride);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      uint32_t a[VCodes::kPerHalf], b[VCodes::kPerHalf];
+      VCodes::expand_centred(first.units[u], a);
+      VCodes::expand_centred(second.units[u], b);
+#pragma unroll
+      for (int r = 0; r < VCodes::kPerHalf; r += 2) {
+        mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][0], a[r], a[r + 1], b[r], b[r + 1],
+                     weights[0], weights[1]);
+      }
+    }
+  }
+}
+
+__device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Shared& shared,
+                       float* table, uint32_t* histograms, uint8_t* rings) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int num_rows = item.num_branches * p.group;
+  const int row_shift = num_rows <= 4 ? 2 : 3;
+  const int padded_patterns = round_up(p.num_patterns, 16);
+  const int entries = padded_patterns << row_shift;
+  uint32_t* histogram = histograms + warp * table_words(p.num_patterns);
+  uint8_t* ring = rings + warp * kRingBytes;
+  const uint32_t ring_address = shared_address(ring);
+  const int* slots = p.req_to_token + item.req * p.req_stride;
+  const int num_tiles = (item.end - item.start + kTile - 1) / kTile;
+  const int own_tiles = (num_tiles - warp + kWarps - 1) / kWarps;
+
+  // Tile n of this warp starts at position first + n * kWarps * kTile; lanes own its tokens. Lanes
+  // beyond the end repeat the last token, so that no byte outside the segment is read.
+  const int first = item.start + warp * kTile;
+  const auto load_slot = [&](int n) {
+    return slots[min(first + n * kWarps * kTile + lane, item.end - 1)];
+  };
+  const auto issue = [&](int n, int slot) {
+    const SlotPlace place = p.pool.locate(slot);
+    const RowOffsets offsets = row_offsets(p.pool, place, head);
+    const uint32_t stage = ring_address + n % kStages * kTileBytes;
+    copy_rows<K_ROW_BYTES, kKStride, kTile, 32>(
+        p.copy16, stage, p.pool.base, lane,
+        [&](int token) { return __shfl_sync(~0u, offsets.k, token); });
+    copy_rows<V_ROW_BYTES, kVStride, kTile, 32>(
+        p.copy16, stage + kTile * kKStride, p.pool.base, lane,
+        [&](int token) { return __shfl_sync(~0u, offsets.v, token); });
+    return load_token(p.pool, place, head);
+  };
+
+  TokenWords pending[kStages - 1] = {};  // metadata of the tiles in flight
+#pragma unroll
+  for (int n = 0; n < kStages - 1; ++n) {
+    if (n < own_tiles) pending[n] = issue(n, load_slot(n));
+    cp_async_commit();
+  }
+  int next_slot = load_slot(kStages - 1);
+
+  for (int e = lane; e < entries; e += 32) histogram[e] = 0;
+  const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
+  fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
+                    [&](int pattern, int row, float value) { table[pattern * kRows + row] = value; });
+  uint32_t q[D / 8];
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) {
+    reinterpret_cast<uint4&>(q[4 * i]) =
+        reinterpret_cast<const uint4*>(shared.queries.fragments)[i * 32 + lane];
+  }
+  const float bias[2] = {shared.queries.bias[2 * t], shared.queries.bias[2 * t + 1]};
+  __syncthreads();
+
+  // The first tile's scales set a power of two that keeps p * v_scale away from fp16's limits.
+  float largest = own_tiles > 0 ? pending[0].v_scale_float() : 0.0f;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+  }
+  const float value_scale = power_of_two_scale(largest, 0);
+  const FixedPoint fixed = FixedPoint::of(own_tiles * kTile);
+
+  State state;
+  for (int n = 0; n < own_tiles; ++n) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();
+    const TokenWords own = pending[0];
+#pragma unroll
+    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
+    const int ahead = n + kStages - 1;
+    if (ahead < own_tiles) {
+      pending[kStages - 2] = issue(ahead, next_slot);
+      next_slot = load_slot(ahead + 1);
+    }
+    cp_async_commit();
+    const int valid = item.end - (first + n * kWarps * kTile);
+    attend_tile(p, state, ring + n % kStages * kTileBytes, own, valid, table, histogram, row_shift,
+                entries, num_rows, q, bias, scales.codes, value_scale, fixed);
+  }
+
+  // Add up the warps: references and masses first.
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+      state.mass[i] += __shfl_xor_sync(~0u, state.mass[i], distance);
+    }
+    if (g == 0) {
+      shared.reference[warp][2 * t + i] = state.reference[i];
+      shared.mass[warp][2 * t + i] = state.mass[i];
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const auto common_reference = [&](int row) {
+    float top = shared.reference[0][row];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, shared.reference[w][row]);
+    return top;
+  };
+  // A warp without tokens has reference -inf, hence weight 0.
+  const auto warp_weight = [&](int w, int row, float top) {
+    return exp2_approx(shared.reference[w][row] - top);
+  };
+
+  // The table is no longer needed: its place takes the sum of the histograms, in units of 1/16 ...
+  for (int e = threadIdx.x; e < padded_patterns * kRows; e += kThreads) {
+    const int pattern = e / kRows, row = e % kRows;
+    float sum = 0;
+    if (row < num_rows) {
+      const float top = common_reference(row);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const int tiles = (num_tiles - w + kWarps - 1) / kWarps;
+        const uint32_t bin = histograms[w * table_words(p.num_patterns) + (pattern << row_shift) + row];
+        const float unit = FixedPoint::of(tiles * kTile).unit();
+        sum += static_cast<float>(bin) * unit * warp_weight(w, row, top);
+      }
+    }
+    table[e] = sum * (1.0f / 16);
+  }
+  // ... while outputs go from code units to those of V / 16.
+  const __half* channels = table_channels(p, item.table, 1, head);
+  float row_weight[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    row_weight[i] = warp_weight(warp, 2 * t + i, common_reference(2 * t + i)) / (16 * value_scale);
+  }
+#pragma unroll
+  for (int d = 0; d < kDims; ++d) {
+    const int dim = g * kDims + d;
+    const float channel = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
+    const float unit = channel / VCodes::centred_step(d % VCodes::kPerHalf);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) state.out[d / 2][0][d % 2 * 2 + i] *= unit * row_weight[i];
+  }
+  __syncthreads();
+  add_patterns<1, kDims>(p, table_rows(p, item.table, 1, head), g * kDims, state.out, warp, kWarps,
+                         [&](int pattern, int row) { return table[pattern * kRows + row]; });
+
+  // The rings take each warp's output, [warp][row][dim].
+  auto* slabs = reinterpret_cast<float*>(rings);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float* row = slabs + (warp * kRows + 2 * t + i) * D + g * kDims;
+#pragma unroll
+    for (int d = 0; d < kDims; d += 4) {
+      reinterpret_cast<float4&>(row[d]) =
+          make_float4(state.out[d / 2][0][i], state.out[d / 2][0][i + 2],
+                      state.out[d / 2 + 1][0][i], state.out[d / 2 + 1][0][i + 2]);
+    }
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < num_rows * (HEAD_DIM / 4); e += kThreads) {
+    const int row = e / (HEAD_DIM / 4), dim = e % (HEAD_DIM / 4) * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float4 part = *reinterpret_cast<const float4*>(slabs + (w * kRows + row) * D + dim);
+      sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    const int64_t state_index = item.first_state + row / p.group * item.state_stride;
+    const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
+    reinterpret_cast<float4&>(p.state_out[at * HEAD_DIM + dim]) =
+        make_float4(sum.x * 16, sum.y * 16, sum.z * 16, sum.w * 16);
+    if (dim == 0) {
+      const float top = common_reference(row);
+      float mass = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) mass += shared.mass[w][row] * warp_weight(w, row, top);
+      p.state_sum[at] = make_float2(top, mass);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
+    attend_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(16) uint8_t memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  auto* table = reinterpret_cast<float*>(memory + round_up(static_cast<int>(sizeof(Shared)), 16));
+  auto* histograms = reinterpret_cast<uint32_t*>(table + table_words(p.num_patterns));
+  auto* rings = reinterpret_cast<uint8_t*>(histograms + kWarps * table_words(p.num_patterns));
+  launch_dependents();
+  const int num_units = p.work.header->num_narrow * p.pool.h_kv;
+  while (true) {
+    if (threadIdx.x == 0) shared.unit = atomicAdd(&p.work.header->next_narrow, 1);
+    __syncthreads();
+    const int unit = shared.unit;
+    if (unit >= num_units) break;
+    attend(p, p.work.narrow[unit / p.pool.h_kv], unit % p.pool.h_kv, shared, table, histograms, rings);
+    __syncthreads();
+  }
+  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
+  wait_for_previous_kernel();
+}
+
+}  // namespace narrow
+}  // namespace patternkv

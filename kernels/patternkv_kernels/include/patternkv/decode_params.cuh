@@ -1,0 +1,72 @@
+// What the kernels of one decode step share: the work list that the planner writes, and the arguments.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "patternkv/layout.cuh"
+
+namespace patternkv {
+
+constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
+constexpr int kWarps = kThreads / 32;
+constexpr int kNarrowRows = 8;  // most query rows of a narrow work item
+constexpr int kTokenAlign = 128;  // chunks are multiples of it: one tile of a block
+// Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
+constexpr int kMaxChunk = 8192;
+// A row's reference logit follows its running maximum only when that gets 2^kSlack ahead, so
+// accumulators are rarely rescaled and probabilities stay within fp16 and fixed point.
+constexpr float kSlack = 3.0f;
+
+// Chunk of a segment for a tile of the branches that read it; every KV head makes one work unit.
+struct WorkItem {
+  int req;            // row of req_to_token
+  int start, end;     // positions
+  int table;
+  int first_entry;    // branches are rows[first_entry .. first_entry + num_branches)
+  int num_branches;
+  int first_state;    // branch j writes state first_state + j * state_stride
+  int state_stride;
+};
+
+// Counters of the work list, in device memory.
+struct WorkHeader {
+  int num_narrow, num_wide;    // items
+  int next_narrow, next_wide;  // units taken so far; the merge kernel zeroes them for the next layer
+};
+
+// States [first, first + count) of one branch in one segment.
+struct StateRun {
+  int first, count;
+};
+
+struct WorkList {
+  WorkHeader* header;
+  WorkItem* narrow;
+  WorkItem* wide;
+  int* run_indptr;  // [b + 1]
+  StateRun* runs;   // [nnz], those of batch row i are runs[run_indptr[i] .. run_indptr[i + 1])
+};
+
+struct DecodeParams {
+  const void* q;  // bf16 or fp16 [b, h_q, d]
+  int64_t q_stride;  // elements between rows
+  bool q_is_bf16;
+  SlotPool pool;
+  bool copy16;  // every code row is 16-byte aligned, else 8
+  const int* req_to_token;
+  int64_t req_stride;
+  const __half* patterns;       // [num_tables, 2, h_kv, num_patterns, d]
+  const __half* channel_scale;  // [num_tables, 2, h_kv, d]
+  int num_patterns;
+  const int* rows;  // [nnz]
+  WorkList work;
+  float* state_out;   // [num_states, h_q, d], unnormalised
+  float2* state_sum;  // [num_states, h_q]: reference logit (log2) and softmax mass
+  float scale_log2;   // sm_scale * log2(e)
+  float cap_log2;     // logit cap * log2(e), 0 for none
+  int h_q, group;
+};
+
+}  // namespace patternkv

@@ -1,0 +1,347 @@
+// What both attention kernels do with a tile of tokens: copy its code rows to shared memory, turn the
+// queries into MMA operands, and fill the table of query-pattern products.
+//
+// Tensor-core operands: codes are A (tokens on M for q.k, head dims on M for p.v), queries and
+// probabilities are B. Lane l of a warp has g = l / 4 and t = l % 4.
+//   K  lane t of token g holds the contiguous dims [t * D/4, (t+1) * D/4).
+//   V  lane group g holds contiguous dims of the tokens 2t, 2t+1, 2t+8, 2t+9.
+#pragma once
+
+#include "patternkv/codes.cuh"
+#include "patternkv/decode_params.cuh"
+
+namespace patternkv {
+
+using KCodes = Codes<K_BITS>;
+using VCodes = Codes<V_BITS>;
+
+// Head dim inside the kernels: 96 runs as 128 whose last dims have zero queries and no output.
+constexpr int D = HEAD_DIM == 96 ? 128 : HEAD_DIM;
+// Code rows in shared memory. The padding of V's spreads the four tokens that a warp reads at once
+// over all banks.
+constexpr int kKStride = D * K_BITS / 8;
+constexpr int kVRowBytes = D * V_BITS / 8;
+constexpr int kVStride = kVRowBytes > 16 ? kVRowBytes + 16 : kVRowBytes;
+
+// B operand of one n-tile of 8 query rows: q' in the order in which `expand` yields K's dims.
+constexpr int kQueryTileWords = D / 16 * 2 * 32;
+constexpr int kPaddedD = D + 8;  // fp16 row of raw queries, padded against bank conflicts
+
+__device__ __forceinline__ const __half* table_rows(const DecodeParams& p, int table, int side,
+                                                    int head) {
+  const int64_t index = (int64_t{table} * 2 + side) * p.pool.h_kv + head;
+  return p.patterns + index * p.num_patterns * HEAD_DIM;
+}
+
+__device__ __forceinline__ const __half* table_channels(const DecodeParams& p, int table, int side,
+                                                        int head) {
+  return p.channel_scale + ((int64_t{table} * 2 + side) * p.pool.h_kv + head) * HEAD_DIM;
+}
+
+__host__ __device__ __forceinline__ int round_up(int n, int multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Offsets of a slot's code rows from the pool's base, in units of 8 bytes.
+struct RowOffsets {
+  uint32_t k, v;
+};
+
+__device__ __forceinline__ RowOffsets row_offsets(const SlotPool& pool, SlotPlace place, int head) {
+  return {static_cast<uint32_t>((pool.k_row(place, head) - pool.base) >> 3),
+          static_cast<uint32_t>((pool.v_row(place, head) - pool.base) >> 3)};
+}
+
+// Copies rows of kRowBytes to shared memory, `kThreadsUsed` threads together; `offset_of(token)`
+// gives a row's place in units of 8 bytes and must be called by whole warps.
+template <int kRowBytes, int kStride, int kTokens, int kThreadsUsed, int kBytes, typename OffsetOf>
+__device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* base, int thread,
+                                             OffsetOf offset_of) {
+  constexpr int kParts = kRowBytes / kBytes;
+  constexpr int kTotal = kTokens * kParts;
+#pragma unroll
+  for (int first = 0; first < kTotal; first += kThreadsUsed) {
+    const int index = first + thread;
+    const int token = min(index / kParts, kTokens - 1), part = index % kParts;
+    const uint64_t offset = offset_of(token);
+    if (kTotal % kThreadsUsed == 0 || index < kTotal) {
+      cp_async<kBytes>(shared + token * kStride + part * kBytes,
+                       base + offset * 8 + part * kBytes);
+    }
+  }
+}
+
+template <int kRowBytes, int kStride, int kTokens, int kThreadsUsed, typename OffsetOf>
+__device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const uint8_t* base,
+                                          int thread, OffsetOf offset_of) {
+  if constexpr (kRowBytes % 16 == 0) {
+    if (copy16) {
+      copy_rows_by<kRowBytes, kStride, kTokens, kThreadsUsed, 16>(shared, base, thread, offset_of);
+      return;
+    }
+  }
+  copy_rows_by<kRowBytes, kStride, kTokens, kThreadsUsed, 8>(shared, base, thread, offset_of);
+}
+
+// Metadata of a token in two words: pattern ids and K's scale, V's scale.
+struct TokenWords {
+  uint32_t ids_k_scale, v_scale;
+
+  __device__ int k_pattern() const { return ids_k_scale & 0xff; }
+  __device__ int v_pattern() const { return (ids_k_scale >> 8) & 0xff; }
+  __device__ float k_scale() const { return half_bits_to_float(ids_k_scale >> 16); }
+  __device__ float v_scale_float() const { return half_bits_to_float(v_scale); }
+};
+
+__device__ __forceinline__ TokenWords load_token(const SlotPool& pool, SlotPlace place, int head) {
+  const auto* words = reinterpret_cast<const uint16_t*>(pool.metadata(place, head));
+  const uint32_t ids = words[0], k_scale = words[1];
+  return {ids | k_scale << 16, words[2]};
+}
+
+// Expanded K codes of tokens g and g + 8 against one n-tile's B operand, for the lane's D / 4 dims.
+// `k_low`, `k_high` point to the lane's codes of the two tokens.
+struct KeyWords {
+  static constexpr int kCount = D / 4 * K_BITS / 32;
+  uint32_t low[kCount], high[kCount];
+};
+
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t (&out)[kWords], const uint8_t* shared) {
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      reinterpret_cast<uint4&>(out[4 * i]) = reinterpret_cast<const uint4*>(shared)[i];
+    }
+  } else if constexpr (kWords == 2) {
+    reinterpret_cast<uint2&>(out[0]) = *reinterpret_cast<const uint2*>(shared);
+  } else {
+    static_assert(kWords == 1);
+    out[0] = *reinterpret_cast<const uint32_t*>(shared);
+  }
+}
+
+__device__ __forceinline__ KeyWords load_keys(const uint8_t* rows, int token, int t) {
+  KeyWords words;
+  const uint8_t* row = rows + token * kKStride + t * (D / 4 * K_BITS / 8);
+  load_words(words.low, row);
+  load_words(words.high, row + 8 * kKStride);
+  return words;
+}
+
+// tanh soft cap of a logit in log2 units (SGLang: cap * tanh(logit / cap)).
+__device__ __forceinline__ float soft_cap(float x, float cap) {
+  const float e = exp2_approx(x / cap * 2.885390081777927f);  // 2 log2(e)
+  return cap * (1.0f - 2.0f / (1.0f + e));
+}
+
+// Fixed-point probabilities of a chunk: `fraction` bits behind the point, so that the sum of
+// `tokens` of them, each at most 2^kSlack, fits 32 bits.
+struct FixedPoint {
+  int fraction;
+  float magic;
+  uint32_t magic_bits;
+
+  static __device__ FixedPoint of(int tokens) {
+    const int log2_tokens = tokens > 1 ? 32 - __clz(tokens - 1) : 0;
+    const int fraction = min(20, 28 - log2_tokens);
+    const float magic = __int_as_float((127 + 23 - fraction) << 23);
+    return {fraction, magic, __float_as_uint(magic)};
+  }
+  // Adding 2^(23 - fraction) leaves the rounded value in the mantissa.
+  __device__ uint32_t encode(float p) const { return __float_as_uint(p + magic) - magic_bits; }
+  __device__ float unit() const { return __int_as_float((127 - fraction) << 23); }
+};
+
+// The queries of a work item as MMA operands. All rows share the scales, powers of two.
+template <int kRows>
+using RawQueries = __half[kRows][kPaddedD];  // q * raw_scale
+
+template <int kRows>
+struct QueryTile {
+  uint32_t fragments[kRows / 8 * kQueryTileWords];  // q * channel_scale * code_scale, B operand
+  float bias[kRows];                         // what the expanded codes' bias adds to a row's products
+  float largest[2][kWarps];
+};
+
+struct QueryScales {
+  float table;  // query-pattern products to logits (log2)
+  float codes;  // query-code products to logits, but for a token's k_scale
+};
+
+// Word of `fragments` (as halves) that holds dim `dim` of row `row`, and its place value.
+__device__ __forceinline__ int fragment_index(int row, int dim) {
+  const int lane = (row % 8) * 4 + dim / (D / 4);
+  const int word = dim % (D / 4) / KCodes::kPerWord, code = dim % KCodes::kPerWord;
+  const int slot = word * KCodes::kPerHalf + code % KCodes::kPerHalf;
+  const int half = code / KCodes::kPerHalf;
+  // Two MMA steps of a lane are contiguous: one 16-byte load.
+  const int step = slot / 2, reg = slot % 2;
+  return (((row / 8 * (D / 32) + step / 2) * 32 + lane) * 4 + step % 2 * 2 + reg) * 2 + half;
+}
+
+__device__ __forceinline__ int code_step(int dim) {
+  return KCodes::step(dim % KCodes::kPerWord % KCodes::kPerHalf);
+}
+
+// Fills `tile` and `raw` with the queries of the item's rows; rows beyond them are zero. Ends with a
+// barrier.
+template <int kRows>
+__device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item, int head,
+                                    QueryTile<kRows>& tile, RawQueries<kRows>& raw) {
+  constexpr int kPerLane = D / 32;
+  constexpr int kRowsPerWarp = kRows / kWarps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int num_rows = item.num_branches * p.group;
+  const __half* channels = table_channels(p, item.table, 0, head);
+
+  float q[kRowsPerWarp][kPerLane], channel[kPerLane];
+  float largest_raw = 0, largest_code = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int dim = lane * kPerLane + i;
+    channel[i] = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
+  }
+#pragma unroll
+  for (int n = 0; n < kRowsPerWarp; ++n) {
+    const int row = n * kWarps + warp;
+    const bool live = row < num_rows;
+    const int batch_row = live ? p.rows[item.first_entry + row / p.group] : 0;
+    const int64_t at = batch_row * p.q_stride + (head * p.group + row % p.group) * HEAD_DIM;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int dim = lane * kPerLane + i;
+      q[n][i] = 0.0f;
+      if (live && dim < HEAD_DIM) {
+        q[n][i] = p.q_is_bf16 ? load_float(static_cast<const __nv_bfloat16*>(p.q) + at + dim)
+                              : load_float(static_cast<const __half*>(p.q) + at + dim);
+      }
+      largest_raw = fmaxf(largest_raw, fabsf(q[n][i]));
+      largest_code = fmaxf(largest_code, fabsf(q[n][i] * channel[i]));
+    }
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    largest_raw = fmaxf(largest_raw, __shfl_xor_sync(~0u, largest_raw, distance));
+    largest_code = fmaxf(largest_code, __shfl_xor_sync(~0u, largest_code, distance));
+  }
+  if (lane == 0) {
+    tile.largest[0][warp] = largest_raw;
+    tile.largest[1][warp] = largest_code;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    largest_raw = fmaxf(largest_raw, tile.largest[0][w]);
+    largest_code = fmaxf(largest_code, tile.largest[1][w]);
+  }
+  // As large as fp16 takes with room for rounding: small components stay normal numbers.
+  const float raw_scale = power_of_two_scale(largest_raw, 14);
+  const float code_scale = power_of_two_scale(largest_code, 13);
+
+  auto* fragments = reinterpret_cast<__half*>(tile.fragments);
+#pragma unroll
+  for (int n = 0; n < kRowsPerWarp; ++n) {
+    const int row = n * kWarps + warp;
+    float bias = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int dim = lane * kPerLane + i;
+      raw[row][dim] = __float2half_rn(q[n][i] * raw_scale);
+      const int step = code_step(dim);
+      const __half b = __float2half_rn(q[n][i] * channel[i] * code_scale * (1.0f / step));
+      fragments[fragment_index(row, dim)] = b;
+      bias += (1024.0f + KCodes::kCentre * step) * __half2float(b);
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      bias += __shfl_xor_sync(~0u, bias, distance);
+    }
+    if (lane == 0) tile.bias[row] = bias;
+  }
+  __syncthreads();
+  return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale};
+}
+
+// Products of queries and K patterns in logits, `store(pattern, row, value)` for every pattern below
+// num_patterns. The block's warps share the patterns.
+template <int kRows, typename Store>
+__device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem& item, int head,
+                                           const RawQueries<kRows>& raw, float scale, Store store) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const __half* patterns = table_rows(p, item.table, 0, head);
+  for (int first = warp * 16; first < p.num_patterns; first += kWarps * 16) {
+    // The k index is dims t * 8 + 32 * k .. + 8 of lane t, so that loads are 16 bytes wide.
+    const int low = min(first + g, p.num_patterns - 1), high = min(first + g + 8, p.num_patterns - 1);
+    float sums[kRows / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 32; ++k) {
+      const int dim = k * 32 + t * 8;
+      const uint4 a = *reinterpret_cast<const uint4*>(patterns + low * HEAD_DIM + dim);
+      const uint4 b = *reinterpret_cast<const uint4*>(patterns + high * HEAD_DIM + dim);
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n) {
+        const uint4 q = *reinterpret_cast<const uint4*>(&raw[n * 8 + g][dim]);
+        mma_m16n8k16(sums[n], a.x, b.x, a.y, b.y, q.x, q.y);
+        mma_m16n8k16(sums[n], a.z, b.z, a.w, b.w, q.z, q.w);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int pattern = first + g + i / 2 * 8;
+        if (pattern < p.num_patterns) store(pattern, n * 8 + 2 * t + i % 2, sums[n][i] * scale);
+      }
+    }
+  }
+}
+
+// Adds the V patterns, weighted by `weight(pattern, row)` (at most 4096, 0 beyond num_patterns), to
+// accumulators of the lane's kDims dims from `dim`; the products come in units of 1. Weights are
+// split into two fp16 parts, so that they count with 22 bits. Steps of 16 patterns from `first`.
+template <int kTiles, int kDims, typename Weight>
+__device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half* patterns, int dim,
+                                             float (&out)[kDims / 2][kTiles][4], int first,
+                                             int stride, Weight weight) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  constexpr int kWords = kDims / 2;
+  for (int base = first * 16; base < p.num_patterns; base += stride * 16) {
+    uint32_t rows[4][kWords];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int pattern = min(base + 2 * t + i % 2 + i / 2 * 8, p.num_patterns - 1);
+      const auto* row = reinterpret_cast<const uint8_t*>(patterns + pattern * HEAD_DIM + dim);
+      if (dim < HEAD_DIM) {
+        load_words(rows[i], row);
+      } else {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) rows[i][w] = 0;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      uint32_t upper[2], lower[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int pattern = base + 2 * t + i * 8, row = n * 8 + g;
+        const float x = weight(pattern, row), y = weight(pattern + 1, row);
+        const __half2 coarse = __floats2half2_rn(x, y);
+        const float2 back = __half22float2(coarse);
+        upper[i] = as_u32(coarse);
+        lower[i] = as_u32(__floats2half2_rn(x - back.x, y - back.y));
+      }
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const uint32_t a0 = __byte_perm(rows[0][w], rows[1][w], 0x5410);
+        const uint32_t a1 = __byte_perm(rows[0][w], rows[1][w], 0x7632);
+        const uint32_t a2 = __byte_perm(rows[2][w], rows[3][w], 0x5410);
+        const uint32_t a3 = __byte_perm(rows[2][w], rows[3][w], 0x7632);
+        mma_m16n8k16(out[w][n], a0, a1, a2, a3, upper[0], upper[1]);
+        mma_m16n8k16(out[w][n], a0, a1, a2, a3, lower[0], lower[1]);
+      }
+    }
+  }
+}
+
+}  // namespace patternkv

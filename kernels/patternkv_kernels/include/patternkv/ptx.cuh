@@ -1,0 +1,96 @@
+// Thin wrappers of the instructions that the kernels name themselves.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace patternkv {
+
+// c[16 x 8] += a[16 x 16] * b[16 x 8], fp16 operands, f32 accumulators. Lane l, g = l / 4, t = l % 4:
+// a0 = A[g; 2t, 2t+1], a1 = A[g+8; 2t, 2t+1], a2 = A[g; 2t+8, 2t+9], a3 = A[g+8; 2t+8, 2t+9],
+// b0 = B[2t, 2t+1; g], b1 = B[2t+8, 2t+9; g], c0, c1 = C[g; 2t, 2t+1], c2, c3 = C[g+8; 2t, 2t+1].
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Transposes the 8 x 8 matrix of 16-bit elements whose row g, columns 2t and 2t+1 are in lane l.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// (x & mask) | magic in one instruction.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t magic) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(magic));
+  return y;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global));
+  }
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
+
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Programmatic dependent launch: lets the next kernel of the stream start as soon as every block of
+// this one has called it or ended.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Blocks until the previous kernel of the stream has ended and its writes are visible.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ uint32_t as_u32(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
+__device__ __forceinline__ __half2 as_half2(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
+
+__device__ __forceinline__ float half_bits_to_float(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+__device__ __forceinline__ float load_float(const __nv_bfloat16* x) { return __bfloat162float(*x); }
+__device__ __forceinline__ float load_float(const __half* x) { return __half2float(*x); }
+__device__ __forceinline__ float load_float(const float* x) { return *x; }
+
+// The power of two that brings `largest` into [2^exponent, 2^(exponent + 1)); 1 for 0.
+__device__ __forceinline__ float power_of_two_scale(float largest, int exponent) {
+  const int biased = (__float_as_int(largest) >> 23) & 0xff;
+  const int wanted = min(max(254 + exponent - biased, 8), 240);
+  return biased == 0 ? 1.0f : __int_as_float(wanted << 23);
+}
+
+}  // namespace patternkv
