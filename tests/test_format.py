@@ -74,9 +74,10 @@ def test_sections_tile_the_page() -> None:
     for fmt in formats():
         length, heads = fmt.page_size, range(fmt.h_kv)
         parts = []
-        for head in heads:
-            parts.append((fmt.k_codes_offset(head), length * fmt.k_code_bytes))
-            parts.append((fmt.v_codes_offset(head), length * fmt.v_code_bytes))
+        for head, i in itertools.product(heads, range(length)):
+            row = i * fmt.code_bytes
+            parts.append((fmt.k_codes_offset(head) + row, fmt.k_code_bytes))
+            parts.append((fmt.v_codes_offset(head) + row, fmt.v_code_bytes))
         parts += [(fmt.metadata_offset(head), length * METADATA_BYTES) for head in heads]
         offset = 0
         for start, size in parts:
@@ -94,8 +95,8 @@ def test_rows_are_aligned() -> None:
             wide = fmt.page_bytes % 16 == 0 and fmt.head_dim in (64, 128, 256)
             for i in range(fmt.page_size):
                 for row in (
-                    fmt.k_codes_offset(head) + i * fmt.k_code_bytes,
-                    fmt.v_codes_offset(head) + i * fmt.v_code_bytes,
+                    fmt.k_codes_offset(head) + i * fmt.code_bytes,
+                    fmt.v_codes_offset(head) + i * fmt.code_bytes,
                 ):
                     assert row % (16 if wide else 8) == fmt.page_bytes % 8 == 0, fmt
                 assert (fmt.metadata_offset(head) + i * METADATA_BYTES) % 2 == 0, fmt
@@ -118,8 +119,8 @@ def test_views_are_the_bytes_at_the_offsets(
     raw = buffer.numpy().tobytes()
     for page, head, i in itertools.product(range(3), range(h_kv), {0, page_size - 1}):
         at, start = (page, head, i), page * fmt.page_bytes
-        k = start + fmt.k_codes_offset(head) + i * fmt.k_code_bytes
-        v = start + fmt.v_codes_offset(head) + i * fmt.v_code_bytes
+        k = start + fmt.k_codes_offset(head) + i * fmt.code_bytes
+        v = start + fmt.v_codes_offset(head) + i * fmt.code_bytes
         assert bytes(views.k_codes[at].tolist()) == raw[k : k + fmt.k_code_bytes]
         assert bytes(views.v_codes[at].tolist()) == raw[v : v + fmt.v_code_bytes]
         metadata = start + fmt.metadata_offset(head) + i * METADATA_BYTES

@@ -129,7 +129,9 @@ def tree_decode_cuda(
     A plan is lowered at its first use; :func:`lower` does it again.
     """
     b, h_q, d = q.shape
-    q = q if q.stride()[1:] == (d, 1) else q.contiguous()
+    # The kernels load up to 16 bytes of a query at once.
+    aligned = q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0
+    q = q if aligned and q.stride()[1:] == (d, 1) else q.contiguous()
     shape = _Shape(b, h_q, fmt.h_kv, tables.num_patterns, fmt.k_bits, fmt.v_bits, d)
     work = _works.get(plan)
     if work is None or work.shape != shape:

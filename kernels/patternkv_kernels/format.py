@@ -128,12 +128,12 @@ class SlotFormat:
         return -(-self.page_bytes // self.page_size)
 
     def k_codes_offset(self, head: int) -> int:
-        """Byte offset in a page of the K codes of ``head``."""
+        """Byte offset in a page of the K codes of ``head``; slots follow ``code_bytes`` apart."""
         return head * self.page_size * self.code_bytes
 
     def v_codes_offset(self, head: int) -> int:
-        """Byte offset in a page of the V codes of ``head``."""
-        return self.k_codes_offset(head) + self.page_size * self.k_code_bytes
+        """Byte offset in a page of the V codes of ``head``; slots follow ``code_bytes`` apart."""
+        return self.k_codes_offset(head) + self.k_code_bytes
 
     def metadata_offset(self, head: int) -> int:
         """Byte offset in a page of the metadata of ``head``."""
@@ -163,12 +163,10 @@ class SlotFormat:
         """The sections of ``buffer`` as zero-copy views of its bytes."""
         self.check(buffer)
         length, metadata_offset = self.page_size, self.metadata_offset(0)
-        codes = buffer[:, :metadata_offset].unflatten(1, (self.h_kv, length * self.code_bytes))
-        k_codes, v_codes = codes.split([length * self.k_code_bytes, length * self.v_code_bytes], 2)
+        codes = buffer[:, :metadata_offset].unflatten(1, (self.h_kv, length, self.code_bytes))
         metadata = buffer[:, metadata_offset : self.padding_offset]
         return Sections(
-            k_codes.unflatten(2, (length, self.k_code_bytes)),
-            v_codes.unflatten(2, (length, self.v_code_bytes)),
+            *codes.split([self.k_code_bytes, self.v_code_bytes], 3),
             metadata.unflatten(1, (self.h_kv, length, METADATA_BYTES)),
         )
 

@@ -51,7 +51,7 @@ WorkParts work_parts(const TensorView& work, const WorkSizes& sizes) {
 // How the kernels run on the current device with tables of num_patterns.
 struct LaunchConfig {
   int wide_rows, wide_bytes, wide_blocks;
-  int narrow_bytes, narrow_blocks;
+  int narrow_rows, narrow_bytes, narrow_blocks;
   bool dependent_launch;  // compute capability 9.0 and later
 };
 
@@ -67,7 +67,13 @@ int resident_blocks(Kernel kernel, int bytes, int sms) {
   return per_sm * sms;
 }
 
-LaunchConfig make_config(int num_patterns, int device) {
+using AttendKernel = void (*)(DecodeParams);
+
+AttendKernel narrow_kernel(const LaunchConfig& config) {
+  return config.narrow_rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
+}
+
+LaunchConfig make_config(int num_patterns, int group, int device) {
   int per_sm, per_block, sms, major;
   cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -84,26 +90,27 @@ LaunchConfig make_config(int num_patterns, int device) {
     config.wide_rows /= 2;
   }
   config.wide_bytes = wide_bytes();
-  config.narrow_bytes = narrow::shared_bytes(num_patterns);
+  config.narrow_rows = group <= 4 ? 4 : 8;
+  config.narrow_bytes = narrow::shared_bytes(num_patterns, config.narrow_rows);
   for (const int bytes : {config.wide_bytes, config.narrow_bytes}) {
     TVM_FFI_CHECK(bytes <= per_block, ValueError)
         << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
         << per_block << " per block: use fewer patterns";
   }
   config.wide_blocks = resident_blocks(wide::attend_kernel, config.wide_bytes, sms);
-  config.narrow_blocks = resident_blocks(narrow::attend_kernel, config.narrow_bytes, sms);
+  config.narrow_blocks = resident_blocks(narrow_kernel(config), config.narrow_bytes, sms);
   config.dependent_launch = major >= 9;
   return config;
 }
 
-// Once per device and number of patterns: the attributes that it sets stay set.
-const LaunchConfig& launch_config(int num_patterns, int device) {
+// Once per device, number of patterns and kind of group: the attributes that it sets stay set.
+const LaunchConfig& launch_config(int num_patterns, int group, int device) {
   constexpr int kMaxDevices = 64, kMaxPatterns = 256;
-  static thread_local LaunchConfig configs[kMaxDevices][kMaxPatterns + 1];
+  static thread_local LaunchConfig configs[kMaxDevices][kMaxPatterns + 1][2];
   TVM_FFI_ICHECK(device >= 0 && device < kMaxDevices) << "device " << device;
   TVM_FFI_ICHECK(num_patterns >= 1 && num_patterns <= kMaxPatterns) << num_patterns << " patterns";
-  LaunchConfig& config = configs[device][num_patterns];
-  if (config.wide_rows == 0) config = make_config(num_patterns, device);
+  LaunchConfig& config = configs[device][num_patterns][group > 4];
+  if (config.wide_rows == 0) config = make_config(num_patterns, group, device);
   return config;
 }
 
@@ -129,10 +136,10 @@ void launch(Kernel kernel, dim3 grid, int threads, int bytes, cudaStream_t strea
 // beyond one per kMaxChunk tokens; most branches of such an item}: narrow, then wide.
 ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, int64_t device) {
   ffi::CUDADeviceGuard guard(device);
-  const LaunchConfig& c = launch_config(num_patterns, device);
+  const LaunchConfig& c = launch_config(num_patterns, group, device);
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
   const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
-  return {extra(c.narrow_blocks), branches(kNarrowRows), extra(c.wide_blocks), branches(c.wide_rows)};
+  return {extra(c.narrow_blocks), branches(c.narrow_rows), extra(c.wide_blocks), branches(c.wide_rows)};
 }
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.
@@ -145,7 +152,7 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(segments.data_ptr()) % 16 == 0) << "segments unaligned";
   const int device = segments.device().device_id;
   ffi::CUDADeviceGuard guard(device);
-  const LaunchConfig& config = launch_config(num_patterns, device);
+  const LaunchConfig& config = launch_config(num_patterns, group, device);
   const WorkSizes sizes = {b, rows.numel(), max_narrow, max_wide};
   const WorkParts parts = work_parts(work, sizes);
   plan::PlanParams params = {};
@@ -156,6 +163,7 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.b = b;
   params.group = group;
   params.h_kv = h_kv;
+  params.narrow_rows = config.narrow_rows;
   params.wide_rows = config.wide_rows;
   params.narrow_blocks = config.narrow_blocks;
   params.wide_blocks = config.wide_blocks;
@@ -182,7 +190,7 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   const cudaStream_t stream = get_stream(q.device());
   const int b = q.size(0), h_q = q.size(1), h_kv = patterns.size(2), group = h_q / h_kv;
   const int num_patterns = patterns.size(3);
-  const LaunchConfig& config = launch_config(num_patterns, device);
+  const LaunchConfig& config = launch_config(num_patterns, group, device);
   const WorkParts parts = work_parts(work, {b, rows.numel(), max_narrow, max_wide});
   CHECK_INPUT_AND_TYPE(states, dl_float32);
   TVM_FFI_ICHECK_GE(states.numel(), max_states * h_q * (HEAD_DIM + 2)) << "states of the plan";
@@ -209,7 +217,7 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.group = group;
   launch(wide::attend_kernel, dim3(config.wide_blocks), kThreads, config.wide_bytes, stream, false,
          params);
-  launch(narrow::attend_kernel, dim3(config.narrow_blocks), kThreads, config.narrow_bytes, stream,
+  launch(narrow_kernel(config), dim3(config.narrow_blocks), kThreads, config.narrow_bytes, stream,
          config.dependent_launch, params);
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {

@@ -9,7 +9,7 @@
 namespace patternkv {
 namespace merge {
 
-constexpr int kMergeThreads = 256;
+constexpr int kMergeThreads = 512;
 constexpr int kMergeWarps = kMergeThreads / 32;
 constexpr int kPerLane = HEAD_DIM / 32;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -99,7 +99,7 @@ __device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row
 template <typename T>
 __device__ void merge_states(const MergeParams<T>& p, Partial& partial, int row, int q_head, int part,
                              int parts) {
-  constexpr int kBatch = 4;
+  constexpr int kBatch = 8;
   const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
   int before = 0;  // states of the runs before
   for (int r = p.work.run_indptr[row]; r < p.work.run_indptr[row + 1]; ++r) {

@@ -1,6 +1,8 @@
-// Attention of up to 8 query rows over a chunk of tokens: private suffixes, and prefixes of few
-// branches. Each warp of a block works through every fourth 32-token tile on its own, with its own
-// ring of code rows, reference logits and pattern histogram; the four results are added at the end.
+// Attention of few query rows over a chunk of tokens: private suffixes, and prefixes of few branches.
+// Each warp of a block works through every fourth 32-token tile on its own, with its own ring of code
+// rows, reference logits and pattern histogram; the four results are added at the end.
+//
+// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -8,7 +10,7 @@
 namespace patternkv {
 namespace narrow {
 
-constexpr int kRows = kNarrowRows;
+constexpr int kRows = 8;
 constexpr int kTile = 32;
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
 constexpr int kStages = kTileBytes > 3200 ? 3 : 4;
@@ -20,20 +22,19 @@ struct Shared {
   QueryTile<kRows> queries;
   RawQueries<kRows> raw_queries;
   float reference[kWarps][kRows];
-  float mass[kWarps][kRows];
   int unit;
 };
 
 // [Shared][table][histograms][rings], the second and third by the number of patterns.
-__host__ __device__ __forceinline__ int table_words(int num_patterns) {
-  return round_up(num_patterns, 16) * kRows;
+__host__ __device__ __forceinline__ int table_words(int num_patterns, int live) {
+  return round_up(num_patterns, 16) * live;
 }
 
-__host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
-  const int slabs = kWarps * kRows * D * 4;
+__host__ __device__ __forceinline__ int shared_bytes(int num_patterns, int live) {
+  const int slabs = kWarps * live * D * 4;
   const int rings = kWarps * kRingBytes;
-  return round_up(static_cast<int>(sizeof(Shared)), 16) + table_words(num_patterns) * 4 * (1 + kWarps) +
-         (rings > slabs ? rings : slabs);
+  return round_up(static_cast<int>(sizeof(Shared)), 16) +
+         table_words(num_patterns, live) * 4 * (1 + kWarps) + (rings > slabs ? rings : slabs);
 }
 
 // Brings a lane's V codes of two tokens together: unit u of token a in the low half, of b in the high.
@@ -62,12 +63,12 @@ struct ValuePair {
 struct State {
   float out[kDims / 2][1][4] = {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of rows 2t, 2t+1
   float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
-  float mass[2] = {};                           // of this lane's tokens
 };
 
-// Raises the references to `peak`, the lane's largest logits, where these are higher, and rescales.
+// Raises the references above `peak`, the lane's largest logits, where these get ahead, and rescales.
+template <int kLive>
 __device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], uint32_t* histogram,
-                                             int entries, int row_shift) {
+                                                int entries) {
   const int lane = threadIdx.x % 32;
   float shift[2];
 #pragma unroll
@@ -77,19 +78,18 @@ __device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], 
       peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], distance));
     }
     const float old = state.reference[i];
-    const float raised = fmaxf(old, ceilf(peak[i]));
-    const float scale = old == -INFINITY ? 0.0f : exp2_approx(old - raised);
+    const float raised = peak[i] > old + kSlack ? ceilf(peak[i]) + kHeadroom : old;
+    const float scale = exp2_approx(old - raised);
     shift[i] = old == -INFINITY ? 0.0f : raised - old;  // an empty histogram needs no shift
     state.reference[i] = raised;
-    state.mass[i] *= scale;
 #pragma unroll
     for (int d = 0; d < kDims / 2; ++d) {
       state.out[d][0][i] *= scale;
       state.out[d][0][i + 2] *= scale;
     }
   }
-  // Entry e of the histogram is of row e % 2^row_shift, which is the same for all of a lane's.
-  const int row = lane & ((1 << row_shift) - 1);
+  // Entry e of the histogram is of row e % kLive, which is the same for all of a lane's.
+  const int row = lane % kLive;
   const float even = __shfl_sync(~0u, shift[0], row / 2), odd = __shfl_sync(~0u, shift[1], row / 2);
   const int bits = static_cast<int>(fminf(row % 2 ? odd : even, 31.0f));
   __syncwarp();
@@ -102,21 +102,35 @@ __device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], 
   __syncwarp();
 }
 
-__device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state, const uint8_t* tile,
-                                            TokenWords own, int valid, const float* table,
-                                            uint32_t* histogram, int row_shift, int entries,
-                                            int num_rows, const uint32_t (&q)[D / 8],
-                                            const float (&bias)[2], float code_scale,
-                                            float value_scale, FixedPoint fixed) {
+// What a lane keeps of its item through all tiles.
+struct Lane {
+  uint32_t q[D / 8];
+  float bias[2];
+  float code_scale, value_scale;
+  FixedPoint fixed;
+  const float* table;        // at row 2t
+  uint32_t* histogram;       // of the warp
+  uint32_t bins;             // its shared address at row 2t
+  int entries;
+};
+
+template <int kLive>
+__device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state, const Lane& own,
+                                            const uint8_t* tile, RawToken raw, int valid) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint8_t* values = tile + kTile * kKStride;
+  // The lane's own token, in the form in which its group of readers needs it.
+  const float own_k_scale = raw.k_scale_float() * own.code_scale;
+  const float own_v_scale = fminf(raw.v_scale_float() * own.value_scale, 4096.0f);
+  const uint32_t own_v_pair = as_u32(__float2half2_rn(own_v_scale));
+  const uint32_t own_ids = raw.pattern_ids;
+
   float x[2][4];  // [slice of 16 tokens]: rows 2t, 2t+1 of token g, then of token g + 8
-  float v_scale[2][2];
-  int v_pattern[2][2];
+  uint32_t v_scale[2][2], bins[2][2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     const KeyWords keys = load_keys(tile, s * 16 + g, t);
-    float sums[4] = {-bias[0], -bias[1], -bias[0], -bias[1]};
+    float sums[4] = {-own.bias[0], -own.bias[1], -own.bias[0], -own.bias[1]};
 #pragma unroll
     for (int w = 0; w < KeyWords::kCount; ++w) {
       uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
@@ -125,20 +139,20 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
 #pragma unroll
       for (int r = 0; r < KCodes::kPerHalf; r += 2) {
         const int slot = w * KCodes::kPerHalf + r;
-        mma_m16n8k16(sums, low[r], high[r], low[r + 1], high[r + 1], q[slot], q[slot + 1]);
+        mma_m16n8k16(sums, low[r], high[r], low[r + 1], high[r + 1], own.q[slot], own.q[slot + 1]);
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int source = s * 16 + i * 8 + g;
-      const TokenWords token = {__shfl_sync(~0u, own.ids_k_scale, source),
-                                __shfl_sync(~0u, own.v_scale, source)};
-      const float scale = token.k_scale() * code_scale;
-      const float2 product = *reinterpret_cast<const float2*>(table + token.k_pattern() * kRows + 2 * t);
+      const float scale = __shfl_sync(~0u, own_k_scale, source);
+      const uint32_t pattern_ids = __shfl_sync(~0u, own_ids, source);
+      v_scale[s][i] = __shfl_sync(~0u, own_v_pair, source);
+      bins[s][i] = own.bins + (pattern_ids >> 8) * (kLive * 4);
+      const float2 product =
+          *reinterpret_cast<const float2*>(own.table + (pattern_ids & 0xff) * kLive);
       x[s][2 * i] = fmaf(sums[2 * i], scale, product.x);
       x[s][2 * i + 1] = fmaf(sums[2 * i + 1], scale, product.y);
-      v_scale[s][i] = fminf(token.v_scale_float() * value_scale, 4096.0f);
-      v_pattern[s][i] = token.v_pattern();
     }
   }
   if (p.cap_log2 > 0) {
@@ -158,9 +172,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   }
   if (__any_sync(~0u, peak[0] > state.reference[0] + kSlack ||
                           peak[1] > state.reference[1] + kSlack)) {
-    raise_reference(state, peak, histogram, entries, row_shift);
+    raise_reference<kLive>(state, peak, own.histogram, own.entries);
   }
-  const bool first_live = 2 * t < num_rows, second_live = 2 * t + 1 < num_rows;
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     uint32_t weights[2];
@@ -168,13 +181,10 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
     for (int i = 0; i < 2; ++i) {
       const float p0 = exp2_approx(x[s][2 * i] - state.reference[0]);
       const float p1 = exp2_approx(x[s][2 * i + 1] - state.reference[1]);
-      state.mass[0] += p0;
-      state.mass[1] += p1;
-      uint32_t* bin = histogram + (v_pattern[s][i] << row_shift) + 2 * t;
-      if (first_live) atomicAdd(bin, fixed.encode(p0));
-      if (second_live) atomicAdd(bin + 1, fixed.encode(p1));
-      weights[i] =
-          movmatrix_trans(as_u32(__floats2half2_rn(p0 * v_scale[s][i], p1 * v_scale[s][i])));
+      add_shared_if(2 * t < kLive, bins[s][i], own.fixed.encode(p0));
+      add_shared_if(2 * t < kLive, bins[s][i] + 4, own.fixed.encode(p1));
+      weights[i] = movmatrix_trans(
+          as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][i]))));
     }
     const uint8_t* row = values + (s * 16 + 2 * t) * kVStride + g * (kDims * V_BITS / 8);
     ValuePair first, second;
@@ -194,14 +204,13 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   }
 }
 
-__device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Shared& shared,
+template <int kLive>
+__device__ void attend(const DecodeParams& p, const WorkItem item, int head, Shared& shared,
                        float* table, uint32_t* histograms, uint8_t* rings) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int num_rows = item.num_branches * p.group;
-  const int row_shift = num_rows <= 4 ? 2 : 3;
-  const int padded_patterns = round_up(p.num_patterns, 16);
-  const int entries = padded_patterns << row_shift;
-  uint32_t* histogram = histograms + warp * table_words(p.num_patterns);
+  const int entries = table_words(p.num_patterns, kLive);
+  uint32_t* histogram = histograms + warp * entries;
   uint8_t* ring = rings + warp * kRingBytes;
   const uint32_t ring_address = shared_address(ring);
   const int* slots = p.req_to_token + item.req * p.req_stride;
@@ -227,7 +236,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
     return load_token(p.pool, place, head);
   };
 
-  TokenWords pending[kStages - 1] = {};  // metadata of the tiles in flight
+  RawToken pending[kStages - 1] = {};  // of the tiles in flight
 #pragma unroll
   for (int n = 0; n < kStages - 1; ++n) {
     if (n < own_tiles) pending[n] = issue(n, load_slot(n));
@@ -238,14 +247,21 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
   for (int e = lane; e < entries; e += 32) histogram[e] = 0;
   const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
   fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
-                    [&](int pattern, int row, float value) { table[pattern * kRows + row] = value; });
-  uint32_t q[D / 8];
+                    [&](int pattern, int row, float value) {
+                      if (row < kLive) table[pattern * kLive + row] = value;
+                    });
+  Lane own;
 #pragma unroll
   for (int i = 0; i < D / 32; ++i) {
-    reinterpret_cast<uint4&>(q[4 * i]) =
+    reinterpret_cast<uint4&>(own.q[4 * i]) =
         reinterpret_cast<const uint4*>(shared.queries.fragments)[i * 32 + lane];
   }
-  const float bias[2] = {shared.queries.bias[2 * t], shared.queries.bias[2 * t + 1]};
+  own.bias[0] = shared.queries.bias[2 * t], own.bias[1] = shared.queries.bias[2 * t + 1];
+  own.code_scale = scales.codes;
+  own.table = table + 2 * t % kLive;
+  own.histogram = histogram;
+  own.bins = shared_address(histogram + 2 * t % kLive);
+  own.entries = entries;
   __syncthreads();
 
   // The first tile's scales set a power of two that keeps p * v_scale away from fp16's limits.
@@ -254,14 +270,14 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
   for (int distance = 16; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
   }
-  const float value_scale = power_of_two_scale(largest, 0);
-  const FixedPoint fixed = FixedPoint::of(own_tiles * kTile);
+  own.value_scale = power_of_two_scale(largest, 0);
+  own.fixed = FixedPoint::of(own_tiles * kTile);
 
   State state;
   for (int n = 0; n < own_tiles; ++n) {
     cp_async_wait<kStages - 2>();
     __syncwarp();
-    const TokenWords own = pending[0];
+    const RawToken raw = pending[0];
 #pragma unroll
     for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
     const int ahead = n + kStages - 1;
@@ -271,21 +287,13 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
     }
     cp_async_commit();
     const int valid = item.end - (first + n * kWarps * kTile);
-    attend_tile(p, state, ring + n % kStages * kTileBytes, own, valid, table, histogram, row_shift,
-                entries, num_rows, q, bias, scales.codes, value_scale, fixed);
+    attend_tile<kLive>(p, state, own, ring + n % kStages * kTileBytes, raw, valid);
   }
 
-  // Add up the warps: references and masses first.
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
-      state.mass[i] += __shfl_xor_sync(~0u, state.mass[i], distance);
-    }
-    if (g == 0) {
-      shared.reference[warp][2 * t + i] = state.reference[i];
-      shared.mass[warp][2 * t + i] = state.mass[i];
-    }
+  // Add up the warps.
+  if (g == 0) {
+    shared.reference[warp][2 * t] = state.reference[0];
+    shared.reference[warp][2 * t + 1] = state.reference[1];
   }
   cp_async_wait<0>();
   __syncthreads();
@@ -302,18 +310,15 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
   };
 
   // The table is no longer needed: its place takes the sum of the histograms, in units of 1/16 ...
-  for (int e = threadIdx.x; e < padded_patterns * kRows; e += kThreads) {
-    const int pattern = e / kRows, row = e % kRows;
+  for (int e = threadIdx.x; e < entries; e += kThreads) {
+    const int row = e % kLive;
+    const float top = common_reference(row);
     float sum = 0;
-    if (row < num_rows) {
-      const float top = common_reference(row);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const int tiles = (num_tiles - w + kWarps - 1) / kWarps;
-        const uint32_t bin = histograms[w * table_words(p.num_patterns) + (pattern << row_shift) + row];
-        const float unit = FixedPoint::of(tiles * kTile).unit();
-        sum += static_cast<float>(bin) * unit * warp_weight(w, row, top);
-      }
+    for (int w = 0; w < kWarps; ++w) {
+      const int tiles = (num_tiles - w + kWarps - 1) / kWarps;
+      const float unit = FixedPoint::of(tiles * kTile).unit();
+      sum += static_cast<float>(histograms[w * entries + e]) * unit * warp_weight(w, row, top);
     }
     table[e] = sum * (1.0f / 16);
   }
@@ -322,7 +327,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
   float row_weight[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    row_weight[i] = warp_weight(warp, 2 * t + i, common_reference(2 * t + i)) / (16 * value_scale);
+    row_weight[i] = warp_weight(warp, 2 * t + i, common_reference(2 * t + i)) / (16 * own.value_scale);
   }
 #pragma unroll
   for (int d = 0; d < kDims; ++d) {
@@ -334,18 +339,20 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
   }
   __syncthreads();
   add_patterns<1, kDims>(p, table_rows(p, item.table, 1, head), g * kDims, state.out, warp, kWarps,
-                         [&](int pattern, int row) { return table[pattern * kRows + row]; });
+                         [&](int pattern, int row) { return table[pattern * kLive + row % kLive]; });
 
   // The rings take each warp's output, [warp][row][dim].
   auto* slabs = reinterpret_cast<float*>(rings);
+  if (2 * t < kLive) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float* row = slabs + (warp * kRows + 2 * t + i) * D + g * kDims;
+    for (int i = 0; i < 2; ++i) {
+      float* row = slabs + (warp * kLive + 2 * t + i) * D + g * kDims;
 #pragma unroll
-    for (int d = 0; d < kDims; d += 4) {
-      reinterpret_cast<float4&>(row[d]) =
-          make_float4(state.out[d / 2][0][i], state.out[d / 2][0][i + 2],
-                      state.out[d / 2 + 1][0][i], state.out[d / 2 + 1][0][i + 2]);
+      for (int d = 0; d < kDims; d += 4) {
+        reinterpret_cast<float4&>(row[d]) =
+            make_float4(state.out[d / 2][0][i], state.out[d / 2][0][i + 2],
+                        state.out[d / 2 + 1][0][i], state.out[d / 2 + 1][0][i + 2]);
+      }
     }
   }
   __syncthreads();
@@ -354,30 +361,41 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, Sh
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float4 part = *reinterpret_cast<const float4*>(slabs + (w * kRows + row) * D + dim);
+      const float4 part = *reinterpret_cast<const float4*>(slabs + (w * kLive + row) * D + dim);
       sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
     const int64_t state_index = item.first_state + row / p.group * item.state_stride;
     const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
     reinterpret_cast<float4&>(p.state_out[at * HEAD_DIM + dim]) =
         make_float4(sum.x * 16, sum.y * 16, sum.z * 16, sum.w * 16);
-    if (dim == 0) {
-      const float top = common_reference(row);
-      float mass = 0;
+  }
+  // Every probability is in one bin, so a row's softmax mass is the sum of its bins.
+  for (int row = warp; row < num_rows; row += kWarps) {
+    float mass = 0;
+    for (int pattern = lane; pattern < p.num_patterns; pattern += 32) {
+      mass += table[pattern * kLive + row];
+    }
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) mass += shared.mass[w][row] * warp_weight(w, row, top);
-      p.state_sum[at] = make_float2(top, mass);
+    for (int distance = 16; distance > 0; distance /= 2) {
+      mass += __shfl_xor_sync(~0u, mass, distance);
+    }
+    if (lane == 0) {
+      const int64_t state_index = item.first_state + row / p.group * item.state_stride;
+      p.state_sum[state_index * p.h_q + head * p.group + row % p.group] =
+          make_float2(common_reference(row), mass * 16);
     }
   }
 }
 
+template <int kLive>
 __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   auto* table = reinterpret_cast<float*>(memory + round_up(static_cast<int>(sizeof(Shared)), 16));
-  auto* histograms = reinterpret_cast<uint32_t*>(table + table_words(p.num_patterns));
-  auto* rings = reinterpret_cast<uint8_t*>(histograms + kWarps * table_words(p.num_patterns));
+  const int words = table_words(p.num_patterns, kLive);
+  auto* histograms = reinterpret_cast<uint32_t*>(table + words);
+  auto* rings = reinterpret_cast<uint8_t*>(histograms + kWarps * words);
   launch_dependents();
   const int num_units = p.work.header->num_narrow * p.pool.h_kv;
   while (true) {
@@ -385,7 +403,8 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     __syncthreads();
     const int unit = shared.unit;
     if (unit >= num_units) break;
-    attend(p, p.work.narrow[unit / p.pool.h_kv], unit % p.pool.h_kv, shared, table, histograms, rings);
+    attend<kLive>(p, p.work.narrow[unit / p.pool.h_kv], unit % p.pool.h_kv, shared, table,
+                  histograms, rings);
     __syncthreads();
   }
   // This grid then ends after the one before it, and the merge, which waits for this one, after both.

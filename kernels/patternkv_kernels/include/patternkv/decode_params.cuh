@@ -11,13 +11,13 @@ namespace patternkv {
 
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
-constexpr int kNarrowRows = 8;  // most query rows of a narrow work item
 constexpr int kTokenAlign = 128;  // chunks are multiples of it: one tile of a block
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
 constexpr int kMaxChunk = 8192;
-// A row's reference logit follows its running maximum only when that gets 2^kSlack ahead, so
-// accumulators are rarely rescaled and probabilities stay within fp16 and fixed point.
-constexpr float kSlack = 3.0f;
+// Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
+// that gets kSlack ahead, and then by kHeadroom more than it must, so accumulators are rarely
+// rescaled and probabilities stay within fp16 and fixed point.
+constexpr float kSlack = 3.0f, kHeadroom = 2.0f;
 
 // Chunk of a segment for a tile of the branches that read it; every KV head makes one work unit.
 struct WorkItem {

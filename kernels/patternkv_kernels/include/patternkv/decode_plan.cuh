@@ -21,7 +21,7 @@ struct PlanParams {
   const int* rows;        // [nnz]
   int num_segments;
   int b, group, h_kv;
-  int wide_rows;     // most query rows of a wide item
+  int narrow_rows, wide_rows;  // most query rows of an item
   int narrow_blocks, wide_blocks;  // blocks that run at once
   int max_narrow, max_wide, max_states, max_runs;
   WorkList work;
@@ -55,7 +55,7 @@ __device__ __forceinline__ Segment load_segment(const PlanParams& p, int i) {
   s.num_branches = p.row_indptr[i + 1] - s.first_entry;
   if (s.end <= s.start || s.num_branches <= 0) return s;
   const int rows = s.num_branches * p.group;
-  s.wide = rows > kNarrowRows;
+  s.wide = rows > p.narrow_rows;
   const int branches = max(p.wide_rows / p.group, 1);
   s.tiles = s.wide ? (s.num_branches + branches - 1) / branches : 1;
   return s;

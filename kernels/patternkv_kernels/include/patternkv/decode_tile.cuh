@@ -83,24 +83,22 @@ __device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const ui
   copy_rows_by<kRowBytes, kStride, kTokens, kThreadsUsed, 8>(shared, base, thread, offset_of);
 }
 
-// Metadata of a token in two words: pattern ids and K's scale, V's scale.
-struct TokenWords {
-  uint32_t ids_k_scale, v_scale;
+// Metadata of a token as loaded: unpacking it at once would wait for the load.
+struct RawToken {
+  uint16_t pattern_ids, k_scale, v_scale;
 
-  __device__ int k_pattern() const { return ids_k_scale & 0xff; }
-  __device__ int v_pattern() const { return (ids_k_scale >> 8) & 0xff; }
-  __device__ float k_scale() const { return half_bits_to_float(ids_k_scale >> 16); }
+  __device__ int k_pattern() const { return pattern_ids & 0xff; }
+  __device__ int v_pattern() const { return pattern_ids >> 8; }
+  __device__ float k_scale_float() const { return half_bits_to_float(k_scale); }
   __device__ float v_scale_float() const { return half_bits_to_float(v_scale); }
 };
 
-__device__ __forceinline__ TokenWords load_token(const SlotPool& pool, SlotPlace place, int head) {
+__device__ __forceinline__ RawToken load_token(const SlotPool& pool, SlotPlace place, int head) {
   const auto* words = reinterpret_cast<const uint16_t*>(pool.metadata(place, head));
-  const uint32_t ids = words[0], k_scale = words[1];
-  return {ids | k_scale << 16, words[2]};
+  return {words[0], words[1], words[2]};
 }
 
-// Expanded K codes of tokens g and g + 8 against one n-tile's B operand, for the lane's D / 4 dims.
-// `k_low`, `k_high` point to the lane's codes of the two tokens.
+// A lane's D / 4 dims of K codes of the tokens g and g + 8.
 struct KeyWords {
   static constexpr int kCount = D / 4 * K_BITS / 32;
   uint32_t low[kCount], high[kCount];
@@ -119,6 +117,30 @@ __device__ __forceinline__ void load_words(uint32_t (&out)[kWords], const uint8_
     static_assert(kWords == 1);
     out[0] = *reinterpret_cast<const uint32_t*>(shared);
   }
+}
+
+template <int kWords>
+__device__ __forceinline__ void store_words(uint8_t* shared, const uint32_t (&x)[kWords]) {
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      reinterpret_cast<uint4*>(shared)[i] = reinterpret_cast<const uint4&>(x[4 * i]);
+    }
+  } else if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(shared) = reinterpret_cast<const uint2&>(x[0]);
+  } else {
+    static_assert(kWords == 1);
+    *reinterpret_cast<uint32_t*>(shared) = x[0];
+  }
+}
+
+// kDims 16-bit floats of a row.
+template <typename T, int kDims>
+__device__ __forceinline__ void load_half_dims(float (&out)[kDims], const T* row) {
+  uint32_t words[kDims / 2];
+  load_words(words, reinterpret_cast<const uint8_t*>(row));
+#pragma unroll
+  for (int i = 0; i < kDims; ++i) out[i] = load_float(reinterpret_cast<const T*>(words) + i);
 }
 
 __device__ __forceinline__ KeyWords load_keys(const uint8_t* rows, int token, int t) {
@@ -169,15 +191,15 @@ struct QueryScales {
   float codes;  // query-code products to logits, but for a token's k_scale
 };
 
-// Word of `fragments` (as halves) that holds dim `dim` of row `row`, and its place value.
-__device__ __forceinline__ int fragment_index(int row, int dim) {
-  const int lane = (row % 8) * 4 + dim / (D / 4);
+// Place of dim `dim` of row 0 among the halves of `fragments`. Row r of an n-tile is 32 r further.
+__device__ __forceinline__ int fragment_index(int dim) {
+  const int t = dim / (D / 4);
   const int word = dim % (D / 4) / KCodes::kPerWord, code = dim % KCodes::kPerWord;
   const int slot = word * KCodes::kPerHalf + code % KCodes::kPerHalf;
   const int half = code / KCodes::kPerHalf;
   // Two MMA steps of a lane are contiguous: one 16-byte load.
   const int step = slot / 2, reg = slot % 2;
-  return (((row / 8 * (D / 32) + step / 2) * 32 + lane) * 4 + step % 2 * 2 + reg) * 2 + half;
+  return ((step / 2 * 32 + t) * 4 + step % 2 * 2 + reg) * 2 + half;
 }
 
 __device__ __forceinline__ int code_step(int dim) {
@@ -195,27 +217,29 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
   const int num_rows = item.num_branches * p.group;
   const __half* channels = table_channels(p, item.table, 0, head);
 
-  float q[kRowsPerWarp][kPerLane], channel[kPerLane];
+  float q[kRowsPerWarp][kPerLane] = {}, channel[kPerLane] = {};
   float largest_raw = 0, largest_code = 0;
+  const int first_dim = lane * kPerLane;
+  if (first_dim < HEAD_DIM) {
+    load_half_dims<__half>(channel, channels + first_dim);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int dim = lane * kPerLane + i;
-    channel[i] = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
+    for (int n = 0; n < kRowsPerWarp; ++n) {
+      const int row = n * kWarps + warp;
+      if (row >= num_rows) break;
+      const int batch_row = p.rows[item.first_entry + row / p.group];
+      const int64_t at =
+          batch_row * p.q_stride + (head * p.group + row % p.group) * HEAD_DIM + first_dim;
+      if (p.q_is_bf16) {
+        load_half_dims<__nv_bfloat16>(q[n], static_cast<const __nv_bfloat16*>(p.q) + at);
+      } else {
+        load_half_dims<__half>(q[n], static_cast<const __half*>(p.q) + at);
+      }
+    }
   }
 #pragma unroll
   for (int n = 0; n < kRowsPerWarp; ++n) {
-    const int row = n * kWarps + warp;
-    const bool live = row < num_rows;
-    const int batch_row = live ? p.rows[item.first_entry + row / p.group] : 0;
-    const int64_t at = batch_row * p.q_stride + (head * p.group + row % p.group) * HEAD_DIM;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int dim = lane * kPerLane + i;
-      q[n][i] = 0.0f;
-      if (live && dim < HEAD_DIM) {
-        q[n][i] = p.q_is_bf16 ? load_float(static_cast<const __nv_bfloat16*>(p.q) + at + dim)
-                              : load_float(static_cast<const __half*>(p.q) + at + dim);
-      }
       largest_raw = fmaxf(largest_raw, fabsf(q[n][i]));
       largest_code = fmaxf(largest_code, fabsf(q[n][i] * channel[i]));
     }
@@ -240,19 +264,32 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
   const float code_scale = power_of_two_scale(largest_code, 13);
 
   auto* fragments = reinterpret_cast<__half*>(tile.fragments);
+  int places[kPerLane];
+  float factors[kPerLane], biases[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int step = code_step(first_dim + i);
+    places[i] = fragment_index(first_dim + i);
+    factors[i] = channel[i] * code_scale / step;
+    biases[i] = 1024.0f + KCodes::kCentre * step;
+  }
 #pragma unroll
   for (int n = 0; n < kRowsPerWarp; ++n) {
     const int row = n * kWarps + warp;
+    __half* own_fragments = fragments + row / 8 * (2 * kQueryTileWords) + row % 8 * 32;
+    uint32_t raw_words[kPerLane / 2];
     float bias = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int dim = lane * kPerLane + i;
-      raw[row][dim] = __float2half_rn(q[n][i] * raw_scale);
-      const int step = code_step(dim);
-      const __half b = __float2half_rn(q[n][i] * channel[i] * code_scale * (1.0f / step));
-      fragments[fragment_index(row, dim)] = b;
-      bias += (1024.0f + KCodes::kCentre * step) * __half2float(b);
+      const __half b = __float2half_rn(q[n][i] * factors[i]);
+      own_fragments[places[i]] = b;
+      bias += biases[i] * __half2float(b);
     }
+#pragma unroll
+    for (int i = 0; i < kPerLane / 2; ++i) {
+      raw_words[i] = as_u32(__floats2half2_rn(q[n][2 * i] * raw_scale, q[n][2 * i + 1] * raw_scale));
+    }
+    store_words(reinterpret_cast<uint8_t*>(&raw[row][first_dim]), raw_words);
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
       bias += __shfl_xor_sync(~0u, bias, distance);

@@ -14,6 +14,14 @@ constexpr int kTileBytes = kTile * (kKStride + kVStride);
 constexpr int kDims = D / 32;  // of V and the output, per lane
 constexpr int kMaxRows = D > 128 ? 32 : 64;
 
+// A token's metadata as its readers need it.
+struct Token {
+  float k_scale;         // products of codes to logits
+  uint32_t table_offset;  // bytes to the pattern's row of the table
+  uint32_t v_scale;      // half2, scaled into fp16's range
+  uint32_t bin_offset;   // bytes to the pattern's row of the histogram
+};
+
 // kTiles: n-tiles of 8 query rows.
 template <int kTiles>
 struct Config {
@@ -28,22 +36,24 @@ struct Config {
       RawQueries<kRows> raw_queries;            // before the first tile
       uint4 weights[kSlices][kTiles / 2][32];  // p * v_scale, B operand of two n-tiles
     };
-    TokenWords tokens[kStages][kTile];
+    Token tokens[kStages][kTile];
     RowOffsets offsets[kTile];
     float reference[kRows];
     float shift[kRows];
     float peak[kWarps][kRows];
-    float mass[kWarps][kRows];
     float largest[kWarps];
+    uint32_t mass[kRows];
   };
 
   // [Shared][table][histogram][ring], the second and third by the number of patterns.
   static __host__ __device__ __forceinline__ int table_words(int num_patterns) {
     return round_up(num_patterns, 16) * kRows;
   }
+  static __host__ __device__ __forceinline__ int table_start() {
+    return round_up(static_cast<int>(sizeof(Shared)), 256);
+  }
   static __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
-    return round_up(static_cast<int>(sizeof(Shared)), 16) + table_words(num_patterns) * 8 +
-           kStages * kTileBytes;
+    return table_start() + table_words(num_patterns) * 8 + kStages * kTileBytes;
   }
 };
 
@@ -60,17 +70,40 @@ __device__ __forceinline__ uint32_t load_value_pair(const uint8_t* a, const uint
   }
 }
 
+// The table of query-pattern products, and by the same places the references taken off them. A
+// pattern's row holds, for each pair of n-tiles i and each lane t, the query rows 16i + 2t, + 1, + 8
+// and + 9. Odd patterns swap neighbouring pairs, which spreads patterns over the banks.
 template <int kTiles>
-__device__ void attend(const DecodeParams& p, const WorkItem& item, int head, uint8_t* memory) {
+struct Table {
+  static constexpr int kRowBytes = 8 * kTiles * 4;
+  static constexpr int kSwap = kTiles >= 4 ? 64 : 0;  // bytes of a pair
+
+  static __device__ __forceinline__ uint32_t pattern_offset(int pattern) {
+    return pattern * kRowBytes + (pattern & 1) * kSwap;
+  }
+  // Byte offset of a query row, to be combined with pattern_offset by exclusive or.
+  static __device__ __forceinline__ uint32_t row_offset(int row) {
+    return row / 16 * 64 + row % 8 / 2 * 16 + row / 8 % 2 * 8 + row % 2 * 4;
+  }
+  // The query row of the word at a byte offset of the table.
+  static __device__ __forceinline__ int row_of(uint32_t offset) {
+    const uint32_t place = (offset ^ (offset / kRowBytes % 2 * kSwap)) % kRowBytes / 4;
+    return place / 16 * 16 + place / 2 % 2 * 8 + place / 4 % 4 * 2 + place % 2;
+  }
+};
+
+template <int kTiles>
+__device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* memory) {
   using Config = wide::Config<kTiles>;
   using Shared = typename Config::Shared;
+  using Table = wide::Table<kTiles>;
   constexpr int kRows = Config::kRows, kStages = Config::kStages;
-  constexpr int kOwnPairs = kTiles * 2;  // rows of a lane: 8n + 2t, 8n + 2t + 1
 
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  auto* table = reinterpret_cast<float*>(memory + round_up(static_cast<int>(sizeof(Shared)), 16));
-  auto* histogram = reinterpret_cast<uint32_t*>(table + Config::table_words(p.num_patterns));
-  auto* ring = reinterpret_cast<uint8_t*>(histogram + Config::table_words(p.num_patterns));
+  uint8_t* table = memory + Config::table_start();
+  const int table_bytes = Config::table_words(p.num_patterns) * 4;
+  auto* histogram = reinterpret_cast<uint32_t*>(table + table_bytes);
+  uint8_t* ring = table + 2 * table_bytes;
   const uint32_t ring_address = shared_address(ring);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int num_rows = item.num_branches * p.group;
@@ -82,9 +115,6 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
   const auto load_slot = [&](int n) {
     return slots[min(item.start + n * kTile + thread, item.end - 1)];
   };
-  const auto publish_offsets = [&](int slot) {
-    shared.offsets[thread] = row_offsets(p.pool, p.pool.locate(slot), head);
-  };
   const auto issue = [&](int n) {
     const uint32_t stage = ring_address + n % kStages * kTileBytes;
     copy_rows<K_ROW_BYTES, kKStride, kTile, kThreads>(
@@ -94,145 +124,161 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
         [&](int token) { return shared.offsets[token].v; });
   };
 
-  float largest = 0;
+  int first_slots[kStages];
+#pragma unroll
+  for (int n = 0; n < kStages; ++n) first_slots[n] = load_slot(n);
+  RawToken first_tokens[kStages - 1];
 #pragma unroll
   for (int n = 0; n < kStages - 1; ++n) {
-    if (n < num_tiles) {
-      const int slot = load_slot(n);
-      publish_offsets(slot);
-      shared.tokens[n][thread] = load_token(p.pool, p.pool.locate(slot), head);
-      if (n == 0) largest = shared.tokens[0][thread].v_scale_float();
-      __syncthreads();
-      issue(n);
-      __syncthreads();
-    }
+    const SlotPlace place = p.pool.locate(first_slots[n]);
+    first_tokens[n] = load_token(p.pool, place, head);
+    shared.offsets[thread] = row_offsets(p.pool, place, head);
+    __syncthreads();
+    if (n < num_tiles) issue(n);
     cp_async_commit();
+    __syncthreads();
   }
-  int next_slot = load_slot(kStages - 1);
+  int next_slot = first_slots[kStages - 1];
 
   for (int e = thread; e < Config::table_words(p.num_patterns); e += kThreads) histogram[e] = 0;
-  if (thread < kRows) shared.reference[thread] = -INFINITY;
+  if (thread < kRows) shared.reference[thread] = 0, shared.mass[thread] = 0;
+  const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
+  fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
+                    [&](int pattern, int row, float value) {
+                      const uint32_t at = Table::pattern_offset(pattern) ^ Table::row_offset(row);
+                      *reinterpret_cast<float*>(table + at) = value;
+                    });
+  // A power of two that keeps p * v_scale away from fp16's limits, by the first tile's scales.
+  float largest = first_tokens[0].v_scale_float();
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
   }
   if (lane == 0) shared.largest[warp] = largest;
-  const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
+  __syncthreads();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
-  // A power of two that keeps p * v_scale away from fp16's limits.
   const float value_scale = power_of_two_scale(largest, 0);
   const FixedPoint fixed = FixedPoint::of(item.end - item.start);
 
-  // A pattern's row of the table: for pair of n-tiles i and lane t the rows 16i + 2t, + 1, + 8, + 9.
-  // Odd patterns swap neighbouring pairs, which spreads patterns over the banks.
-  const auto table_at = [&](int pattern, int pair, int lane_t) {
-    const int place = kTiles >= 4 ? pair ^ (pattern & 1) : pair;
-    return table + pattern * kRows + place * 16 + lane_t * 4;
+  const auto publish_token = [&](int n, RawToken raw) {
+    const float v_scale = fminf(raw.v_scale_float() * value_scale, 4096.0f);
+    shared.tokens[n % kStages][thread] = {raw.k_scale_float() * scales.codes,
+                                          Table::pattern_offset(raw.k_pattern()),
+                                          as_u32(__float2half2_rn(v_scale)),
+                                          static_cast<uint32_t>(raw.v_pattern() * kRows * 4)};
   };
-  fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
-                    [&](int pattern, int row, float value) {
-                      const int in_tile = row % 8;
-                      table_at(pattern, row / 16, in_tile / 2)[row / 8 % 2 * 2 + in_tile % 2] = value;
-                    });
-
-  float out[kDims / 2][kTiles][4] = {};  // dims 2i, 2i, 2i+1, 2i+1 of rows 8n + 2t, 8n + 2t + 1
-  float reference[kOwnPairs], mass[kOwnPairs] = {};
 #pragma unroll
-  for (int i = 0; i < kOwnPairs; ++i) reference[i] = -INFINITY;
-  TokenWords pending = {};  // of the tile issued in the last iteration
+  for (int n = 0; n < kStages - 1; ++n) publish_token(n, first_tokens[n]);
+
+  const uint32_t own_table = shared_address(table) + t * 16;
+  const uint32_t own_bins = shared_address(histogram) + t * 8;
+  float out[kDims / 2][kTiles][4] = {};  // dims 2i, 2i, 2i+1, 2i+1 of rows 8n + 2t, 8n + 2t + 1
+  RawToken pending = {};                 // of the tile issued in the last iteration
   bool has_pending = false;
 
   for (int n = 0; n < num_tiles; ++n) {
     const int ahead = n + kStages - 1;
-    if (has_pending) shared.tokens[(ahead - 1) % kStages][thread] = pending;
-    if (ahead < num_tiles) publish_offsets(next_slot);
+    if (has_pending) publish_token(ahead - 1, pending);
+    has_pending = ahead < num_tiles;
+    const SlotPlace place = p.pool.locate(next_slot);
+    if (has_pending) shared.offsets[thread] = row_offsets(p.pool, place, head);
     cp_async_wait<kStages - 2>();
     __syncthreads();  // the tile is here, and everybody is done with the one before
-    has_pending = ahead < num_tiles;
     if (has_pending) {
       issue(ahead);
-      pending = load_token(p.pool, p.pool.locate(next_slot), head);
+      pending = load_token(p.pool, place, head);
       next_slot = load_slot(ahead + 1);
     }
     cp_async_commit();
 
     const uint8_t* keys = ring + n % kStages * kTileBytes;
     const uint8_t* values = keys + kTile * kKStride;
-    float x[2][kTiles][4];  // [slice]: rows 8n + 2t, 8n + 2t + 1 of token g, then of token g + 8
-    {
+    // [slice of 16 tokens]: rows 8i + 2t, 8i + 2t + 1 of token g, then of token g + 8.
+    float x[2][kTiles][4];
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const float2 bias = *reinterpret_cast<const float2*>(&shared.queries.bias[8 * i + 2 * t]);
+    for (int i = 0; i < kTiles; ++i) {
+      const float2 bias = *reinterpret_cast<const float2*>(&shared.queries.bias[8 * i + 2 * t]);
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          x[s][i][0] = x[s][i][2] = -bias.x;
-          x[s][i][1] = x[s][i][3] = -bias.y;
-        }
+      for (int s = 0; s < 2; ++s) {
+        x[s][i][0] = x[s][i][2] = -bias.x;
+        x[s][i][1] = x[s][i][3] = -bias.y;
       }
-      KeyWords words[2];
+    }
+    KeyWords words[2];
 #pragma unroll
-      for (int s = 0; s < 2; ++s) words[s] = load_keys(keys, warp * 32 + s * 16 + g, t);
+    for (int s = 0; s < 2; ++s) words[s] = load_keys(keys, warp * 32 + s * 16 + g, t);
 #pragma unroll
-      for (int w = 0; w < KeyWords::kCount; ++w) {
-        uint32_t low[2][KCodes::kPerHalf], high[2][KCodes::kPerHalf];
+    for (int w = 0; w < KeyWords::kCount; ++w) {
+      uint32_t low[2][KCodes::kPerHalf], high[2][KCodes::kPerHalf];
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          KCodes::expand(words[s].low[w], low[s]);
-          KCodes::expand(words[s].high[w], high[s]);
-        }
+      for (int s = 0; s < 2; ++s) {
+        KCodes::expand(words[s].low[w], low[s]);
+        KCodes::expand(words[s].high[w], high[s]);
+      }
 #pragma unroll
-        for (int r = 0; r < KCodes::kPerHalf; r += 4) {
-          const int slot = w * KCodes::kPerHalf + r;
+      for (int r = 0; r < KCodes::kPerHalf; r += 4) {
+        const int slot = w * KCodes::kPerHalf + r;
 #pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            const uint4 q = reinterpret_cast<const uint4*>(
-                shared.queries.fragments)[(i * (D / 32) + slot / 4) * 32 + lane];
+        for (int i = 0; i < kTiles; ++i) {
+          const uint4 q = reinterpret_cast<const uint4*>(
+              shared.queries.fragments)[(i * (D / 32) + slot / 4) * 32 + lane];
 #pragma unroll
-            for (int s = 0; s < 2; ++s) {
-              mma_m16n8k16(x[s][i], low[s][r], high[s][r], low[s][r + 1], high[s][r + 1], q.x, q.y);
-              mma_m16n8k16(x[s][i], low[s][r + 2], high[s][r + 2], low[s][r + 3], high[s][r + 3], q.z,
-                           q.w);
-            }
+          for (int s = 0; s < 2; ++s) {
+            mma_m16n8k16(x[s][i], low[s][r], high[s][r], low[s][r + 1], high[s][r + 1], q.x, q.y);
+          }
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            mma_m16n8k16(x[s][i], low[s][r + 2], high[s][r + 2], low[s][r + 3], high[s][r + 3], q.z,
+                         q.w);
           }
         }
       }
     }
 
-    const TokenWords* tokens = shared.tokens[n % kStages];
-    float v_scale[2][2];
-    int v_pattern[2][2];
-    float ahead_by = -INFINITY;  // how far a logit gets beyond its row's reference
-    const int valid = item.end - (item.start + n * kTile);
+    // Logits relative to the references, which are taken off the table.
+    float ahead_by = -INFINITY;
+    uint32_t v_scale[2][2], bins[2][2];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int token = warp * 32 + s * 16 + h * 8 + g;
-        const TokenWords words = tokens[token];
-        const float scale = words.k_scale() * scales.codes;
-        const int pattern = words.k_pattern();
-        v_scale[s][h] = fminf(words.v_scale_float() * value_scale, 4096.0f);
-        v_pattern[s][h] = words.v_pattern();
+        const Token token = shared.tokens[n % kStages][warp * 32 + s * 16 + h * 8 + g];
+        v_scale[s][h] = token.v_scale;
+        bins[s][h] = own_bins + token.bin_offset;
+        const uint32_t row = own_table + token.table_offset;
 #pragma unroll
         for (int pair = 0; pair < kTiles / 2; ++pair) {
-          const float4 product = *reinterpret_cast<const float4*>(table_at(pattern, pair, t));
+          const float4 product = load_shared_float4((row ^ (pair % 2 * 64)) + pair / 2 * 128);
           const float products[4] = {product.x, product.y, product.z, product.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float& logit = x[s][2 * pair + i / 2][2 * h + i % 2];
-            logit = fmaf(logit, scale, products[i]);
-            if (p.cap_log2 > 0) logit = soft_cap(logit, p.cap_log2);
-            if (valid < kTile && token >= valid) logit = -INFINITY;
-            ahead_by = fmaxf(ahead_by, logit - reference[4 * pair + i]);
+            logit = fmaf(logit, token.k_scale, products[i]);
+            ahead_by = fmaxf(ahead_by, logit);
           }
         }
       }
     }
-    if (__syncthreads_or(ahead_by > kSlack)) {
-      // New references, the same for the whole block: the ceiling of a row's largest logit.
+    const int valid = item.end - (item.start + n * kTile) - (warp * 32 + g);
+    if (p.cap_log2 > 0 || valid < 32) {
 #pragma unroll
-      for (int i = 0; i < kOwnPairs; ++i) {
+      for (int i = 0; i < kTiles; ++i) {
+        const float2 reference =
+            *reinterpret_cast<const float2*>(&shared.reference[8 * i + 2 * t]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          float& logit = x[e / 4][i][e % 4];
+          const float own = e % 2 ? reference.y : reference.x;
+          if (p.cap_log2 > 0) logit = soft_cap(logit + own, p.cap_log2) - own;
+          if (e / 4 * 16 + e % 4 / 2 * 8 >= valid) logit = -INFINITY;
+        }
+      }
+    }
+    if (__syncthreads_or(n == 0 || ahead_by > kSlack)) {
+      // New references, the same for the whole block.
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
         float peak = fmaxf(fmaxf(x[0][i / 2][i % 2], x[0][i / 2][2 + i % 2]),
                            fmaxf(x[1][i / 2][i % 2], x[1][i / 2][2 + i % 2]));
 #pragma unroll
@@ -246,26 +292,30 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
         float peak = shared.peak[0][thread];
 #pragma unroll
         for (int w = 1; w < kWarps; ++w) peak = fmaxf(peak, shared.peak[w][thread]);
-        const float old = shared.reference[thread];
-        const float raised = fmaxf(old, ceilf(peak));
-        shared.reference[thread] = raised;
-        shared.shift[thread] = old == -INFINITY ? INFINITY : raised - old;
+        const float shift = n == 0 || peak > kSlack ? ceilf(peak) + kHeadroom : 0.0f;
+        shared.reference[thread] += shift;
+        shared.shift[thread] = shift;
       }
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < kOwnPairs; ++i) {
-        const int row = i / 2 * 8 + 2 * t + i % 2;
-        const float scale = exp2_approx(-shared.shift[row]);
-        reference[i] = shared.reference[row];
-        mass[i] *= scale;
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const float shift = shared.shift[i / 2 * 8 + 2 * t + i % 2];
+        const float scale = n == 0 ? 0.0f : exp2_approx(-shift);
 #pragma unroll
-        for (int d = 0; d < kDims / 2; ++d) {
-          out[d][i / 2][i % 2] *= scale;
-          out[d][i / 2][2 + i % 2] *= scale;
+        for (int e = i % 2; e < 4; e += 2) {
+          x[0][i / 2][e] -= shift;
+          x[1][i / 2][e] -= shift;
+#pragma unroll
+          for (int d = 0; d < kDims / 2; ++d) out[d][i / 2][e] *= scale;
         }
       }
-      // An empty histogram shifts by 31 bits to nothing.
-      for (int e = thread; e < Config::table_words(p.num_patterns); e += kThreads) {
+#pragma unroll 1
+      for (int e = thread; e < table_bytes / 4; e += kThreads) {
+        reinterpret_cast<float*>(table)[e] -= shared.shift[Table::row_of(e * 4)];
+      }
+      // In the first tile the histogram is empty, and a reference may go down.
+#pragma unroll 1
+      for (int e = thread; n > 0 && e < table_bytes / 4; e += kThreads) {
         const int bits = static_cast<int>(fminf(shared.shift[e % kRows], 31.0f));
         const uint32_t value = histogram[e];
         if (bits > 0) histogram[e] = (value >> bits) + (value >> (bits - 1) & 1);
@@ -280,16 +330,11 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float p0 = exp2_approx(x[s][i][2 * h] - reference[2 * i]);
-          const float p1 = exp2_approx(x[s][i][2 * h + 1] - reference[2 * i + 1]);
-          mass[2 * i] += p0;
-          mass[2 * i + 1] += p1;
-          const int row = 8 * i + 2 * t;
-          uint32_t* bin = histogram + v_pattern[s][h] * kRows + row;
-          if (row < num_rows) atomicAdd(bin, fixed.encode(p0));
-          if (row + 1 < num_rows) atomicAdd(bin + 1, fixed.encode(p1));
-          weights[i][h] =
-              movmatrix_trans(as_u32(__floats2half2_rn(p0 * v_scale[s][h], p1 * v_scale[s][h])));
+          const float p0 = exp2_approx(x[s][i][2 * h]), p1 = exp2_approx(x[s][i][2 * h + 1]);
+          add_shared(bins[s][h] + i * 32, fixed.encode(p0));
+          add_shared(bins[s][h] + i * 32 + 4, fixed.encode(p1));
+          weights[i][h] = movmatrix_trans(
+              as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
         }
       }
 #pragma unroll
@@ -300,10 +345,10 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
     }
     __syncthreads();
 
-    const uint8_t* own_values = values + (warp * 8 + g) * (kDims * V_BITS) / 8;
+    const uint8_t* own_values = values + (warp * 8 + g) * (kDims * V_BITS) / 8 + 2 * t * kVStride;
 #pragma unroll 2
     for (int slice = 0; slice < kSlices; ++slice) {
-      const uint8_t* row = own_values + (slice * 16 + 2 * t) * kVStride;
+      const uint8_t* row = own_values + slice * 16 * kVStride;
       uint32_t first[VCodes::kPerHalf], second[VCodes::kPerHalf];
       uint32_t more_first[VCodes::kPerHalf], more_second[VCodes::kPerHalf];
       VCodes::expand_centred(load_value_pair(row, row + kVStride, g), first);
@@ -330,18 +375,17 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
       }
     }
   }
-
-#pragma unroll
-  for (int i = 0; i < kOwnPairs; ++i) {
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
-      mass[i] += __shfl_xor_sync(~0u, mass[i], distance);
-    }
-    if (g == 0) shared.mass[warp][i / 2 * 8 + 2 * t + i % 2] = mass[i];
-  }
   cp_async_wait<0>();
   __syncthreads();
 
+  // Every probability is in one bin, so a row's softmax mass is the sum of its bins.
+  for (int row = lane; row < num_rows; row += 32) {
+    uint32_t sum = 0;
+    for (int pattern = warp; pattern < p.num_patterns; pattern += kWarps) {
+      sum += histogram[pattern * kRows + row];
+    }
+    atomicAdd(&shared.mass[row], sum);
+  }
   // Outputs go from code units to those of the pattern sums: fixed-point counts times 2^-20.
   const float count = fixed.unit() * (1 << 20);
   const int dim = (warp * 8 + g) * kDims;
@@ -362,24 +406,25 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
         return static_cast<float>(histogram[pattern * kRows + row]) * (1.0f / (1 << 20));
       });
 #pragma unroll
-  for (int i = 0; i < kOwnPairs; ++i) {
+  for (int i = 0; i < 2 * kTiles; ++i) {
     const int row = i / 2 * 8 + 2 * t + i % 2;
-    if (row >= num_rows) continue;
-    const int64_t state_index = item.first_state + row / p.group * item.state_stride;
-    const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
-    if (dim < HEAD_DIM) {
+    if (row < num_rows && dim < HEAD_DIM) {
+      float values[kDims];
 #pragma unroll
-      for (int d = 0; d < kDims; d += 2) {
-        reinterpret_cast<float2&>(p.state_out[at * HEAD_DIM + dim + d]) =
-            make_float2(out[d / 2][i / 2][i % 2] * count, out[d / 2][i / 2][2 + i % 2] * count);
+      for (int d = 0; d < kDims; ++d) {
+        values[d] = out[d / 2][i / 2][d % 2 * 2 + i % 2] * count;
       }
+      const int64_t state_index = item.first_state + row / p.group * item.state_stride;
+      const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
+      store_words(reinterpret_cast<uint8_t*>(p.state_out + at * HEAD_DIM + dim),
+                  reinterpret_cast<const uint32_t(&)[kDims]>(values));
     }
-    if (warp == 0 && g == 0) {
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += shared.mass[w][row];
-      p.state_sum[at] = make_float2(shared.reference[row], sum);
-    }
+  }
+  __syncthreads();
+  if (thread < num_rows) {
+    const int64_t state_index = item.first_state + thread / p.group * item.state_stride;
+    p.state_sum[state_index * p.h_q + head * p.group + thread % p.group] =
+        make_float2(shared.reference[thread], shared.mass[thread] * fixed.unit());
   }
 }
 
@@ -392,7 +437,7 @@ __host__ __device__ __forceinline__ int shared_bytes(int num_patterns, int max_r
 
 __global__ void __launch_bounds__(kThreads, 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(16) uint8_t memory[];
+  extern __shared__ __align__(256) uint8_t memory[];
   __shared__ int next_unit;
   launch_dependents();
   const int num_units = p.work.header->num_wide * p.pool.h_kv;

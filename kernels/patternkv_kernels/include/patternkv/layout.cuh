@@ -17,6 +17,7 @@ static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= 256, "head dims are 64, 96, 128 
 
 constexpr int K_ROW_BYTES = HEAD_DIM * K_BITS / 8;
 constexpr int V_ROW_BYTES = HEAD_DIM * V_BITS / 8;
+constexpr int CODE_BYTES = K_ROW_BYTES + V_ROW_BYTES;
 constexpr int METADATA_BYTES = 6;
 
 // The 6-byte record of a slot and head, 2-byte aligned.
@@ -55,7 +56,7 @@ struct SlotPool {
   }
 
   static int64_t bytes_of_page(int64_t page_size, int64_t h_kv) {
-    int64_t bytes = h_kv * page_size * (K_ROW_BYTES + V_ROW_BYTES + METADATA_BYTES);
+    int64_t bytes = h_kv * page_size * (CODE_BYTES + METADATA_BYTES);
     return (bytes + 7) / 8 * 8;
   }
 
@@ -65,16 +66,15 @@ struct SlotPool {
   }
 
   // Code rows, 8-byte aligned; 16-byte where K_ROW_BYTES and V_ROW_BYTES are multiples of 16 and
-  // page_bytes is.
+  // page_bytes is. V's row follows K's.
   __device__ uint8_t* k_row(SlotPlace place, int head) const {
-    return place.page + head * page_size * (K_ROW_BYTES + V_ROW_BYTES) + place.offset * K_ROW_BYTES;
+    return place.page + (head * page_size + place.offset) * CODE_BYTES;
   }
   __device__ uint8_t* v_row(SlotPlace place, int head) const {
-    return place.page + (head * (K_ROW_BYTES + V_ROW_BYTES) + K_ROW_BYTES) * page_size +
-           place.offset * V_ROW_BYTES;
+    return k_row(place, head) + K_ROW_BYTES;
   }
   __device__ Metadata* metadata(SlotPlace place, int head) const {
-    uint8_t* records = place.page + h_kv * page_size * (K_ROW_BYTES + V_ROW_BYTES);
+    uint8_t* records = place.page + h_kv * page_size * CODE_BYTES;
     return reinterpret_cast<Metadata*>(records) + head * page_size + place.offset;
   }
 };

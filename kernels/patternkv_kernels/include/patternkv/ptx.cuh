@@ -69,6 +69,31 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* x) {
   return y;
 }
 
+// Shared memory by 32-bit address: where addresses are computed once and used with offsets.
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address));
+  return x;
+}
+
+__device__ __forceinline__ void add_shared(uint32_t address, uint32_t x) {
+  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void add_shared_if(bool condition, uint32_t address, uint32_t x) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p red.shared.add.u32 [%1], %2; }" ::"r"(
+          static_cast<uint32_t>(condition)),
+      "r"(address), "r"(x)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Programmatic dependent launch: lets the next kernel of the stream start as soon as every block of
 // this one has called it or ended.
 __device__ __forceinline__ void launch_dependents() {
