@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         for future in as_completed(futures):
             failure = future.exception()
             if failure is not None:
-                failures.append(str(failure))
+                failures.append(f"{futures[future]}: {failure}")
             bar.set_postfix_str(str(futures[future]))
             bar.update()
     for message in failures:
