@@ -57,8 +57,6 @@ struct LaunchConfig {
 
 template <typename Kernel>
 int resident_blocks(Kernel kernel, int bytes, int sms) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "shared memory of a decode kernel");
   int per_sm = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
         "occupancy of a decode kernel");
@@ -71,6 +69,12 @@ using AttendKernel = void (*)(DecodeParams);
 
 AttendKernel narrow_kernel(const LaunchConfig& config) {
   return config.narrow_rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
+}
+
+int static_bytes(AttendKernel kernel) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a decode kernel");
+  return static_cast<int>(attributes.sharedSizeBytes);
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
@@ -96,6 +100,12 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
     TVM_FFI_CHECK(bytes <= per_block, ValueError)
         << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
         << per_block << " per block: use fewer patterns";
+  }
+  // To the most there is, since configurations with other numbers of patterns share the kernels.
+  for (const AttendKernel kernel : {AttendKernel{wide::attend_kernel}, narrow_kernel(config)}) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               per_block - static_bytes(kernel)),
+          "shared memory of a decode kernel");
   }
   config.wide_blocks = resident_blocks(wide::attend_kernel, config.wide_bytes, sms);
   config.narrow_blocks = resident_blocks(narrow_kernel(config), config.narrow_bytes, sms);

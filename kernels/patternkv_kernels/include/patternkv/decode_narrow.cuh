@@ -2,7 +2,8 @@
 // Each warp of a block works through every fourth 32-token tile on its own, with its own ring of code
 // rows, reference logits and pattern histogram; the four results are added at the end.
 //
-// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive.
+// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive. With
+// 4, the lanes of the idle columns take over the softmax of every other 16 tokens.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -13,7 +14,7 @@ namespace narrow {
 constexpr int kRows = 8;
 constexpr int kTile = 32;
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
-constexpr int kStages = kTileBytes > 3200 ? 3 : 4;
+constexpr int kStages = kTileBytes > 3200 ? 2 : 3;  // so that four blocks fit a multiprocessor
 constexpr int kRingBytes = kStages * kTileBytes;  // of a warp
 constexpr int kDims = D / 8;                      // of V and the output, per lane
 constexpr int kUnits = kDims / VCodes::kPerHalf;  // 16-bit units of V codes per lane and token
@@ -59,7 +60,8 @@ struct ValuePair {
   }
 };
 
-// One warp's running attention. Lane (g, t) holds rows 2t and 2t + 1.
+// One warp's running attention. Lane (g, t) holds the output of columns 2t and 2t + 1 and the references
+// of rows 2 (t % (kLive / 2)) and the next.
 struct State {
   float out[kDims / 2][1][4] = {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of rows 2t, 2t+1
   float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
@@ -74,7 +76,7 @@ __device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
+    for (int distance = kLive / 2; distance < 32; distance *= 2) {
       peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], distance));
     }
     const float old = state.reference[i];
@@ -125,12 +127,12 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   const uint32_t own_v_pair = as_u32(__float2half2_rn(own_v_scale));
   const uint32_t own_ids = raw.pattern_ids;
 
-  float x[2][4];  // [slice of 16 tokens]: rows 2t, 2t+1 of token g, then of token g + 8
-  uint32_t v_scale[2][2], bins[2][2];
+  float sums[2][4];  // [slice of 16 tokens]: columns 2t, 2t+1 of token g, then of token g + 8
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     const KeyWords keys = load_keys(tile, s * 16 + g, t);
-    float sums[4] = {-own.bias[0], -own.bias[1], -own.bias[0], -own.bias[1]};
+    sums[s][0] = sums[s][2] = -own.bias[0];
+    sums[s][1] = sums[s][3] = -own.bias[1];
 #pragma unroll
     for (int w = 0; w < KeyWords::kCount; ++w) {
       uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
@@ -139,53 +141,74 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
 #pragma unroll
       for (int r = 0; r < KCodes::kPerHalf; r += 2) {
         const int slot = w * KCodes::kPerHalf + r;
-        mma_m16n8k16(sums, low[r], high[r], low[r + 1], high[r + 1], own.q[slot], own.q[slot + 1]);
+        mma_m16n8k16(sums[s], low[r], high[r], low[r + 1], high[r + 1], own.q[slot], own.q[slot + 1]);
       }
     }
+  }
+  constexpr int kOwn = kLive == 4 ? 1 : 2;  // slices of a lane
+  if constexpr (kOwn == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float moved = __shfl_up_sync(~0u, sums[1][i], 2);
+      sums[0][i] = t < 2 ? sums[0][i] : moved;
+    }
+  }
+
+  float x[kOwn][4];  // rows 2t, 2t+1 (mod kLive) of the slice's token g, then of token g + 8
+  uint32_t v_scale[kOwn][2], bins[kOwn][2];
+  const int first_token = (kOwn == 1 ? t / 2 * 16 : 0) + g;
+#pragma unroll
+  for (int s = 0; s < kOwn; ++s) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int source = s * 16 + i * 8 + g;
+      const int source = first_token + s * 16 + i * 8;
       const float scale = __shfl_sync(~0u, own_k_scale, source);
       const uint32_t pattern_ids = __shfl_sync(~0u, own_ids, source);
       v_scale[s][i] = __shfl_sync(~0u, own_v_pair, source);
       bins[s][i] = own.bins + (pattern_ids >> 8) * (kLive * 4);
       const float2 product =
           *reinterpret_cast<const float2*>(own.table + (pattern_ids & 0xff) * kLive);
-      x[s][2 * i] = fmaf(sums[2 * i], scale, product.x);
-      x[s][2 * i + 1] = fmaf(sums[2 * i + 1], scale, product.y);
+      x[s][2 * i] = fmaf(sums[s][2 * i], scale, product.x);
+      x[s][2 * i + 1] = fmaf(sums[s][2 * i + 1], scale, product.y);
     }
   }
   if (p.cap_log2 > 0) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = soft_cap(x[i / 4][i % 4], p.cap_log2);
+    for (int i = 0; i < 4 * kOwn; ++i) x[i / 4][i % 4] = soft_cap(x[i / 4][i % 4], p.cap_log2);
   }
   if (valid < kTile) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i / 4 * 16 + i % 4 / 2 * 8 + g >= valid) x[i / 4][i % 4] = -INFINITY;
+    for (int i = 0; i < 4 * kOwn; ++i) {
+      if (first_token + i / 4 * 16 + i % 4 / 2 * 8 >= valid) x[i / 4][i % 4] = -INFINITY;
     }
   }
   float peak[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    peak[i] = fmaxf(fmaxf(x[0][i], x[0][i + 2]), fmaxf(x[1][i], x[1][i + 2]));
+    peak[i] = fmaxf(x[0][i], x[0][i + 2]);
+    if constexpr (kOwn == 2) peak[i] = fmaxf(peak[i], fmaxf(x[1][i], x[1][i + 2]));
   }
   if (__any_sync(~0u, peak[0] > state.reference[0] + kSlack ||
                           peak[1] > state.reference[1] + kSlack)) {
     raise_reference<kLive>(state, peak, own.histogram, own.entries);
   }
+  uint32_t weights[2][2];  // B operands: [slice][tokens 2t, 2t+1 or 2t+8, 2t+9] of row g
 #pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    uint32_t weights[2];
+  for (int s = 0; s < kOwn; ++s) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float p0 = exp2_approx(x[s][2 * i] - state.reference[0]);
       const float p1 = exp2_approx(x[s][2 * i + 1] - state.reference[1]);
-      add_shared_if(2 * t < kLive, bins[s][i], own.fixed.encode(p0));
-      add_shared_if(2 * t < kLive, bins[s][i] + 4, own.fixed.encode(p1));
-      weights[i] = movmatrix_trans(
+      add_shared(bins[s][i], own.fixed.encode(p0));
+      add_shared(bins[s][i] + 4, own.fixed.encode(p1));
+      weights[s][i] = movmatrix_trans(
           as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][i]))));
+      // The second slice is in columns 4 to 7. What is in those of its own operand does not matter.
+      if constexpr (kOwn == 1) weights[1][i] = __shfl_down_sync(~0u, weights[0][i], 16);
     }
+  }
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
     const uint8_t* row = values + (s * 16 + 2 * t) * kVStride + g * (kDims * V_BITS / 8);
     ValuePair first, second;
     first.load(row, row + kVStride);
@@ -198,7 +221,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
 #pragma unroll
       for (int r = 0; r < VCodes::kPerHalf; r += 2) {
         mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][0], a[r], a[r + 1], b[r], b[r + 1],
-                     weights[0], weights[1]);
+                     weights[s][0], weights[s][1]);
       }
     }
   }
@@ -223,17 +246,12 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
   const auto load_slot = [&](int n) {
     return slots[min(first + n * kWarps * kTile + lane, item.end - 1)];
   };
+  const HeadPool pool(p.pool, head);
   const auto issue = [&](int n, int slot) {
-    const SlotPlace place = p.pool.locate(slot);
-    const RowOffsets offsets = row_offsets(p.pool, place, head);
-    const uint32_t stage = ring_address + n % kStages * kTileBytes;
-    copy_rows<K_ROW_BYTES, kKStride, kTile, 32>(
-        p.copy16, stage, p.pool.base, lane,
-        [&](int token) { return __shfl_sync(~0u, offsets.k, token); });
-    copy_rows<V_ROW_BYTES, kVStride, kTile, 32>(
-        p.copy16, stage + kTile * kKStride, p.pool.base, lane,
-        [&](int token) { return __shfl_sync(~0u, offsets.v, token); });
-    return load_token(p.pool, place, head);
+    const uint32_t units = pool.row_units(p.pool, slot);
+    copy_rows<kTile, 32>(p.copy16, ring_address + n % kStages * kTileBytes, pool.codes, lane,
+                         [&](int token) { return __shfl_sync(~0u, units, token); });
+    return load_token(pool.metadata_words(p.pool, slot));
   };
 
   RawToken pending[kStages - 1] = {};  // of the tiles in flight

@@ -17,7 +17,7 @@ constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
 // that gets kSlack ahead, and then by kHeadroom more than it must, so accumulators are rarely
 // rescaled and probabilities stay within fp16 and fixed point.
-constexpr float kSlack = 3.0f, kHeadroom = 2.0f;
+constexpr float kSlack = 3.0f, kHeadroom = 3.0f;
 
 // Chunk of a segment for a tile of the branches that read it; every KV head makes one work unit.
 struct WorkItem {

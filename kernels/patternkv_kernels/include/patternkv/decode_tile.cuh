@@ -7,6 +7,8 @@
 //   V  lane group g holds contiguous dims of the tokens 2t, 2t+1, 2t+8, 2t+9.
 #pragma once
 
+#include <type_traits>
+
 #include "patternkv/codes.cuh"
 #include "patternkv/decode_params.cuh"
 
@@ -42,45 +44,75 @@ __host__ __device__ __forceinline__ int round_up(int n, int multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Offsets of a slot's code rows from the pool's base, in units of 8 bytes.
-struct RowOffsets {
-  uint32_t k, v;
+// One head of the pool. Code rows go by offsets in units of 8 bytes, which fit 32 bits.
+struct HeadPool {
+  const uint8_t* codes;     // of slot 0
+  const uint8_t* metadata;  // of slot 0
+
+  __device__ HeadPool(const SlotPool& pool, int head)
+      : codes(pool.k_row({pool.base, 0}, head)),
+        metadata(reinterpret_cast<const uint8_t*>(pool.metadata({pool.base, 0}, head))) {}
+
+  __device__ __forceinline__ uint32_t row_units(const SlotPool& pool, int slot) const {
+    const uint32_t page = pool.page_of(slot);
+    return page * (pool.page_bytes / 8) + (slot - page * pool.page_size) * (CODE_BYTES / 8);
+  }
+  __device__ __forceinline__ const uint16_t* metadata_words(const SlotPool& pool, int slot) const {
+    const uint32_t page = pool.page_of(slot);
+    return reinterpret_cast<const uint16_t*>(metadata + uint64_t{page} * pool.page_bytes +
+                                             (slot - page * pool.page_size) * METADATA_BYTES);
+  }
 };
 
-__device__ __forceinline__ RowOffsets row_offsets(const SlotPool& pool, SlotPlace place, int head) {
-  return {static_cast<uint32_t>((pool.k_row(place, head) - pool.base) >> 3),
-          static_cast<uint32_t>((pool.v_row(place, head) - pool.base) >> 3)};
-}
-
-// Copies rows of kRowBytes to shared memory, `kThreadsUsed` threads together; `offset_of(token)`
-// gives a row's place in units of 8 bytes and must be called by whole warps.
-template <int kRowBytes, int kStride, int kTokens, int kThreadsUsed, int kBytes, typename OffsetOf>
-__device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* base, int thread,
-                                             OffsetOf offset_of) {
-  constexpr int kParts = kRowBytes / kBytes;
-  constexpr int kTotal = kTokens * kParts;
+// Copies the code rows of kTokens tokens to shared memory, K's and then V's, kThreadsUsed threads
+// together; `units_of(token)` gives a row's offset and must be called by whole warps.
+template <int kTokens, int kThreadsUsed, int kBytes, typename UnitsOf>
+__device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* codes, int thread,
+                                             UnitsOf units_of) {
+  const auto copy = [&](auto parts_constant, auto&& each) {
+    constexpr int kParts = decltype(parts_constant)::value, kTotal = kTokens * kParts;
 #pragma unroll
-  for (int first = 0; first < kTotal; first += kThreadsUsed) {
-    const int index = first + thread;
-    const int token = min(index / kParts, kTokens - 1), part = index % kParts;
-    const uint64_t offset = offset_of(token);
-    if (kTotal % kThreadsUsed == 0 || index < kTotal) {
-      cp_async<kBytes>(shared + token * kStride + part * kBytes,
-                       base + offset * 8 + part * kBytes);
+    for (int first = 0; first < kTotal; first += kThreadsUsed) {
+      int token, part;
+      if constexpr (kThreadsUsed % kParts == 0) {
+        token = first / kParts + thread / kParts, part = thread % kParts;
+      } else {
+        token = (first + thread) / kParts, part = (first + thread) % kParts;
+      }
+      const bool inside = kTotal % kThreadsUsed == 0 || first + thread < kTotal;
+      const uint64_t units = units_of(inside ? token : 0);
+      if (inside) each(token, part * kBytes, codes + units * 8 + part * kBytes);
     }
+  };
+  const auto copy_k = [&](int token, int byte, const uint8_t* row) {
+    cp_async<kBytes>(shared + token * kKStride + byte, row);
+  };
+  const auto copy_v = [&](int token, int byte, const uint8_t* row) {
+    cp_async<kBytes>(shared + kTokens * kKStride + token * kVStride + byte, row + K_ROW_BYTES);
+  };
+  using KParts = std::integral_constant<int, K_ROW_BYTES / kBytes>;
+  using VParts = std::integral_constant<int, V_ROW_BYTES / kBytes>;
+  if constexpr (K_ROW_BYTES == V_ROW_BYTES) {
+    copy(KParts{}, [&](int token, int byte, const uint8_t* row) {
+      copy_k(token, byte, row);
+      copy_v(token, byte, row);
+    });
+  } else {
+    copy(KParts{}, copy_k);
+    copy(VParts{}, copy_v);
   }
 }
 
-template <int kRowBytes, int kStride, int kTokens, int kThreadsUsed, typename OffsetOf>
-__device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const uint8_t* base,
-                                          int thread, OffsetOf offset_of) {
-  if constexpr (kRowBytes % 16 == 0) {
+template <int kTokens, int kThreadsUsed, typename UnitsOf>
+__device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const uint8_t* codes,
+                                          int thread, UnitsOf units_of) {
+  if constexpr (K_ROW_BYTES % 16 == 0 && V_ROW_BYTES % 16 == 0) {
     if (copy16) {
-      copy_rows_by<kRowBytes, kStride, kTokens, kThreadsUsed, 16>(shared, base, thread, offset_of);
+      copy_rows_by<kTokens, kThreadsUsed, 16>(shared, codes, thread, units_of);
       return;
     }
   }
-  copy_rows_by<kRowBytes, kStride, kTokens, kThreadsUsed, 8>(shared, base, thread, offset_of);
+  copy_rows_by<kTokens, kThreadsUsed, 8>(shared, codes, thread, units_of);
 }
 
 // Metadata of a token as loaded: unpacking it at once would wait for the load.
@@ -93,8 +125,7 @@ struct RawToken {
   __device__ float v_scale_float() const { return half_bits_to_float(v_scale); }
 };
 
-__device__ __forceinline__ RawToken load_token(const SlotPool& pool, SlotPlace place, int head) {
-  const auto* words = reinterpret_cast<const uint16_t*>(pool.metadata(place, head));
+__device__ __forceinline__ RawToken load_token(const uint16_t* words) {
   return {words[0], words[1], words[2]};
 }
 

@@ -1,4 +1,4 @@
-// Attention of up to 64 query rows over a chunk of tokens: segments that many branches share. The
+// Attention of up to 32 query rows over a chunk of tokens: segments that many branches share. The
 // four warps of a block share every 128-token tile: each takes 32 of its tokens through q.k and the
 // softmax, and a quarter of the head dims through p.v; probabilities pass through shared memory.
 #pragma once
@@ -12,7 +12,7 @@ constexpr int kTile = 128;
 constexpr int kSlices = kTile / 16;
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
 constexpr int kDims = D / 32;  // of V and the output, per lane
-constexpr int kMaxRows = D > 128 ? 32 : 64;
+constexpr int kMaxRows = 32;
 
 // A token's metadata as its readers need it.
 struct Token {
@@ -26,9 +26,7 @@ struct Token {
 template <int kTiles>
 struct Config {
   static constexpr int kRows = 8 * kTiles;
-  // Two blocks fit a Hopper multiprocessor with the default number of patterns: 64, and 256 where K
-  // has 2 bits.
-  static constexpr int kStages = kTiles * kTileBytes > (K_BITS == 2 ? 40000 : 80000) ? 2 : 3;
+  static constexpr int kStages = 2;
 
   struct Shared {
     QueryTile<kRows> queries;
@@ -36,8 +34,8 @@ struct Config {
       RawQueries<kRows> raw_queries;            // before the first tile
       uint4 weights[kSlices][kTiles / 2][32];  // p * v_scale, B operand of two n-tiles
     };
-    Token tokens[kStages][kTile];
-    RowOffsets offsets[kTile];
+    Token tokens[kTile];
+    uint32_t units[kTile];  // offsets of code rows
     float reference[kRows];
     float shift[kRows];
     float peak[kWarps][kRows];
@@ -115,30 +113,19 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   const auto load_slot = [&](int n) {
     return slots[min(item.start + n * kTile + thread, item.end - 1)];
   };
+  const HeadPool pool(p.pool, head);
   const auto issue = [&](int n) {
-    const uint32_t stage = ring_address + n % kStages * kTileBytes;
-    copy_rows<K_ROW_BYTES, kKStride, kTile, kThreads>(
-        p.copy16, stage, p.pool.base, thread, [&](int token) { return shared.offsets[token].k; });
-    copy_rows<V_ROW_BYTES, kVStride, kTile, kThreads>(
-        p.copy16, stage + kTile * kKStride, p.pool.base, thread,
-        [&](int token) { return shared.offsets[token].v; });
+    copy_rows<kTile, kThreads>(p.copy16, ring_address + n % kStages * kTileBytes, pool.codes, thread,
+                               [&](int token) { return shared.units[token]; });
+    cp_async_commit();
   };
 
-  int first_slots[kStages];
-#pragma unroll
-  for (int n = 0; n < kStages; ++n) first_slots[n] = load_slot(n);
-  RawToken first_tokens[kStages - 1];
-#pragma unroll
-  for (int n = 0; n < kStages - 1; ++n) {
-    const SlotPlace place = p.pool.locate(first_slots[n]);
-    first_tokens[n] = load_token(p.pool, place, head);
-    shared.offsets[thread] = row_offsets(p.pool, place, head);
-    __syncthreads();
-    if (n < num_tiles) issue(n);
-    cp_async_commit();
-    __syncthreads();
-  }
-  int next_slot = first_slots[kStages - 1];
+  const int first_slot = load_slot(0);
+  int next_slot = load_slot(1);
+  shared.units[thread] = pool.row_units(p.pool, first_slot);
+  RawToken pending = load_token(pool.metadata_words(p.pool, first_slot));  // of the tile in flight
+  __syncthreads();
+  issue(0);
 
   for (int e = thread; e < Config::table_words(p.num_patterns); e += kThreads) histogram[e] = 0;
   if (thread < kRows) shared.reference[thread] = 0, shared.mass[thread] = 0;
@@ -149,7 +136,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
                       *reinterpret_cast<float*>(table + at) = value;
                     });
   // A power of two that keeps p * v_scale away from fp16's limits, by the first tile's scales.
-  float largest = first_tokens[0].v_scale_float();
+  float largest = pending.v_scale_float();
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
@@ -161,36 +148,25 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   const float value_scale = power_of_two_scale(largest, 0);
   const FixedPoint fixed = FixedPoint::of(item.end - item.start);
 
-  const auto publish_token = [&](int n, RawToken raw) {
-    const float v_scale = fminf(raw.v_scale_float() * value_scale, 4096.0f);
-    shared.tokens[n % kStages][thread] = {raw.k_scale_float() * scales.codes,
-                                          Table::pattern_offset(raw.k_pattern()),
-                                          as_u32(__float2half2_rn(v_scale)),
-                                          static_cast<uint32_t>(raw.v_pattern() * kRows * 4)};
-  };
-#pragma unroll
-  for (int n = 0; n < kStages - 1; ++n) publish_token(n, first_tokens[n]);
-
   const uint32_t own_table = shared_address(table) + t * 16;
   const uint32_t own_bins = shared_address(histogram) + t * 8;
   float out[kDims / 2][kTiles][4] = {};  // dims 2i, 2i, 2i+1, 2i+1 of rows 8n + 2t, 8n + 2t + 1
-  RawToken pending = {};                 // of the tile issued in the last iteration
-  bool has_pending = false;
 
   for (int n = 0; n < num_tiles; ++n) {
-    const int ahead = n + kStages - 1;
-    if (has_pending) publish_token(ahead - 1, pending);
-    has_pending = ahead < num_tiles;
-    const SlotPlace place = p.pool.locate(next_slot);
-    if (has_pending) shared.offsets[thread] = row_offsets(p.pool, place, head);
-    cp_async_wait<kStages - 2>();
+    const bool more = n + 1 < num_tiles;
+    const float token_v_scale = fminf(pending.v_scale_float() * value_scale, 4096.0f);
+    shared.tokens[thread] = {pending.k_scale_float() * scales.codes,
+                             Table::pattern_offset(pending.k_pattern()),
+                             as_u32(__float2half2_rn(token_v_scale)),
+                             static_cast<uint32_t>(pending.v_pattern() * kRows * 4)};
+    if (more) shared.units[thread] = pool.row_units(p.pool, next_slot);
+    cp_async_wait<0>();
     __syncthreads();  // the tile is here, and everybody is done with the one before
-    if (has_pending) {
-      issue(ahead);
-      pending = load_token(p.pool, place, head);
-      next_slot = load_slot(ahead + 1);
+    if (more) {
+      issue(n + 1);
+      pending = load_token(pool.metadata_words(p.pool, next_slot));
+      next_slot = load_slot(n + 2);
     }
-    cp_async_commit();
 
     const uint8_t* keys = ring + n % kStages * kTileBytes;
     const uint8_t* values = keys + kTile * kKStride;
@@ -243,7 +219,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Token token = shared.tokens[n % kStages][warp * 32 + s * 16 + h * 8 + g];
+        const Token token = shared.tokens[warp * 32 + s * 16 + h * 8 + g];
         v_scale[s][h] = token.v_scale;
         bins[s][h] = own_bins + token.bin_offset;
         const uint32_t row = own_table + token.table_offset;
@@ -309,16 +285,31 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
           for (int d = 0; d < kDims / 2; ++d) out[d][i / 2][e] *= scale;
         }
       }
-#pragma unroll 1
-      for (int e = thread; e < table_bytes / 4; e += kThreads) {
-        reinterpret_cast<float*>(table)[e] -= shared.shift[Table::row_of(e * 4)];
+      // A thread meets the same four rows all the way. In the first tile the histogram is empty, and
+      // references may go down.
+      static_assert(kThreads * 16 % (2 * Table::kRowBytes) == 0);
+      const int place = thread * 16;
+      float shifts[4];
+      int bits[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        shifts[i] = shared.shift[Table::row_of(place + i * 4)];
+        bits[i] = static_cast<int>(fminf(shared.shift[place / 4 % kRows + i], 31.0f));
       }
-      // In the first tile the histogram is empty, and a reference may go down.
 #pragma unroll 1
-      for (int e = thread; n > 0 && e < table_bytes / 4; e += kThreads) {
-        const int bits = static_cast<int>(fminf(shared.shift[e % kRows], 31.0f));
-        const uint32_t value = histogram[e];
-        if (bits > 0) histogram[e] = (value >> bits) + (value >> (bits - 1) & 1);
+      for (int e = place; e < table_bytes; e += kThreads * 16) {
+        auto& entries = *reinterpret_cast<float4*>(table + e);
+        entries.x -= shifts[0];
+        entries.y -= shifts[1];
+        entries.z -= shifts[2];
+        entries.w -= shifts[3];
+        if (n > 0) {
+          auto& counts = *reinterpret_cast<uint4*>(table + table_bytes + e);
+          counts.x >>= bits[0];
+          counts.y >>= bits[1];
+          counts.z >>= bits[2];
+          counts.w >>= bits[3];
+        }
       }
       __syncthreads();
     }
@@ -430,12 +421,11 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 
 // Blocks of the launch keep the largest tile's shared memory, whatever items they take.
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns, int max_rows) {
-  if (max_rows > 32) return Config<8>::shared_bytes(num_patterns);
   if (max_rows > 16) return Config<4>::shared_bytes(num_patterns);
   return Config<2>::shared_bytes(num_patterns);
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(256) uint8_t memory[];
   __shared__ int next_unit;
@@ -450,10 +440,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int head = unit % p.pool.h_kv, num_rows = item.num_branches * p.group;
     if (num_rows <= 16) {
       attend<2>(p, item, head, memory);
-    } else if (num_rows <= 32) {
-      attend<4>(p, item, head, memory);
     } else {
-      if constexpr (kMaxRows == 64) attend<8>(p, item, head, memory);
+      attend<4>(p, item, head, memory);
     }
     __syncthreads();
   }
