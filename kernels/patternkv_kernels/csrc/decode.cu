@@ -225,9 +225,11 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.cap_log2 = static_cast<float>(logit_cap * M_LOG2E);
   params.h_q = h_q;
   params.group = group;
-  launch(wide::attend_kernel, dim3(config.wide_blocks), kThreads, config.wide_bytes, stream, false,
-         params);
+  params.group_inverse = (65536 + group - 1) / group;
+  // The narrow kernel first: what it leaves idle the wide one fills.
   launch(narrow_kernel(config), dim3(config.narrow_blocks), kThreads, config.narrow_bytes, stream,
+         false, params);
+  launch(wide::attend_kernel, dim3(config.wide_blocks), kThreads, config.wide_bytes, stream,
          config.dependent_launch, params);
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {

@@ -23,7 +23,6 @@ struct Shared {
   QueryTile<kRows> queries;
   RawQueries<kRows> raw_queries;
   float reference[kWarps][kRows];
-  int unit;
 };
 
 // [Shared][table][histograms][rings], the second and third by the number of patterns.
@@ -127,17 +126,17 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   const uint32_t own_v_pair = as_u32(__float2half2_rn(own_v_scale));
   const uint32_t own_ids = raw.pattern_ids;
 
+  const KeyWords keys[2] = {load_keys(tile, g, t), load_keys(tile, 16 + g, t)};
   float sums[2][4];  // [slice of 16 tokens]: columns 2t, 2t+1 of token g, then of token g + 8
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    const KeyWords keys = load_keys(tile, s * 16 + g, t);
     sums[s][0] = sums[s][2] = -own.bias[0];
     sums[s][1] = sums[s][3] = -own.bias[1];
 #pragma unroll
     for (int w = 0; w < KeyWords::kCount; ++w) {
       uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
-      KCodes::expand(keys.low[w], low);
-      KCodes::expand(keys.high[w], high);
+      KCodes::expand(keys[s].low[w], low);
+      KCodes::expand(keys[s].high[w], high);
 #pragma unroll
       for (int r = 0; r < KCodes::kPerHalf; r += 2) {
         const int slot = w * KCodes::kPerHalf + r;
@@ -152,6 +151,16 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
       const float moved = __shfl_up_sync(~0u, sums[1][i], 2);
       sums[0][i] = t < 2 ? sums[0][i] : moved;
     }
+  }
+
+  // V's codes come from shared memory while the softmax is worked out.
+  const uint8_t* value_rows = values + 2 * t * kVStride + g * (kDims * V_BITS / 8);
+  ValuePair first[2], second[2];  // tokens 2t, 2t+1 and 2t+8, 2t+9 of each slice
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const uint8_t* row = value_rows + s * 16 * kVStride;
+    first[s].load(row, row + kVStride);
+    second[s].load(row + 8 * kVStride, row + 9 * kVStride);
   }
 
   float x[kOwn][4];  // rows 2t, 2t+1 (mod kLive) of the slice's token g, then of token g + 8
@@ -209,15 +218,11 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    const uint8_t* row = values + (s * 16 + 2 * t) * kVStride + g * (kDims * V_BITS / 8);
-    ValuePair first, second;
-    first.load(row, row + kVStride);
-    second.load(row + 8 * kVStride, row + 9 * kVStride);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       uint32_t a[VCodes::kPerHalf], b[VCodes::kPerHalf];
-      VCodes::expand_centred(first.units[u], a);
-      VCodes::expand_centred(second.units[u], b);
+      VCodes::expand_centred(first[s].units[u], a);
+      VCodes::expand_centred(second[s].units[u], b);
 #pragma unroll
       for (int r = 0; r < VCodes::kPerHalf; r += 2) {
         mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][0], a[r], a[r + 1], b[r], b[r + 1],
@@ -260,7 +265,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
     if (n < own_tiles) pending[n] = issue(n, load_slot(n));
     cp_async_commit();
   }
-  int next_slot = load_slot(kStages - 1);
+  int next_slot = load_slot(kStages - 1), slot_after = load_slot(kStages);
 
   for (int e = lane; e < entries; e += 32) histogram[e] = 0;
   const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
@@ -301,7 +306,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
     const int ahead = n + kStages - 1;
     if (ahead < own_tiles) {
       pending[kStages - 2] = issue(ahead, next_slot);
-      next_slot = load_slot(ahead + 1);
+      next_slot = slot_after;
+      slot_after = load_slot(ahead + 2);
     }
     cp_async_commit();
     const int valid = item.end - (first + n * kWarps * kTile);
@@ -382,8 +388,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
       const float4 part = *reinterpret_cast<const float4*>(slabs + (w * kLive + row) * D + dim);
       sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
-    const int64_t state_index = item.first_state + row / p.group * item.state_stride;
-    const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
+    const int64_t at = state_index(p, item, head, row);
     reinterpret_cast<float4&>(p.state_out[at * HEAD_DIM + dim]) =
         make_float4(sum.x * 16, sum.y * 16, sum.z * 16, sum.w * 16);
   }
@@ -398,8 +403,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
       mass += __shfl_xor_sync(~0u, mass, distance);
     }
     if (lane == 0) {
-      const int64_t state_index = item.first_state + row / p.group * item.state_stride;
-      p.state_sum[state_index * p.h_q + head * p.group + row % p.group] =
+      p.state_sum[state_index(p, item, head, row)] =
           make_float2(common_reference(row), mass * 16);
     }
   }
@@ -415,18 +419,10 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
   auto* histograms = reinterpret_cast<uint32_t*>(table + words);
   auto* rings = reinterpret_cast<uint8_t*>(histograms + kWarps * words);
   launch_dependents();
-  const int num_units = p.work.header->num_narrow * p.pool.h_kv;
-  while (true) {
-    if (threadIdx.x == 0) shared.unit = atomicAdd(&p.work.header->next_narrow, 1);
-    __syncthreads();
-    const int unit = shared.unit;
-    if (unit >= num_units) break;
-    attend<kLive>(p, p.work.narrow[unit / p.pool.h_kv], unit % p.pool.h_kv, shared, table,
-                  histograms, rings);
-    __syncthreads();
-  }
-  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
-  wait_for_previous_kernel();
+  for_each_unit(p.work.header->num_narrow * p.pool.h_kv, &p.work.header->next_narrow, [&](int unit) {
+    attend<kLive>(p, p.work.narrow[unit / p.pool.h_kv], unit % p.pool.h_kv, shared, table, histograms,
+                  rings);
+  });
 }
 
 }  // namespace narrow

@@ -257,9 +257,9 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
     for (int n = 0; n < kRowsPerWarp; ++n) {
       const int row = n * kWarps + warp;
       if (row >= num_rows) break;
-      const int batch_row = p.rows[item.first_entry + row / p.group];
+      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
       const int64_t at =
-          batch_row * p.q_stride + (head * p.group + row % p.group) * HEAD_DIM + first_dim;
+          batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first_dim;
       if (p.q_is_bf16) {
         load_half_dims<__nv_bfloat16>(q[n], static_cast<const __nv_bfloat16*>(p.q) + at);
       } else {
@@ -409,6 +409,23 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
         mma_m16n8k16(out[w][n], a0, a1, a2, a3, lower[0], lower[1]);
       }
     }
+  }
+}
+
+// Gives the blocks of a launch units of work, one after the other: `attend(unit)` by the whole block.
+// The next unit is asked for before the present one is worked on, so the answer costs no time.
+template <typename Attend>
+__device__ __forceinline__ void for_each_unit(int num_units, int* taken, Attend attend) {
+  __shared__ int next;
+  int unit = blockIdx.x;
+  while (unit < num_units) {
+    int asked = 0;
+    if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(taken, 1);
+    attend(unit);
+    __syncthreads();
+    if (threadIdx.x == 0) next = asked;
+    __syncthreads();
+    unit = next;
   }
 }
 

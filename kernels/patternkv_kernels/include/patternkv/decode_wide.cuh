@@ -19,7 +19,7 @@ struct Token {
   float k_scale;         // products of codes to logits
   uint32_t table_offset;  // bytes to the pattern's row of the table
   uint32_t v_scale;      // half2, scaled into fp16's range
-  uint32_t bin_offset;   // bytes to the pattern's row of the histogram
+  uint32_t bin_offset;   // bytes to the pattern's bins
 };
 
 // kTiles: n-tiles of 8 query rows.
@@ -90,11 +90,33 @@ struct Table {
   }
 };
 
+// The histogram of V patterns. The words of a pattern's rows are permuted by exclusive or, so that the
+// bins that a warp adds to at once, of eight tokens and four rows, spread over the banks.
+template <int kTiles>
+struct Histogram {
+  static constexpr int kRows = 8 * kTiles;
+
+  // Byte offset of row 0 of a pattern's bins; row r is at this, exclusive or 4r.
+  static __device__ __forceinline__ uint32_t pattern_offset(int pattern) {
+    const int which = kTiles == 2 ? pattern / 2 : pattern;  // two patterns' 16 rows cover all banks
+    const int swap = which % kTiles * 8 | which / kTiles % 2;
+    return (pattern * kRows | swap) * 4;
+  }
+  static __device__ __forceinline__ uint32_t count(const uint32_t* bins, int pattern, int row) {
+    return bins[pattern_offset(pattern) / 4 ^ row];
+  }
+  // The row that the word at `place` of an array of bins counts.
+  static __device__ __forceinline__ int row_of(int place) {
+    return (pattern_offset(place / kRows) / 4 ^ place) % kRows;
+  }
+};
+
 template <int kTiles>
 __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* memory) {
   using Config = wide::Config<kTiles>;
   using Shared = typename Config::Shared;
   using Table = wide::Table<kTiles>;
+  using Histogram = wide::Histogram<kTiles>;
   constexpr int kRows = Config::kRows, kStages = Config::kStages;
 
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -158,7 +180,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     shared.tokens[thread] = {pending.k_scale_float() * scales.codes,
                              Table::pattern_offset(pending.k_pattern()),
                              as_u32(__float2half2_rn(token_v_scale)),
-                             static_cast<uint32_t>(pending.v_pattern() * kRows * 4)};
+                             Histogram::pattern_offset(pending.v_pattern())};
     if (more) shared.units[thread] = pool.row_units(p.pool, next_slot);
     cp_async_wait<0>();
     __syncthreads();  // the tile is here, and everybody is done with the one before
@@ -285,17 +307,13 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
           for (int d = 0; d < kDims / 2; ++d) out[d][i / 2][e] *= scale;
         }
       }
-      // A thread meets the same four rows all the way. In the first tile the histogram is empty, and
-      // references may go down.
+      // A thread meets the same four rows of the table all the way. In the first tile the histogram is
+      // empty, and references may go down.
       static_assert(kThreads * 16 % (2 * Table::kRowBytes) == 0);
       const int place = thread * 16;
       float shifts[4];
-      int bits[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        shifts[i] = shared.shift[Table::row_of(place + i * 4)];
-        bits[i] = static_cast<int>(fminf(shared.shift[place / 4 % kRows + i], 31.0f));
-      }
+      for (int i = 0; i < 4; ++i) shifts[i] = shared.shift[Table::row_of(place + i * 4)];
 #pragma unroll 1
       for (int e = place; e < table_bytes; e += kThreads * 16) {
         auto& entries = *reinterpret_cast<float4*>(table + e);
@@ -303,13 +321,10 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
         entries.y -= shifts[1];
         entries.z -= shifts[2];
         entries.w -= shifts[3];
-        if (n > 0) {
-          auto& counts = *reinterpret_cast<uint4*>(table + table_bytes + e);
-          counts.x >>= bits[0];
-          counts.y >>= bits[1];
-          counts.z >>= bits[2];
-          counts.w >>= bits[3];
-        }
+      }
+#pragma unroll 1
+      for (int e = thread; n > 0 && e < table_bytes / 4; e += kThreads) {
+        histogram[e] >>= static_cast<int>(fminf(shared.shift[Histogram::row_of(e)], 31.0f));
       }
       __syncthreads();
     }
@@ -322,8 +337,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float p0 = exp2_approx(x[s][i][2 * h]), p1 = exp2_approx(x[s][i][2 * h + 1]);
-          add_shared(bins[s][h] + i * 32, fixed.encode(p0));
-          add_shared(bins[s][h] + i * 32 + 4, fixed.encode(p1));
+          add_shared(bins[s][h] ^ (i * 32), fixed.encode(p0));
+          add_shared(bins[s][h] ^ (i * 32 + 4), fixed.encode(p1));
           weights[i][h] = movmatrix_trans(
               as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
         }
@@ -373,7 +388,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   for (int row = lane; row < num_rows; row += 32) {
     uint32_t sum = 0;
     for (int pattern = warp; pattern < p.num_patterns; pattern += kWarps) {
-      sum += histogram[pattern * kRows + row];
+      sum += Histogram::count(histogram, pattern, row);
     }
     atomicAdd(&shared.mass[row], sum);
   }
@@ -394,7 +409,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   }
   add_patterns<kTiles, kDims>(
       p, table_rows(p, item.table, 1, head), dim, out, 0, 1, [&](int pattern, int row) {
-        return static_cast<float>(histogram[pattern * kRows + row]) * (1.0f / (1 << 20));
+        return static_cast<float>(Histogram::count(histogram, pattern, row)) * (1.0f / (1 << 20));
       });
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
@@ -405,16 +420,14 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       for (int d = 0; d < kDims; ++d) {
         values[d] = out[d / 2][i / 2][d % 2 * 2 + i % 2] * count;
       }
-      const int64_t state_index = item.first_state + row / p.group * item.state_stride;
-      const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
+      const int64_t at = state_index(p, item, head, row);
       store_words(reinterpret_cast<uint8_t*>(p.state_out + at * HEAD_DIM + dim),
                   reinterpret_cast<const uint32_t(&)[kDims]>(values));
     }
   }
   __syncthreads();
   if (thread < num_rows) {
-    const int64_t state_index = item.first_state + thread / p.group * item.state_stride;
-    p.state_sum[state_index * p.h_q + head * p.group + thread % p.group] =
+    p.state_sum[state_index(p, item, head, thread)] =
         make_float2(shared.reference[thread], shared.mass[thread] * fixed.unit());
   }
 }
@@ -428,23 +441,18 @@ __host__ __device__ __forceinline__ int shared_bytes(int num_patterns, int max_r
 __global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(256) uint8_t memory[];
-  __shared__ int next_unit;
   launch_dependents();
-  const int num_units = p.work.header->num_wide * p.pool.h_kv;
-  while (true) {
-    if (threadIdx.x == 0) next_unit = atomicAdd(&p.work.header->next_wide, 1);
-    __syncthreads();
-    const int unit = next_unit;
-    if (unit >= num_units) break;
+  for_each_unit(p.work.header->num_wide * p.pool.h_kv, &p.work.header->next_wide, [&](int unit) {
     const WorkItem item = p.work.wide[unit / p.pool.h_kv];
-    const int head = unit % p.pool.h_kv, num_rows = item.num_branches * p.group;
-    if (num_rows <= 16) {
+    const int head = unit % p.pool.h_kv;
+    if (item.num_branches * p.group <= 16) {
       attend<2>(p, item, head, memory);
     } else {
       attend<4>(p, item, head, memory);
     }
-    __syncthreads();
-  }
+  });
+  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
+  wait_for_previous_kernel();
 }
 
 }  // namespace wide
