@@ -60,6 +60,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Reads what nothing writes meanwhile and nobody reads again: past the L1 cache.
+__device__ __forceinline__ uint4 load_streaming(const uint4* x) {
+  uint4 y;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+               : "l"(x));
+  return y;
+}
+
 // Shared memory by 32-bit address: where addresses are computed once and used with offsets.
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   float4 x;

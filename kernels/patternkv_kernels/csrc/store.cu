@@ -1,0 +1,81 @@
+// Launcher of the store.
+#include "patternkv/store.cuh"
+#include "tvm_ffi_utils.h"
+
+namespace patternkv {
+namespace {
+
+// Blocks of store_many that run at once on the current device.
+template <typename T>
+int resident_blocks(int device) {
+  constexpr int kMaxDevices = 64;
+  static thread_local int blocks[kMaxDevices];
+  TVM_FFI_ICHECK(device >= 0 && device < kMaxDevices) << "device " << device;
+  if (blocks[device] == 0) {
+    int per_sm = 0, sms = 0;
+    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, store::store_many<T>, 32 * store::kManyWarps, 0);
+    blocks[device] = std::max(per_sm, 1) * std::max(sms, 1);
+  }
+  return blocks[device];
+}
+
+template <typename T>
+void launch(const StoreParams& params, int device, cudaStream_t stream) {
+  const int sides = 2 * params.pool.h_kv;
+  const int tiles = (params.n + kTileTokens - 1) / kTileTokens;
+  const int resident = resident_blocks<T>(device);
+  // Up to twice as many small blocks as run at once; beyond that it pays to share a table's set-up.
+  if (int64_t{tiles} * sides <= 2 * resident) {
+    store::store_few<T><<<dim3(tiles, sides), 32 * store::kFewWarps, 0, stream>>>(params);
+  } else {
+    const int runs = std::max(resident / sides, 1);
+    constexpr int kUnit = store::kGroups * kTileTokens;
+    const int tokens = ((params.n + runs - 1) / runs + kUnit - 1) / kUnit * kUnit;
+    const dim3 grid((params.n + tokens - 1) / tokens, sides);
+    store::store_many<T><<<grid, 32 * store::kManyWarps, 0, stream>>>(params, tokens);
+  }
+  const cudaError_t error = cudaGetLastError();
+  TVM_FFI_ICHECK(error == cudaSuccess) << "launch of the store: " << cudaGetErrorString(error);
+}
+
+}  // namespace
+
+// Shapes and devices are the caller's to check; k and v are [n, h_kv, HEAD_DIM] with contiguous, 16-byte
+// aligned vectors.
+void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView k, TensorView v,
+              TensorView patterns, TensorView channel_scale, TensorView channel_weight,
+              TensorView table_ids) {
+  CHECK_INPUT_TYPE(table_ids, dl_int32);
+  const int device = k.device().device_id;
+  ffi::CUDADeviceGuard guard(device);
+  StoreParams params = {};
+  params.pool = SlotPool::make(buffer.data_ptr(), page_size, k.size(1));
+  const TensorView* sides[2] = {&k, &v};
+  for (int side = 0; side < 2; ++side) {
+    const TensorView& x = *sides[side];
+    TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
+                   x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
+        << "vectors of K and V must be contiguous and 16-byte aligned";
+    params.x[side] = x.data_ptr();
+    params.token_stride[side] = x.stride(0);
+    params.head_stride[side] = x.stride(1);
+  }
+  params.slots = slots.data_ptr();
+  params.slots_are_int64 = encode_dlpack_dtype(slots.dtype()) == int64_code;
+  params.table_ids = static_cast<const int*>(table_ids.data_ptr());
+  params.patterns = static_cast<const __half*>(patterns.data_ptr());
+  params.channel_scale = static_cast<const __half*>(channel_scale.data_ptr());
+  params.channel_weight = static_cast<const __half*>(channel_weight.data_ptr());
+  params.n = k.size(0);
+  params.num_patterns = patterns.size(3);
+  if (params.n == 0) return;
+  DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(k.dtype(), T, [&] {
+    launch<T>(params, device, get_stream(k.device()));
+    return true;
+  });
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(store_kv, store_kv);
+
+}  // namespace patternkv

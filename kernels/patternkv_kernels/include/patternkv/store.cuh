@@ -1,0 +1,249 @@
+// Store: quantize tokens against their tables and write them to their slots.
+//
+// A warp works on 8 tokens (or twice 8) of one side, K or V, of one head. Two kernels differ in how
+// warps share the work, not in what is computed for a token: `store_few` spreads the patterns of 8
+// tokens over the warps of a block, for decode batches; in `store_many` every warp has its own tokens,
+// for prefill. Bound by instruction issue: about 1000 warp instructions per 8 vectors of 128 dims
+// with 64 patterns.
+#pragma once
+
+#include <type_traits>
+
+#include "patternkv/store_fit.cuh"
+
+namespace patternkv::store {
+
+constexpr int kFewWarps = 8;
+constexpr int kManyWarps = 4;
+constexpr int kManyBlocksPerSm = HEAD_DIM <= 128 ? 3 : 2;
+// Tiles of 8 tokens that a warp of store_many scores together, so that a pattern is loaded once.
+constexpr int kGroups = HEAD_DIM <= 128 ? 2 : 1;
+
+// The lane's share of a vector in float16: NaN as 0, clamped to the float16 range.
+template <typename T>
+__device__ __forceinline__ void load_token(const T* vector, Share& out) {
+  const uint4* share = share_of(vector);
+  __half2 finite = __float2half2_rn(0.0f);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const uint4 chunk = load_streaming(share + 4 * i);
+    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      __half2 x;
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        x = __floats2half2_rn(__uint_as_float(words[j] << 16),
+                              __uint_as_float(words[j] & 0xffff0000));
+      } else {
+        x = as_half2(words[j]);
+      }
+      out[4 * i + j] = x;
+      // Stays 0 unless some x is infinite or NaN.
+      finite = __hfma2(x, __float2half2_rn(0.0f), finite);
+    }
+  }
+  const float2 halves = __half22float2(finite);
+  if (halves.x != 0.0f || halves.y != 0.0f) {
+    const auto clean = [](float x) {
+      return isnan(x) ? 0.0f : fminf(fmaxf(x, -65504.0f), 65504.0f);
+    };
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const float2 x = __half22float2(out[j]);
+      out[j] = __floats2half2_rn(clean(x.x), clean(x.y));
+    }
+  }
+}
+
+// Token `row` of a tile: its table, and its slot or -1 past the end, where the last token stands in.
+struct Token {
+  int table, slot;
+};
+
+template <typename T>
+__device__ __forceinline__ Token load_tile(const StoreParams& p, int side, int head, int first,
+                                           Share& x) {
+  const int wanted = first + threadIdx.x % 32 / 4, index = min(wanted, p.n - 1);
+  load_token(static_cast<const T*>(p.x[side]) + index * p.token_stride[side] +
+                 head * p.head_stride[side],
+             x);
+  int slot = -1;
+  if (wanted < p.n) {
+    slot = p.slots_are_int64 ? static_cast<int>(static_cast<const int64_t*>(p.slots)[index])
+                             : static_cast<const int*>(p.slots)[index];
+  }
+  return {p.table_ids[index], slot};
+}
+
+template <int kSide>
+__device__ __forceinline__ void write_vector(const SlotPool& pool, int head, int slot, int id,
+                                             const StoredVector& vector) {
+  constexpr int kBits = kSide == 0 ? K_BITS : V_BITS;
+  const int part = threadIdx.x % 4;
+  const SlotPlace place = pool.locate(slot);
+  uint8_t* codes = kSide == 0 ? pool.k_row(place, head) : pool.v_row(place, head);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    uint8_t* at = codes + (4 * i + part) * kBits;
+    if constexpr (kBits == 4) {
+      *reinterpret_cast<uint32_t*>(at) = vector.codes[i];
+    } else {
+      *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(vector.codes[i]);
+    }
+  }
+  if (part == 0) {
+    Metadata* metadata = pool.metadata(place, head);
+    reinterpret_cast<uint8_t*>(&metadata->pattern_ids)[kSide] = static_cast<uint8_t>(id);
+    (kSide == 0 ? metadata->k_scale : metadata->v_scale) = vector.scale;
+  }
+}
+
+// Quantizes the tile's tokens as if all of them had this table, and writes those that do.
+template <int kSide>
+__device__ __forceinline__ void store_tile(const StoreParams& p, const StoreTable& table,
+                                           const __half* patterns, int head, const Share& x,
+                                           Nearest nearest, int slot) {
+  Residual residual;
+  settle(table, patterns, p.num_patterns, x, slot >= 0, nearest, residual);
+  const StoredVector vector = fit<kSide == 0 ? K_BITS : V_BITS>(table, residual);
+  if (slot >= 0) write_vector<kSide>(p.pool, head, slot, nearest.id, vector);
+}
+
+// Lanes of a warp that hold the first token of each table.
+__device__ __forceinline__ uint32_t first_lanes(int table) {
+  const uint32_t same = __match_any_sync(kAllLanes, table);
+  return __ballot_sync(kAllLanes, static_cast<int>(threadIdx.x % 32) == __ffs(same) - 1);
+}
+
+struct FewShared {
+  StoreTable tables[kTileTokens];
+  Nearest nearest[kFewWarps][kTileTokens];
+};
+
+template <typename T, int kSide>
+__device__ __forceinline__ void store_few_side(const StoreParams& p, int head, FewShared& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
+  Share x[1];
+  const Token token = load_tile<T>(p, kSide, head, blockIdx.x * kTileTokens, x[0]);
+  const uint32_t firsts = first_lanes(token.table);
+
+  // Every warp meets the same tables in the same order.
+  int count = 0;
+  for (uint32_t rest = firsts; rest != 0; rest &= rest - 1, ++count) {
+    const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
+    // The warp that works out the channels takes turns.
+    fill_table(shared.tables[count], p, p.table_head(table, kSide, head),
+               (warp + kFewWarps - count) % kFewWarps, kFewWarps);
+  }
+  __syncthreads();
+
+  int mine = 0;  // place of the token's table among the tables
+  count = 0;
+  for (uint32_t rest = firsts; rest != 0; rest &= rest - 1, ++count) {
+    const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
+    Nearest nearest[1];
+    nearest_patterns<1>(shared.tables[count], p.patterns_of(p.table_head(table, kSide, head)),
+                        p.num_patterns, x, warp, kFewWarps, nearest);
+    if (token.table == table) {
+      mine = count;
+      if (lane % 4 == 0) shared.nearest[warp][row] = nearest[0];
+    }
+  }
+  __syncthreads();
+
+  // One warp per table.
+  if (warp >= count) return;
+  Nearest nearest = shared.nearest[0][row];
+#pragma unroll
+  for (int other = 1; other < kFewWarps; ++other) {
+    const Nearest& theirs = shared.nearest[other][row];
+    nearest.offer(theirs.score, theirs.id);
+  }
+  const int leader = __ffs(__ballot_sync(kAllLanes, mine == warp)) - 1;
+  const int table = __shfl_sync(kAllLanes, token.table, leader);
+  const int slot = mine == warp ? token.slot : -1;
+  store_tile<kSide>(p, shared.tables[warp], p.patterns_of(p.table_head(table, kSide, head)), head,
+                    x[0], nearest, slot);
+}
+
+// Grid: tiles of 8 tokens, 2 * h_kv.
+template <typename T>
+__global__ void __launch_bounds__(32 * kFewWarps) store_few(const StoreParams p) {
+  __shared__ FewShared shared;
+  const int head = blockIdx.y % p.pool.h_kv;
+  if (blockIdx.y < p.pool.h_kv) {
+    store_few_side<T, 0>(p, head, shared);
+  } else {
+    store_few_side<T, 1>(p, head, shared);
+  }
+}
+
+struct ManyShared {
+  StoreTable common;           // of the block's first token
+  StoreTable others[kManyWarps];   // of whatever other table a warp meets
+};
+
+template <typename T, int kSide>
+__device__ __forceinline__ void store_many_side(const StoreParams& p, int head, int tokens_per_block,
+                                                ManyShared& shared) {
+  constexpr int kTokens = kGroups * kTileTokens;
+  const int warp = threadIdx.x / 32;
+  const int begin = blockIdx.x * tokens_per_block, end = min(begin + tokens_per_block, p.n);
+  const int common = p.table_ids[begin];
+  fill_table(shared.common, p, p.table_head(common, kSide, head), warp, kManyWarps);
+  __syncthreads();
+
+  for (int first = begin + warp * kTokens; first < end; first += kManyWarps * kTokens) {
+    Share x[kGroups];
+    Token token[kGroups];
+    bool done[kGroups];
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      token[group] = load_tile<T>(p, kSide, head, first + group * kTileTokens, x[group]);
+      done[group] = false;
+    }
+    // Once per table among the tokens.
+    while (true) {
+      int table = -1;
+#pragma unroll
+      for (int group = kGroups - 1; group >= 0; --group) {
+        const uint32_t left = __ballot_sync(kAllLanes, !done[group]);
+        const int candidate = __shfl_sync(kAllLanes, token[group].table, (__ffs(left) - 1) & 31);
+        if (left != 0) table = candidate;
+      }
+      if (table < 0) break;
+      const int64_t table_head = p.table_head(table, kSide, head);
+      const __half* patterns = p.patterns_of(table_head);
+      const StoreTable* prepared = &shared.common;
+      if (table != common) {
+        __syncwarp();
+        fill_table(shared.others[warp], p, table_head, 0, 1);
+        __syncwarp();
+        prepared = &shared.others[warp];
+      }
+      Nearest nearest[kGroups];
+      nearest_patterns<kGroups>(*prepared, patterns, p.num_patterns, x, 0, 1, nearest);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const bool now = token[group].table == table;
+        done[group] |= now;
+        store_tile<kSide>(p, *prepared, patterns, head, x[group], nearest[group],
+                          now ? token[group].slot : -1);
+      }
+    }
+  }
+}
+
+// Grid: runs of tokens_per_block tokens, 2 * h_kv.
+template <typename T>
+__global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm) store_many(const StoreParams p, int tokens_per_block) {
+  __shared__ ManyShared shared;
+  const int head = blockIdx.y % p.pool.h_kv;
+  if (blockIdx.y < p.pool.h_kv) {
+    store_many_side<T, 0>(p, head, tokens_per_block, shared);
+  } else {
+    store_many_side<T, 1>(p, head, tokens_per_block, shared);
+  }
+}
+
+}  // namespace patternkv::store
