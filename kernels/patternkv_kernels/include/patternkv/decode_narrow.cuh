@@ -106,7 +106,7 @@ __device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], 
 // What a lane keeps of its item through all tiles.
 struct Lane {
   uint32_t q[D / 8];
-  float bias[2];
+  float bias[1][2];
   float code_scale, value_scale;
   FixedPoint fixed;
   const float* table;        // at row 2t
@@ -130,8 +130,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   float sums[2][4];  // [slice of 16 tokens]: columns 2t, 2t+1 of token g, then of token g + 8
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    sums[s][0] = sums[s][2] = -own.bias[0];
-    sums[s][1] = sums[s][3] = -own.bias[1];
+    sums[s][0] = sums[s][2] = -own.bias[0][0];
+    sums[s][1] = sums[s][3] = -own.bias[0][1];
 #pragma unroll
     for (int w = 0; w < KeyWords::kCount; ++w) {
       uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
@@ -279,7 +279,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
     reinterpret_cast<uint4&>(own.q[4 * i]) =
         reinterpret_cast<const uint4*>(shared.queries.fragments)[i * 32 + lane];
   }
-  own.bias[0] = shared.queries.bias[2 * t], own.bias[1] = shared.queries.bias[2 * t + 1];
+  code_bias<1>(shared.queries.fragments, own.bias);
   own.code_scale = scales.codes;
   own.table = table + 2 * t % kLive;
   own.histogram = histogram;
@@ -300,18 +300,22 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
   for (int n = 0; n < own_tiles; ++n) {
     cp_async_wait<kStages - 2>();
     __syncwarp();
-    const RawToken raw = pending[0];
-#pragma unroll
-    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
     const int ahead = n + kStages - 1;
+    RawToken fresh = {};
+    int fresh_slot = 0;
     if (ahead < own_tiles) {
-      pending[kStages - 2] = issue(ahead, next_slot);
-      next_slot = slot_after;
-      slot_after = load_slot(ahead + 2);
+      fresh = issue(ahead, next_slot);
+      fresh_slot = load_slot(ahead + 2);
     }
     cp_async_commit();
     const int valid = item.end - (first + n * kWarps * kTile);
-    attend_tile<kLive>(p, state, own, ring + n % kStages * kTileBytes, raw, valid);
+    attend_tile<kLive>(p, state, own, ring + n % kStages * kTileBytes, pending[0], valid);
+    // Only now: naming what was loaded would wait for it.
+#pragma unroll
+    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
+    pending[kStages - 2] = fresh;
+    next_slot = slot_after;
+    slot_after = fresh_slot;
   }
 
   // Add up the warps.

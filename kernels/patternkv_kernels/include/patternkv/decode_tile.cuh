@@ -213,7 +213,6 @@ using RawQueries = __half[kRows][kPaddedD];  // q * raw_scale
 template <int kRows>
 struct QueryTile {
   uint32_t fragments[kRows / 8 * kQueryTileWords];  // q * channel_scale * code_scale, B operand
-  float bias[kRows];                         // what the expanded codes' bias adds to a row's products
   float largest[2][kWarps];
 };
 
@@ -296,39 +295,52 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
 
   auto* fragments = reinterpret_cast<__half*>(tile.fragments);
   int places[kPerLane];
-  float factors[kPerLane], biases[kPerLane];
+  float factors[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int step = code_step(first_dim + i);
     places[i] = fragment_index(first_dim + i);
     factors[i] = channel[i] * code_scale / step;
-    biases[i] = 1024.0f + KCodes::kCentre * step;
   }
 #pragma unroll
   for (int n = 0; n < kRowsPerWarp; ++n) {
     const int row = n * kWarps + warp;
     __half* own_fragments = fragments + row / 8 * (2 * kQueryTileWords) + row % 8 * 32;
     uint32_t raw_words[kPerLane / 2];
-    float bias = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const __half b = __float2half_rn(q[n][i] * factors[i]);
-      own_fragments[places[i]] = b;
-      bias += biases[i] * __half2float(b);
+      own_fragments[places[i]] = __float2half_rn(q[n][i] * factors[i]);
     }
 #pragma unroll
     for (int i = 0; i < kPerLane / 2; ++i) {
       raw_words[i] = as_u32(__floats2half2_rn(q[n][2 * i] * raw_scale, q[n][2 * i + 1] * raw_scale));
     }
     store_words(reinterpret_cast<uint8_t*>(&raw[row][first_dim]), raw_words);
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      bias += __shfl_xor_sync(~0u, bias, distance);
-    }
-    if (lane == 0) tile.bias[row] = bias;
   }
   __syncthreads();
   return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale};
+}
+
+// What the bias of expanded codes and their centre add to the products of the rows 8n + 2t and the
+// next: an MMA over a token of centre codes. Its rounding is that of the products themselves.
+template <int kTiles>
+__device__ __forceinline__ void code_bias(const uint32_t* fragments, float (&bias)[kTiles][2]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    float sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const uint4 q = reinterpret_cast<const uint4*>(fragments)[(n * (D / 32) + i) * 32 + threadIdx.x % 32];
+      uint32_t a[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        a[j] = as_u32(__float2half2_rn(KCodes::bias((4 * i + j) % KCodes::kPerHalf)));
+      }
+      mma_m16n8k16(sums, a[0], a[0], a[1], a[1], q.x, q.y);
+      mma_m16n8k16(sums, a[2], a[2], a[3], a[3], q.z, q.w);
+    }
+    bias[n][0] = sums[0], bias[n][1] = sums[1];
+  }
 }
 
 // Products of queries and K patterns in logits, `store(pattern, row, value)` for every pattern below

@@ -3,6 +3,8 @@
 // softmax, and a quarter of the head dims through p.v; probabilities pass through shared memory.
 #pragma once
 
+#include <climits>
+
 #include "patternkv/decode_tile.cuh"
 
 namespace patternkv {
@@ -36,9 +38,10 @@ struct Config {
     };
     Token tokens[kTile];
     uint32_t units[kTile];  // offsets of code rows
+    float2 bias[kRows / 2];  // of the codes' products
     float reference[kRows];
     float shift[kRows];
-    float peak[kWarps][kRows];
+    int peak[kRows];  // a float's bits
     float largest[kWarps];
     uint32_t mass[kRows];
   };
@@ -68,9 +71,9 @@ __device__ __forceinline__ uint32_t load_value_pair(const uint8_t* a, const uint
   }
 }
 
-// The table of query-pattern products, and by the same places the references taken off them. A
-// pattern's row holds, for each pair of n-tiles i and each lane t, the query rows 16i + 2t, + 1, + 8
-// and + 9. Odd patterns swap neighbouring pairs, which spreads patterns over the banks.
+// The table of query-pattern products. A pattern's row holds, for each pair of n-tiles i and each lane
+// t, the query rows 16i + 2t, + 1, + 8 and + 9. Odd patterns swap neighbouring pairs, which spreads
+// patterns over the banks.
 template <int kTiles>
 struct Table {
   static constexpr int kRowBytes = 8 * kTiles * 4;
@@ -82,11 +85,6 @@ struct Table {
   // Byte offset of a query row, to be combined with pattern_offset by exclusive or.
   static __device__ __forceinline__ uint32_t row_offset(int row) {
     return row / 16 * 64 + row % 8 / 2 * 16 + row / 8 % 2 * 8 + row % 2 * 4;
-  }
-  // The query row of the word at a byte offset of the table.
-  static __device__ __forceinline__ int row_of(uint32_t offset) {
-    const uint32_t place = (offset ^ (offset / kRowBytes % 2 * kSwap)) % kRowBytes / 4;
-    return place / 16 * 16 + place / 2 % 2 * 8 + place / 4 % 4 * 2 + place % 2;
   }
 };
 
@@ -150,7 +148,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   issue(0);
 
   for (int e = thread; e < Config::table_words(p.num_patterns); e += kThreads) histogram[e] = 0;
-  if (thread < kRows) shared.reference[thread] = 0, shared.mass[thread] = 0;
+  if (thread < kRows) shared.mass[thread] = 0, shared.peak[thread] = INT_MIN;
   const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
   fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
                     [&](int pattern, int row, float value) {
@@ -170,9 +168,19 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   const float value_scale = power_of_two_scale(largest, 0);
   const FixedPoint fixed = FixedPoint::of(item.end - item.start);
 
+  if (warp == 0) {
+    float bias[kTiles][2];
+    code_bias<kTiles>(shared.queries.fragments, bias);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (g == 0) shared.bias[4 * i + t] = make_float2(bias[i][0], bias[i][1]);
+    }
+  }
+
   const uint32_t own_table = shared_address(table) + t * 16;
   const uint32_t own_bins = shared_address(histogram) + t * 8;
   float out[kDims / 2][kTiles][4] = {};  // dims 2i, 2i, 2i+1, 2i+1 of rows 8n + 2t, 8n + 2t + 1
+  float reference[kTiles][2] = {};       // of these rows
 
   for (int n = 0; n < num_tiles; ++n) {
     const bool more = n + 1 < num_tiles;
@@ -184,10 +192,12 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     if (more) shared.units[thread] = pool.row_units(p.pool, next_slot);
     cp_async_wait<0>();
     __syncthreads();  // the tile is here, and everybody is done with the one before
+    RawToken fresh = {};
+    int fresh_slot = 0;
     if (more) {
       issue(n + 1);
-      pending = load_token(pool.metadata_words(p.pool, next_slot));
-      next_slot = load_slot(n + 2);
+      fresh = load_token(pool.metadata_words(p.pool, next_slot));
+      fresh_slot = load_slot(n + 2);
     }
 
     const uint8_t* keys = ring + n % kStages * kTileBytes;
@@ -196,7 +206,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     float x[2][kTiles][4];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const float2 bias = *reinterpret_cast<const float2*>(&shared.queries.bias[8 * i + 2 * t]);
+      const float2 bias = shared.bias[4 * i + t];
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         x[s][i][0] = x[s][i][2] = -bias.x;
@@ -234,8 +244,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       }
     }
 
-    // Logits relative to the references, which are taken off the table.
-    float ahead_by = -INFINITY;
+    // Logits, then relative to the references.
     uint32_t v_scale[2][2], bins[2][2];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -247,13 +256,12 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
         const uint32_t row = own_table + token.table_offset;
 #pragma unroll
         for (int pair = 0; pair < kTiles / 2; ++pair) {
-          const float4 product = load_shared_float4((row ^ (pair % 2 * 64)) + pair / 2 * 128);
+          const float4 product = load_shared_float4(row ^ (pair * 64));
           const float products[4] = {product.x, product.y, product.z, product.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float& logit = x[s][2 * pair + i / 2][2 * h + i % 2];
             logit = fmaf(logit, token.k_scale, products[i]);
-            ahead_by = fmaxf(ahead_by, logit);
           }
         }
       }
@@ -261,70 +269,72 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     const int valid = item.end - (item.start + n * kTile) - (warp * 32 + g);
     if (p.cap_log2 > 0 || valid < 32) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const float2 reference =
-            *reinterpret_cast<const float2*>(&shared.reference[8 * i + 2 * t]);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          float& logit = x[e / 4][i][e % 4];
-          const float own = e % 2 ? reference.y : reference.x;
-          if (p.cap_log2 > 0) logit = soft_cap(logit + own, p.cap_log2) - own;
-          if (e / 4 * 16 + e % 4 / 2 * 8 >= valid) logit = -INFINITY;
-        }
+      for (int i = 0; i < 8 * kTiles; ++i) {
+        float& logit = x[i / 4 % 2][i / 8][i % 4];
+        if (p.cap_log2 > 0) logit = soft_cap(logit, p.cap_log2);
+        if (i / 4 % 2 * 16 + i % 4 / 2 * 8 >= valid) logit = -INFINITY;
       }
     }
-    if (__syncthreads_or(n == 0 || ahead_by > kSlack)) {
-      // New references, the same for the whole block.
+    float peaks[kTiles][2], peak = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[0][i][e] -= reference[i][e], x[0][i][e + 2] -= reference[i][e];
+        x[1][i][e] -= reference[i][e], x[1][i][e + 2] -= reference[i][e];
+        peaks[i][e] = fmaxf(fmaxf(x[0][i][e], x[0][i][e + 2]), fmaxf(x[1][i][e], x[1][i][e + 2]));
+        peak = fmaxf(peak, peaks[i][e]);
+      }
+    }
+    if (__syncthreads_or(n == 0 || peak > kSlack)) {
+      // New references, the same for the whole block. Bits of positive floats, and of those with the
+      // sign flipped below them, are ordered like the floats.
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        float peak = fmaxf(fmaxf(x[0][i / 2][i % 2], x[0][i / 2][2 + i % 2]),
-                           fmaxf(x[1][i / 2][i % 2], x[1][i / 2][2 + i % 2]));
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) {
-          peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, distance));
+        const float own = peaks[i / 2][i % 2];
+        const int bits = __float_as_int(own);
+        if (n == 0 || own > kSlack) {
+          atomicMax(&shared.peak[i / 2 * 8 + 2 * t + i % 2], bits < 0 ? bits ^ INT_MAX : bits);
         }
-        if (g == 0) shared.peak[warp][i / 2 * 8 + 2 * t + i % 2] = peak;
       }
       __syncthreads();
       if (thread < kRows) {
-        float peak = shared.peak[0][thread];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) peak = fmaxf(peak, shared.peak[w][thread]);
-        const float shift = n == 0 || peak > kSlack ? ceilf(peak) + kHeadroom : 0.0f;
-        shared.reference[thread] += shift;
+        const int bits = shared.peak[thread];
+        const float highest = __int_as_float(bits < 0 ? bits ^ INT_MAX : bits);
+        const bool raise = n == 0 || highest > kSlack;
+        const float shift = raise ? ceilf(highest) + kHeadroom : 0.0f;
+        shared.reference[thread] = n == 0 ? shift : shared.reference[thread] + shift;
         shared.shift[thread] = shift;
+        shared.peak[thread] = 0;
       }
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float shift = shared.shift[i / 2 * 8 + 2 * t + i % 2];
-        const float scale = n == 0 ? 0.0f : exp2_approx(-shift);
+      for (int i = 0; i < kTiles; ++i) {
+        const float2 shifts = *reinterpret_cast<const float2*>(&shared.shift[8 * i + 2 * t]);
 #pragma unroll
-        for (int e = i % 2; e < 4; e += 2) {
-          x[0][i / 2][e] -= shift;
-          x[1][i / 2][e] -= shift;
+        for (int e = 0; e < 2; ++e) {
+          const float shift = e == 0 ? shifts.x : shifts.y;
+          const float scale = n == 0 ? 0.0f : exp2_approx(-shift);
+          reference[i][e] += shift;
+          x[0][i][e] -= shift, x[0][i][e + 2] -= shift;
+          x[1][i][e] -= shift, x[1][i][e + 2] -= shift;
 #pragma unroll
-          for (int d = 0; d < kDims / 2; ++d) out[d][i / 2][e] *= scale;
+          for (int d = 0; d < kDims / 2; ++d) out[d][i][e] *= scale, out[d][i][e + 2] *= scale;
         }
       }
-      // A thread meets the same four rows of the table all the way. In the first tile the histogram is
-      // empty, and references may go down.
-      static_assert(kThreads * 16 % (2 * Table::kRowBytes) == 0);
-      const int place = thread * 16;
-      float shifts[4];
+      if (n > 0) {
+        // A thread meets two rows in turns. In the first tile the histogram is still empty.
+        static_assert(kThreads % (4 * kRows) == 0);
+        int bits[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) shifts[i] = shared.shift[Table::row_of(place + i * 4)];
-#pragma unroll 1
-      for (int e = place; e < table_bytes; e += kThreads * 16) {
-        auto& entries = *reinterpret_cast<float4*>(table + e);
-        entries.x -= shifts[0];
-        entries.y -= shifts[1];
-        entries.z -= shifts[2];
-        entries.w -= shifts[3];
-      }
-#pragma unroll 1
-      for (int e = thread; n > 0 && e < table_bytes / 4; e += kThreads) {
-        histogram[e] >>= static_cast<int>(fminf(shared.shift[Histogram::row_of(e)], 31.0f));
+        for (int i = 0; i < 2; ++i) {
+          const float shift = shared.shift[Histogram::row_of(thread + i * kThreads)];
+          bits[i] = static_cast<int>(fminf(shift, 31.0f));
+        }
+        for (int e = thread; e < table_bytes / 4; e += 2 * kThreads) {
+          histogram[e] >>= bits[0];
+          histogram[e + kThreads] >>= bits[1];
+        }
       }
       __syncthreads();
     }
@@ -380,6 +390,9 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
         }
       }
     }
+    // Only now: naming what was loaded would wait for it.
+    pending = fresh;
+    next_slot = fresh_slot;
   }
   cp_async_wait<0>();
   __syncthreads();
