@@ -57,8 +57,6 @@ struct LaunchConfig {
 
 template <typename Kernel>
 int resident_blocks(Kernel kernel, int bytes, int sms) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "shared memory of a decode kernel");
   int per_sm = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
         "occupancy of a decode kernel");
@@ -71,6 +69,12 @@ using AttendKernel = void (*)(DecodeParams);
 
 AttendKernel narrow_kernel(const LaunchConfig& config) {
   return config.narrow_rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
+}
+
+int static_bytes(AttendKernel kernel) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a decode kernel");
+  return static_cast<int>(attributes.sharedSizeBytes);
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
@@ -96,6 +100,12 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
     TVM_FFI_CHECK(bytes <= per_block, ValueError)
         << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
         << per_block << " per block: use fewer patterns";
+  }
+  // To the most there is, since configurations with other numbers of patterns share the kernels.
+  for (const AttendKernel kernel : {AttendKernel{wide::attend_kernel}, narrow_kernel(config)}) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               per_block - static_bytes(kernel)),
+          "shared memory of a decode kernel");
   }
   config.wide_blocks = resident_blocks(wide::attend_kernel, config.wide_bytes, sms);
   config.narrow_blocks = resident_blocks(narrow_kernel(config), config.narrow_bytes, sms);
@@ -215,9 +225,11 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.cap_log2 = static_cast<float>(logit_cap * M_LOG2E);
   params.h_q = h_q;
   params.group = group;
-  launch(wide::attend_kernel, dim3(config.wide_blocks), kThreads, config.wide_bytes, stream, false,
-         params);
+  params.group_inverse = (65536 + group - 1) / group;
+  // The narrow kernel first: what it leaves idle the wide one fills.
   launch(narrow_kernel(config), dim3(config.narrow_blocks), kThreads, config.narrow_bytes, stream,
+         false, params);
+  launch(wide::attend_kernel, dim3(config.wide_blocks), kThreads, config.wide_bytes, stream,
          config.dependent_launch, params);
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {

@@ -97,12 +97,12 @@ __device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row
 
 // States part, part + parts, ... of the row, counted through its runs.
 template <typename T>
-__device__ void merge_states(const MergeParams<T>& p, Partial& partial, int row, int q_head, int part,
-                             int parts) {
+__device__ void merge_states(const MergeParams<T>& p, Partial& partial, int first_run, int last_run,
+                             int q_head, int part, int parts) {
   constexpr int kBatch = 8;
   const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
   int before = 0;  // states of the runs before
-  for (int r = p.work.run_indptr[row]; r < p.work.run_indptr[row + 1]; ++r) {
+  for (int r = first_run; r < last_run; ++r) {
     const StateRun run = p.work.runs[r];
     const int skip = (part - before % parts + parts) % parts;
     for (int first = skip; first < run.count; first += kBatch * parts) {
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int parts = max(kMergeWarps / p.group, 1);
   const int heads = kMergeWarps / parts;  // query heads at a time
   const int part = warp % parts;
+  const int first_run = p.work.run_indptr[row], last_run = p.work.run_indptr[row + 1];
   for (int first = 0; first < p.group; first += heads) {
     const int member = first + warp / parts;
     const int q_head = head * p.group + member;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     Partial partial;
     if (live && p.window > 0) attend_window(p, partial, row, head, q_head, part, parts);
     if (first == 0) wait_for_previous_kernel();
-    if (live) merge_states(p, partial, row, q_head, part, parts);
+    if (live) merge_states(p, partial, first_run, last_run, q_head, part, parts);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) outs[warp][i * 32 + lane] = partial.out[i];
     if (lane == 0) sums[warp] = make_float2(partial.reference, partial.mass);

@@ -2,7 +2,8 @@
 // Each warp of a block works through every fourth 32-token tile on its own, with its own ring of code
 // rows, reference logits and pattern histogram; the four results are added at the end.
 //
-// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive.
+// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive. With
+// 4, the lanes of the idle columns take over the softmax of every other 16 tokens.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -13,7 +14,7 @@ namespace narrow {
 constexpr int kRows = 8;
 constexpr int kTile = 32;
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
-constexpr int kStages = kTileBytes > 3200 ? 3 : 4;
+constexpr int kStages = kTileBytes > 3200 ? 2 : 3;  // so that four blocks fit a multiprocessor
 constexpr int kRingBytes = kStages * kTileBytes;  // of a warp
 constexpr int kDims = D / 8;                      // of V and the output, per lane
 constexpr int kUnits = kDims / VCodes::kPerHalf;  // 16-bit units of V codes per lane and token
@@ -22,7 +23,6 @@ struct Shared {
   QueryTile<kRows> queries;
   RawQueries<kRows> raw_queries;
   float reference[kWarps][kRows];
-  int unit;
 };
 
 // [Shared][table][histograms][rings], the second and third by the number of patterns.
@@ -59,7 +59,8 @@ struct ValuePair {
   }
 };
 
-// One warp's running attention. Lane (g, t) holds rows 2t and 2t + 1.
+// One warp's running attention. Lane (g, t) holds the output of columns 2t and 2t + 1 and the references
+// of rows 2 (t % (kLive / 2)) and the next.
 struct State {
   float out[kDims / 2][1][4] = {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of rows 2t, 2t+1
   float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
@@ -74,7 +75,7 @@ __device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) {
+    for (int distance = kLive / 2; distance < 32; distance *= 2) {
       peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], distance));
     }
     const float old = state.reference[i];
@@ -105,7 +106,7 @@ __device__ __forceinline__ void raise_reference(State& state, float (&peak)[2], 
 // What a lane keeps of its item through all tiles.
 struct Lane {
   uint32_t q[D / 8];
-  float bias[2];
+  float bias[1][2];
   float code_scale, value_scale;
   FixedPoint fixed;
   const float* table;        // at row 2t
@@ -125,80 +126,107 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   const uint32_t own_v_pair = as_u32(__float2half2_rn(own_v_scale));
   const uint32_t own_ids = raw.pattern_ids;
 
-  float x[2][4];  // [slice of 16 tokens]: rows 2t, 2t+1 of token g, then of token g + 8
-  uint32_t v_scale[2][2], bins[2][2];
+  const KeyWords keys[2] = {load_keys(tile, g, t), load_keys(tile, 16 + g, t)};
+  float sums[2][4];  // [slice of 16 tokens]: columns 2t, 2t+1 of token g, then of token g + 8
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    const KeyWords keys = load_keys(tile, s * 16 + g, t);
-    float sums[4] = {-own.bias[0], -own.bias[1], -own.bias[0], -own.bias[1]};
+    sums[s][0] = sums[s][2] = -own.bias[0][0];
+    sums[s][1] = sums[s][3] = -own.bias[0][1];
 #pragma unroll
     for (int w = 0; w < KeyWords::kCount; ++w) {
       uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
-      KCodes::expand(keys.low[w], low);
-      KCodes::expand(keys.high[w], high);
+      KCodes::expand(keys[s].low[w], low);
+      KCodes::expand(keys[s].high[w], high);
 #pragma unroll
       for (int r = 0; r < KCodes::kPerHalf; r += 2) {
         const int slot = w * KCodes::kPerHalf + r;
-        mma_m16n8k16(sums, low[r], high[r], low[r + 1], high[r + 1], own.q[slot], own.q[slot + 1]);
+        mma_m16n8k16(sums[s], low[r], high[r], low[r + 1], high[r + 1], own.q[slot], own.q[slot + 1]);
       }
     }
+  }
+  constexpr int kOwn = kLive == 4 ? 1 : 2;  // slices of a lane
+  if constexpr (kOwn == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float moved = __shfl_up_sync(~0u, sums[1][i], 2);
+      sums[0][i] = t < 2 ? sums[0][i] : moved;
+    }
+  }
+
+  // V's codes come from shared memory while the softmax is worked out.
+  const uint8_t* value_rows = values + 2 * t * kVStride + g * (kDims * V_BITS / 8);
+  ValuePair first[2], second[2];  // tokens 2t, 2t+1 and 2t+8, 2t+9 of each slice
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const uint8_t* row = value_rows + s * 16 * kVStride;
+    first[s].load(row, row + kVStride);
+    second[s].load(row + 8 * kVStride, row + 9 * kVStride);
+  }
+
+  float x[kOwn][4];  // rows 2t, 2t+1 (mod kLive) of the slice's token g, then of token g + 8
+  uint32_t v_scale[kOwn][2], bins[kOwn][2];
+  const int first_token = (kOwn == 1 ? t / 2 * 16 : 0) + g;
+#pragma unroll
+  for (int s = 0; s < kOwn; ++s) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int source = s * 16 + i * 8 + g;
+      const int source = first_token + s * 16 + i * 8;
       const float scale = __shfl_sync(~0u, own_k_scale, source);
       const uint32_t pattern_ids = __shfl_sync(~0u, own_ids, source);
       v_scale[s][i] = __shfl_sync(~0u, own_v_pair, source);
       bins[s][i] = own.bins + (pattern_ids >> 8) * (kLive * 4);
       const float2 product =
           *reinterpret_cast<const float2*>(own.table + (pattern_ids & 0xff) * kLive);
-      x[s][2 * i] = fmaf(sums[2 * i], scale, product.x);
-      x[s][2 * i + 1] = fmaf(sums[2 * i + 1], scale, product.y);
+      x[s][2 * i] = fmaf(sums[s][2 * i], scale, product.x);
+      x[s][2 * i + 1] = fmaf(sums[s][2 * i + 1], scale, product.y);
     }
   }
   if (p.cap_log2 > 0) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = soft_cap(x[i / 4][i % 4], p.cap_log2);
+    for (int i = 0; i < 4 * kOwn; ++i) x[i / 4][i % 4] = soft_cap(x[i / 4][i % 4], p.cap_log2);
   }
   if (valid < kTile) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i / 4 * 16 + i % 4 / 2 * 8 + g >= valid) x[i / 4][i % 4] = -INFINITY;
+    for (int i = 0; i < 4 * kOwn; ++i) {
+      if (first_token + i / 4 * 16 + i % 4 / 2 * 8 >= valid) x[i / 4][i % 4] = -INFINITY;
     }
   }
   float peak[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    peak[i] = fmaxf(fmaxf(x[0][i], x[0][i + 2]), fmaxf(x[1][i], x[1][i + 2]));
+    peak[i] = fmaxf(x[0][i], x[0][i + 2]);
+    if constexpr (kOwn == 2) peak[i] = fmaxf(peak[i], fmaxf(x[1][i], x[1][i + 2]));
   }
   if (__any_sync(~0u, peak[0] > state.reference[0] + kSlack ||
                           peak[1] > state.reference[1] + kSlack)) {
     raise_reference<kLive>(state, peak, own.histogram, own.entries);
   }
+  uint32_t weights[2][2];  // B operands: [slice][tokens 2t, 2t+1 or 2t+8, 2t+9] of row g
 #pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    uint32_t weights[2];
+  for (int s = 0; s < kOwn; ++s) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float p0 = exp2_approx(x[s][2 * i] - state.reference[0]);
       const float p1 = exp2_approx(x[s][2 * i + 1] - state.reference[1]);
-      add_shared_if(2 * t < kLive, bins[s][i], own.fixed.encode(p0));
-      add_shared_if(2 * t < kLive, bins[s][i] + 4, own.fixed.encode(p1));
-      weights[i] = movmatrix_trans(
+      add_shared(bins[s][i], own.fixed.encode(p0));
+      add_shared(bins[s][i] + 4, own.fixed.encode(p1));
+      weights[s][i] = movmatrix_trans(
           as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][i]))));
+      // The second slice is in columns 4 to 7. What is in those of its own operand does not matter.
+      if constexpr (kOwn == 1) weights[1][i] = __shfl_down_sync(~0u, weights[0][i], 16);
     }
-    const uint8_t* row = values + (s * 16 + 2 * t) * kVStride + g * (kDims * V_BITS / 8);
-    ValuePair first, second;
-    first.load(row, row + kVStride);
-    second.load(row + 8 * kVStride, row + 9 * kVStride);
+  }
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       uint32_t a[VCodes::kPerHalf], b[VCodes::kPerHalf];
-      VCodes::expand_centred(first.units[u], a);
-      VCodes::expand_centred(second.units[u], b);
+      VCodes::expand_centred(first[s].units[u], a);
+      VCodes::expand_centred(second[s].units[u], b);
 #pragma unroll
       for (int r = 0; r < VCodes::kPerHalf; r += 2) {
         mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][0], a[r], a[r + 1], b[r], b[r + 1],
-                     weights[0], weights[1]);
+                     weights[s][0], weights[s][1]);
       }
     }
   }
@@ -223,17 +251,12 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
   const auto load_slot = [&](int n) {
     return slots[min(first + n * kWarps * kTile + lane, item.end - 1)];
   };
+  const HeadPool pool(p.pool, head);
   const auto issue = [&](int n, int slot) {
-    const SlotPlace place = p.pool.locate(slot);
-    const RowOffsets offsets = row_offsets(p.pool, place, head);
-    const uint32_t stage = ring_address + n % kStages * kTileBytes;
-    copy_rows<K_ROW_BYTES, kKStride, kTile, 32>(
-        p.copy16, stage, p.pool.base, lane,
-        [&](int token) { return __shfl_sync(~0u, offsets.k, token); });
-    copy_rows<V_ROW_BYTES, kVStride, kTile, 32>(
-        p.copy16, stage + kTile * kKStride, p.pool.base, lane,
-        [&](int token) { return __shfl_sync(~0u, offsets.v, token); });
-    return load_token(p.pool, place, head);
+    const uint32_t units = pool.row_units(p.pool, slot);
+    copy_rows<kTile, 32>(p.copy16, ring_address + n % kStages * kTileBytes, pool.codes, lane,
+                         [&](int token) { return __shfl_sync(~0u, units, token); });
+    return load_token(pool.metadata_words(p.pool, slot));
   };
 
   RawToken pending[kStages - 1] = {};  // of the tiles in flight
@@ -242,7 +265,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
     if (n < own_tiles) pending[n] = issue(n, load_slot(n));
     cp_async_commit();
   }
-  int next_slot = load_slot(kStages - 1);
+  int next_slot = load_slot(kStages - 1), slot_after = load_slot(kStages);
 
   for (int e = lane; e < entries; e += 32) histogram[e] = 0;
   const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
@@ -256,7 +279,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
     reinterpret_cast<uint4&>(own.q[4 * i]) =
         reinterpret_cast<const uint4*>(shared.queries.fragments)[i * 32 + lane];
   }
-  own.bias[0] = shared.queries.bias[2 * t], own.bias[1] = shared.queries.bias[2 * t + 1];
+  code_bias<1>(shared.queries.fragments, own.bias);
   own.code_scale = scales.codes;
   own.table = table + 2 * t % kLive;
   own.histogram = histogram;
@@ -277,17 +300,22 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
   for (int n = 0; n < own_tiles; ++n) {
     cp_async_wait<kStages - 2>();
     __syncwarp();
-    const RawToken raw = pending[0];
-#pragma unroll
-    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
     const int ahead = n + kStages - 1;
+    RawToken fresh = {};
+    int fresh_slot = 0;
     if (ahead < own_tiles) {
-      pending[kStages - 2] = issue(ahead, next_slot);
-      next_slot = load_slot(ahead + 1);
+      fresh = issue(ahead, next_slot);
+      fresh_slot = load_slot(ahead + 2);
     }
     cp_async_commit();
     const int valid = item.end - (first + n * kWarps * kTile);
-    attend_tile<kLive>(p, state, own, ring + n % kStages * kTileBytes, raw, valid);
+    attend_tile<kLive>(p, state, own, ring + n % kStages * kTileBytes, pending[0], valid);
+    // Only now: naming what was loaded would wait for it.
+#pragma unroll
+    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
+    pending[kStages - 2] = fresh;
+    next_slot = slot_after;
+    slot_after = fresh_slot;
   }
 
   // Add up the warps.
@@ -364,8 +392,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
       const float4 part = *reinterpret_cast<const float4*>(slabs + (w * kLive + row) * D + dim);
       sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
-    const int64_t state_index = item.first_state + row / p.group * item.state_stride;
-    const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
+    const int64_t at = state_index(p, item, head, row);
     reinterpret_cast<float4&>(p.state_out[at * HEAD_DIM + dim]) =
         make_float4(sum.x * 16, sum.y * 16, sum.z * 16, sum.w * 16);
   }
@@ -380,8 +407,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, Sha
       mass += __shfl_xor_sync(~0u, mass, distance);
     }
     if (lane == 0) {
-      const int64_t state_index = item.first_state + row / p.group * item.state_stride;
-      p.state_sum[state_index * p.h_q + head * p.group + row % p.group] =
+      p.state_sum[state_index(p, item, head, row)] =
           make_float2(common_reference(row), mass * 16);
     }
   }
@@ -397,18 +423,10 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
   auto* histograms = reinterpret_cast<uint32_t*>(table + words);
   auto* rings = reinterpret_cast<uint8_t*>(histograms + kWarps * words);
   launch_dependents();
-  const int num_units = p.work.header->num_narrow * p.pool.h_kv;
-  while (true) {
-    if (threadIdx.x == 0) shared.unit = atomicAdd(&p.work.header->next_narrow, 1);
-    __syncthreads();
-    const int unit = shared.unit;
-    if (unit >= num_units) break;
-    attend<kLive>(p, p.work.narrow[unit / p.pool.h_kv], unit % p.pool.h_kv, shared, table,
-                  histograms, rings);
-    __syncthreads();
-  }
-  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
-  wait_for_previous_kernel();
+  for_each_unit(p.work.header->num_narrow * p.pool.h_kv, &p.work.header->next_narrow, [&](int unit) {
+    attend<kLive>(p, p.work.narrow[unit / p.pool.h_kv], unit % p.pool.h_kv, shared, table, histograms,
+                  rings);
+  });
 }
 
 }  // namespace narrow

@@ -17,7 +17,7 @@ constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
 // that gets kSlack ahead, and then by kHeadroom more than it must, so accumulators are rarely
 // rescaled and probabilities stay within fp16 and fixed point.
-constexpr float kSlack = 3.0f, kHeadroom = 2.0f;
+constexpr float kSlack = 3.0f, kHeadroom = 3.0f;
 
 // Chunk of a segment for a tile of the branches that read it; every KV head makes one work unit.
 struct WorkItem {
@@ -33,7 +33,8 @@ struct WorkItem {
 // Counters of the work list, in device memory.
 struct WorkHeader {
   int num_narrow, num_wide;    // items
-  int next_narrow, next_wide;  // units taken so far; the merge kernel zeroes them for the next layer
+  // Units taken beyond every block's first; the merge kernel zeroes them for the next layer.
+  int next_narrow, next_wide;
 };
 
 // States [first, first + count) of one branch in one segment.
@@ -67,6 +68,19 @@ struct DecodeParams {
   float scale_log2;   // sm_scale * log2(e)
   float cap_log2;     // logit cap * log2(e), 0 for none
   int h_q, group;
+  uint32_t group_inverse;  // ceil(2^16 / group)
+
+  // Of the query rows of an item, at most 64: the branch, counted from 0, and its head in the group.
+  __device__ int branch_of(int row) const { return row * group_inverse >> 16; }
+  __device__ int member_of(int row) const { return row - branch_of(row) * group; }
 };
+
+// Where a row of an item leaves its state, counted in query heads.
+__device__ __forceinline__ int64_t state_index(const DecodeParams& p, const WorkItem& item, int head,
+                                               int row) {
+  const int branch = p.branch_of(row);
+  const int64_t state = item.first_state + branch * item.state_stride;
+  return state * p.h_q + head * p.group + (row - branch * p.group);
+}
 
 }  // namespace patternkv

@@ -7,6 +7,8 @@
 //   V  lane group g holds contiguous dims of the tokens 2t, 2t+1, 2t+8, 2t+9.
 #pragma once
 
+#include <type_traits>
+
 #include "patternkv/codes.cuh"
 #include "patternkv/decode_params.cuh"
 
@@ -42,45 +44,75 @@ __host__ __device__ __forceinline__ int round_up(int n, int multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Offsets of a slot's code rows from the pool's base, in units of 8 bytes.
-struct RowOffsets {
-  uint32_t k, v;
+// One head of the pool. Code rows go by offsets in units of 8 bytes, which fit 32 bits.
+struct HeadPool {
+  const uint8_t* codes;     // of slot 0
+  const uint8_t* metadata;  // of slot 0
+
+  __device__ HeadPool(const SlotPool& pool, int head)
+      : codes(pool.k_row({pool.base, 0}, head)),
+        metadata(reinterpret_cast<const uint8_t*>(pool.metadata({pool.base, 0}, head))) {}
+
+  __device__ __forceinline__ uint32_t row_units(const SlotPool& pool, int slot) const {
+    const uint32_t page = pool.page_of(slot);
+    return page * (pool.page_bytes / 8) + (slot - page * pool.page_size) * (CODE_BYTES / 8);
+  }
+  __device__ __forceinline__ const uint16_t* metadata_words(const SlotPool& pool, int slot) const {
+    const uint32_t page = pool.page_of(slot);
+    return reinterpret_cast<const uint16_t*>(metadata + uint64_t{page} * pool.page_bytes +
+                                             (slot - page * pool.page_size) * METADATA_BYTES);
+  }
 };
 
-__device__ __forceinline__ RowOffsets row_offsets(const SlotPool& pool, SlotPlace place, int head) {
-  return {static_cast<uint32_t>((pool.k_row(place, head) - pool.base) >> 3),
-          static_cast<uint32_t>((pool.v_row(place, head) - pool.base) >> 3)};
-}
-
-// Copies rows of kRowBytes to shared memory, `kThreadsUsed` threads together; `offset_of(token)`
-// gives a row's place in units of 8 bytes and must be called by whole warps.
-template <int kRowBytes, int kStride, int kTokens, int kThreadsUsed, int kBytes, typename OffsetOf>
-__device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* base, int thread,
-                                             OffsetOf offset_of) {
-  constexpr int kParts = kRowBytes / kBytes;
-  constexpr int kTotal = kTokens * kParts;
+// Copies the code rows of kTokens tokens to shared memory, K's and then V's, kThreadsUsed threads
+// together; `units_of(token)` gives a row's offset and must be called by whole warps.
+template <int kTokens, int kThreadsUsed, int kBytes, typename UnitsOf>
+__device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* codes, int thread,
+                                             UnitsOf units_of) {
+  const auto copy = [&](auto parts_constant, auto&& each) {
+    constexpr int kParts = decltype(parts_constant)::value, kTotal = kTokens * kParts;
 #pragma unroll
-  for (int first = 0; first < kTotal; first += kThreadsUsed) {
-    const int index = first + thread;
-    const int token = min(index / kParts, kTokens - 1), part = index % kParts;
-    const uint64_t offset = offset_of(token);
-    if (kTotal % kThreadsUsed == 0 || index < kTotal) {
-      cp_async<kBytes>(shared + token * kStride + part * kBytes,
-                       base + offset * 8 + part * kBytes);
+    for (int first = 0; first < kTotal; first += kThreadsUsed) {
+      int token, part;
+      if constexpr (kThreadsUsed % kParts == 0) {
+        token = first / kParts + thread / kParts, part = thread % kParts;
+      } else {
+        token = (first + thread) / kParts, part = (first + thread) % kParts;
+      }
+      const bool inside = kTotal % kThreadsUsed == 0 || first + thread < kTotal;
+      const uint64_t units = units_of(inside ? token : 0);
+      if (inside) each(token, part * kBytes, codes + units * 8 + part * kBytes);
     }
+  };
+  const auto copy_k = [&](int token, int byte, const uint8_t* row) {
+    cp_async<kBytes>(shared + token * kKStride + byte, row);
+  };
+  const auto copy_v = [&](int token, int byte, const uint8_t* row) {
+    cp_async<kBytes>(shared + kTokens * kKStride + token * kVStride + byte, row + K_ROW_BYTES);
+  };
+  using KParts = std::integral_constant<int, K_ROW_BYTES / kBytes>;
+  using VParts = std::integral_constant<int, V_ROW_BYTES / kBytes>;
+  if constexpr (K_ROW_BYTES == V_ROW_BYTES) {
+    copy(KParts{}, [&](int token, int byte, const uint8_t* row) {
+      copy_k(token, byte, row);
+      copy_v(token, byte, row);
+    });
+  } else {
+    copy(KParts{}, copy_k);
+    copy(VParts{}, copy_v);
   }
 }
 
-template <int kRowBytes, int kStride, int kTokens, int kThreadsUsed, typename OffsetOf>
-__device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const uint8_t* base,
-                                          int thread, OffsetOf offset_of) {
-  if constexpr (kRowBytes % 16 == 0) {
+template <int kTokens, int kThreadsUsed, typename UnitsOf>
+__device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const uint8_t* codes,
+                                          int thread, UnitsOf units_of) {
+  if constexpr (K_ROW_BYTES % 16 == 0 && V_ROW_BYTES % 16 == 0) {
     if (copy16) {
-      copy_rows_by<kRowBytes, kStride, kTokens, kThreadsUsed, 16>(shared, base, thread, offset_of);
+      copy_rows_by<kTokens, kThreadsUsed, 16>(shared, codes, thread, units_of);
       return;
     }
   }
-  copy_rows_by<kRowBytes, kStride, kTokens, kThreadsUsed, 8>(shared, base, thread, offset_of);
+  copy_rows_by<kTokens, kThreadsUsed, 8>(shared, codes, thread, units_of);
 }
 
 // Metadata of a token as loaded: unpacking it at once would wait for the load.
@@ -93,8 +125,7 @@ struct RawToken {
   __device__ float v_scale_float() const { return half_bits_to_float(v_scale); }
 };
 
-__device__ __forceinline__ RawToken load_token(const SlotPool& pool, SlotPlace place, int head) {
-  const auto* words = reinterpret_cast<const uint16_t*>(pool.metadata(place, head));
+__device__ __forceinline__ RawToken load_token(const uint16_t* words) {
   return {words[0], words[1], words[2]};
 }
 
@@ -182,7 +213,6 @@ using RawQueries = __half[kRows][kPaddedD];  // q * raw_scale
 template <int kRows>
 struct QueryTile {
   uint32_t fragments[kRows / 8 * kQueryTileWords];  // q * channel_scale * code_scale, B operand
-  float bias[kRows];                         // what the expanded codes' bias adds to a row's products
   float largest[2][kWarps];
 };
 
@@ -226,9 +256,9 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
     for (int n = 0; n < kRowsPerWarp; ++n) {
       const int row = n * kWarps + warp;
       if (row >= num_rows) break;
-      const int batch_row = p.rows[item.first_entry + row / p.group];
+      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
       const int64_t at =
-          batch_row * p.q_stride + (head * p.group + row % p.group) * HEAD_DIM + first_dim;
+          batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first_dim;
       if (p.q_is_bf16) {
         load_half_dims<__nv_bfloat16>(q[n], static_cast<const __nv_bfloat16*>(p.q) + at);
       } else {
@@ -265,39 +295,52 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
 
   auto* fragments = reinterpret_cast<__half*>(tile.fragments);
   int places[kPerLane];
-  float factors[kPerLane], biases[kPerLane];
+  float factors[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int step = code_step(first_dim + i);
     places[i] = fragment_index(first_dim + i);
     factors[i] = channel[i] * code_scale / step;
-    biases[i] = 1024.0f + KCodes::kCentre * step;
   }
 #pragma unroll
   for (int n = 0; n < kRowsPerWarp; ++n) {
     const int row = n * kWarps + warp;
     __half* own_fragments = fragments + row / 8 * (2 * kQueryTileWords) + row % 8 * 32;
     uint32_t raw_words[kPerLane / 2];
-    float bias = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const __half b = __float2half_rn(q[n][i] * factors[i]);
-      own_fragments[places[i]] = b;
-      bias += biases[i] * __half2float(b);
+      own_fragments[places[i]] = __float2half_rn(q[n][i] * factors[i]);
     }
 #pragma unroll
     for (int i = 0; i < kPerLane / 2; ++i) {
       raw_words[i] = as_u32(__floats2half2_rn(q[n][2 * i] * raw_scale, q[n][2 * i + 1] * raw_scale));
     }
     store_words(reinterpret_cast<uint8_t*>(&raw[row][first_dim]), raw_words);
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      bias += __shfl_xor_sync(~0u, bias, distance);
-    }
-    if (lane == 0) tile.bias[row] = bias;
   }
   __syncthreads();
   return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale};
+}
+
+// What the bias of expanded codes and their centre add to the products of the rows 8n + 2t and the
+// next: an MMA over a token of centre codes. Its rounding is that of the products themselves.
+template <int kTiles>
+__device__ __forceinline__ void code_bias(const uint32_t* fragments, float (&bias)[kTiles][2]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    float sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const uint4 q = reinterpret_cast<const uint4*>(fragments)[(n * (D / 32) + i) * 32 + threadIdx.x % 32];
+      uint32_t a[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        a[j] = as_u32(__float2half2_rn(KCodes::bias((4 * i + j) % KCodes::kPerHalf)));
+      }
+      mma_m16n8k16(sums, a[0], a[0], a[1], a[1], q.x, q.y);
+      mma_m16n8k16(sums, a[2], a[2], a[3], a[3], q.z, q.w);
+    }
+    bias[n][0] = sums[0], bias[n][1] = sums[1];
+  }
 }
 
 // Products of queries and K patterns in logits, `store(pattern, row, value)` for every pattern below
@@ -378,6 +421,23 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
         mma_m16n8k16(out[w][n], a0, a1, a2, a3, lower[0], lower[1]);
       }
     }
+  }
+}
+
+// Gives the blocks of a launch units of work, one after the other: `attend(unit)` by the whole block.
+// The next unit is asked for before the present one is worked on, so the answer costs no time.
+template <typename Attend>
+__device__ __forceinline__ void for_each_unit(int num_units, int* taken, Attend attend) {
+  __shared__ int next;
+  int unit = blockIdx.x;
+  while (unit < num_units) {
+    int asked = 0;
+    if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(taken, 1);
+    attend(unit);
+    __syncthreads();
+    if (threadIdx.x == 0) next = asked;
+    __syncthreads();
+    unit = next;
   }
 }
 

@@ -1,7 +1,9 @@
-// Attention of up to 64 query rows over a chunk of tokens: segments that many branches share. The
+// Attention of up to 32 query rows over a chunk of tokens: segments that many branches share. The
 // four warps of a block share every 128-token tile: each takes 32 of its tokens through q.k and the
 // softmax, and a quarter of the head dims through p.v; probabilities pass through shared memory.
 #pragma once
+
+#include <climits>
 
 #include "patternkv/decode_tile.cuh"
 
@@ -12,23 +14,21 @@ constexpr int kTile = 128;
 constexpr int kSlices = kTile / 16;
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
 constexpr int kDims = D / 32;  // of V and the output, per lane
-constexpr int kMaxRows = D > 128 ? 32 : 64;
+constexpr int kMaxRows = 32;
 
 // A token's metadata as its readers need it.
 struct Token {
   float k_scale;         // products of codes to logits
   uint32_t table_offset;  // bytes to the pattern's row of the table
   uint32_t v_scale;      // half2, scaled into fp16's range
-  uint32_t bin_offset;   // bytes to the pattern's row of the histogram
+  uint32_t bin_offset;   // bytes to the pattern's bins
 };
 
 // kTiles: n-tiles of 8 query rows.
 template <int kTiles>
 struct Config {
   static constexpr int kRows = 8 * kTiles;
-  // Two blocks fit a Hopper multiprocessor with the default number of patterns: 64, and 256 where K
-  // has 2 bits.
-  static constexpr int kStages = kTiles * kTileBytes > (K_BITS == 2 ? 40000 : 80000) ? 2 : 3;
+  static constexpr int kStages = 2;
 
   struct Shared {
     QueryTile<kRows> queries;
@@ -36,11 +36,12 @@ struct Config {
       RawQueries<kRows> raw_queries;            // before the first tile
       uint4 weights[kSlices][kTiles / 2][32];  // p * v_scale, B operand of two n-tiles
     };
-    Token tokens[kStages][kTile];
-    RowOffsets offsets[kTile];
+    Token tokens[kTile];
+    uint32_t units[kTile];  // offsets of code rows
+    float2 bias[kRows / 2];  // of the codes' products
     float reference[kRows];
     float shift[kRows];
-    float peak[kWarps][kRows];
+    int peak[kRows];  // a float's bits
     float largest[kWarps];
     uint32_t mass[kRows];
   };
@@ -70,9 +71,9 @@ __device__ __forceinline__ uint32_t load_value_pair(const uint8_t* a, const uint
   }
 }
 
-// The table of query-pattern products, and by the same places the references taken off them. A
-// pattern's row holds, for each pair of n-tiles i and each lane t, the query rows 16i + 2t, + 1, + 8
-// and + 9. Odd patterns swap neighbouring pairs, which spreads patterns over the banks.
+// The table of query-pattern products. A pattern's row holds, for each pair of n-tiles i and each lane
+// t, the query rows 16i + 2t, + 1, + 8 and + 9. Odd patterns swap neighbouring pairs, which spreads
+// patterns over the banks.
 template <int kTiles>
 struct Table {
   static constexpr int kRowBytes = 8 * kTiles * 4;
@@ -85,10 +86,26 @@ struct Table {
   static __device__ __forceinline__ uint32_t row_offset(int row) {
     return row / 16 * 64 + row % 8 / 2 * 16 + row / 8 % 2 * 8 + row % 2 * 4;
   }
-  // The query row of the word at a byte offset of the table.
-  static __device__ __forceinline__ int row_of(uint32_t offset) {
-    const uint32_t place = (offset ^ (offset / kRowBytes % 2 * kSwap)) % kRowBytes / 4;
-    return place / 16 * 16 + place / 2 % 2 * 8 + place / 4 % 4 * 2 + place % 2;
+};
+
+// The histogram of V patterns. The words of a pattern's rows are permuted by exclusive or, so that the
+// bins that a warp adds to at once, of eight tokens and four rows, spread over the banks.
+template <int kTiles>
+struct Histogram {
+  static constexpr int kRows = 8 * kTiles;
+
+  // Byte offset of row 0 of a pattern's bins; row r is at this, exclusive or 4r.
+  static __device__ __forceinline__ uint32_t pattern_offset(int pattern) {
+    const int which = kTiles == 2 ? pattern / 2 : pattern;  // two patterns' 16 rows cover all banks
+    const int swap = which % kTiles * 8 | which / kTiles % 2;
+    return (pattern * kRows | swap) * 4;
+  }
+  static __device__ __forceinline__ uint32_t count(const uint32_t* bins, int pattern, int row) {
+    return bins[pattern_offset(pattern) / 4 ^ row];
+  }
+  // The row that the word at `place` of an array of bins counts.
+  static __device__ __forceinline__ int row_of(int place) {
+    return (pattern_offset(place / kRows) / 4 ^ place) % kRows;
   }
 };
 
@@ -97,6 +114,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   using Config = wide::Config<kTiles>;
   using Shared = typename Config::Shared;
   using Table = wide::Table<kTiles>;
+  using Histogram = wide::Histogram<kTiles>;
   constexpr int kRows = Config::kRows, kStages = Config::kStages;
 
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -115,33 +133,22 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   const auto load_slot = [&](int n) {
     return slots[min(item.start + n * kTile + thread, item.end - 1)];
   };
+  const HeadPool pool(p.pool, head);
   const auto issue = [&](int n) {
-    const uint32_t stage = ring_address + n % kStages * kTileBytes;
-    copy_rows<K_ROW_BYTES, kKStride, kTile, kThreads>(
-        p.copy16, stage, p.pool.base, thread, [&](int token) { return shared.offsets[token].k; });
-    copy_rows<V_ROW_BYTES, kVStride, kTile, kThreads>(
-        p.copy16, stage + kTile * kKStride, p.pool.base, thread,
-        [&](int token) { return shared.offsets[token].v; });
+    copy_rows<kTile, kThreads>(p.copy16, ring_address + n % kStages * kTileBytes, pool.codes, thread,
+                               [&](int token) { return shared.units[token]; });
+    cp_async_commit();
   };
 
-  int first_slots[kStages];
-#pragma unroll
-  for (int n = 0; n < kStages; ++n) first_slots[n] = load_slot(n);
-  RawToken first_tokens[kStages - 1];
-#pragma unroll
-  for (int n = 0; n < kStages - 1; ++n) {
-    const SlotPlace place = p.pool.locate(first_slots[n]);
-    first_tokens[n] = load_token(p.pool, place, head);
-    shared.offsets[thread] = row_offsets(p.pool, place, head);
-    __syncthreads();
-    if (n < num_tiles) issue(n);
-    cp_async_commit();
-    __syncthreads();
-  }
-  int next_slot = first_slots[kStages - 1];
+  const int first_slot = load_slot(0);
+  int next_slot = load_slot(1);
+  shared.units[thread] = pool.row_units(p.pool, first_slot);
+  RawToken pending = load_token(pool.metadata_words(p.pool, first_slot));  // of the tile in flight
+  __syncthreads();
+  issue(0);
 
   for (int e = thread; e < Config::table_words(p.num_patterns); e += kThreads) histogram[e] = 0;
-  if (thread < kRows) shared.reference[thread] = 0, shared.mass[thread] = 0;
+  if (thread < kRows) shared.mass[thread] = 0, shared.peak[thread] = INT_MIN;
   const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
   fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
                     [&](int pattern, int row, float value) {
@@ -149,7 +156,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
                       *reinterpret_cast<float*>(table + at) = value;
                     });
   // A power of two that keeps p * v_scale away from fp16's limits, by the first tile's scales.
-  float largest = first_tokens[0].v_scale_float();
+  float largest = pending.v_scale_float();
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
@@ -161,36 +168,37 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   const float value_scale = power_of_two_scale(largest, 0);
   const FixedPoint fixed = FixedPoint::of(item.end - item.start);
 
-  const auto publish_token = [&](int n, RawToken raw) {
-    const float v_scale = fminf(raw.v_scale_float() * value_scale, 4096.0f);
-    shared.tokens[n % kStages][thread] = {raw.k_scale_float() * scales.codes,
-                                          Table::pattern_offset(raw.k_pattern()),
-                                          as_u32(__float2half2_rn(v_scale)),
-                                          static_cast<uint32_t>(raw.v_pattern() * kRows * 4)};
-  };
+  if (warp == 0) {
+    float bias[kTiles][2];
+    code_bias<kTiles>(shared.queries.fragments, bias);
 #pragma unroll
-  for (int n = 0; n < kStages - 1; ++n) publish_token(n, first_tokens[n]);
+    for (int i = 0; i < kTiles; ++i) {
+      if (g == 0) shared.bias[4 * i + t] = make_float2(bias[i][0], bias[i][1]);
+    }
+  }
 
   const uint32_t own_table = shared_address(table) + t * 16;
   const uint32_t own_bins = shared_address(histogram) + t * 8;
   float out[kDims / 2][kTiles][4] = {};  // dims 2i, 2i, 2i+1, 2i+1 of rows 8n + 2t, 8n + 2t + 1
-  RawToken pending = {};                 // of the tile issued in the last iteration
-  bool has_pending = false;
+  float reference[kTiles][2] = {};       // of these rows
 
   for (int n = 0; n < num_tiles; ++n) {
-    const int ahead = n + kStages - 1;
-    if (has_pending) publish_token(ahead - 1, pending);
-    has_pending = ahead < num_tiles;
-    const SlotPlace place = p.pool.locate(next_slot);
-    if (has_pending) shared.offsets[thread] = row_offsets(p.pool, place, head);
-    cp_async_wait<kStages - 2>();
+    const bool more = n + 1 < num_tiles;
+    const float token_v_scale = fminf(pending.v_scale_float() * value_scale, 4096.0f);
+    shared.tokens[thread] = {pending.k_scale_float() * scales.codes,
+                             Table::pattern_offset(pending.k_pattern()),
+                             as_u32(__float2half2_rn(token_v_scale)),
+                             Histogram::pattern_offset(pending.v_pattern())};
+    if (more) shared.units[thread] = pool.row_units(p.pool, next_slot);
+    cp_async_wait<0>();
     __syncthreads();  // the tile is here, and everybody is done with the one before
-    if (has_pending) {
-      issue(ahead);
-      pending = load_token(p.pool, place, head);
-      next_slot = load_slot(ahead + 1);
+    RawToken fresh = {};
+    int fresh_slot = 0;
+    if (more) {
+      issue(n + 1);
+      fresh = load_token(pool.metadata_words(p.pool, next_slot));
+      fresh_slot = load_slot(n + 2);
     }
-    cp_async_commit();
 
     const uint8_t* keys = ring + n % kStages * kTileBytes;
     const uint8_t* values = keys + kTile * kKStride;
@@ -198,7 +206,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     float x[2][kTiles][4];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const float2 bias = *reinterpret_cast<const float2*>(&shared.queries.bias[8 * i + 2 * t]);
+      const float2 bias = shared.bias[4 * i + t];
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         x[s][i][0] = x[s][i][2] = -bias.x;
@@ -236,26 +244,24 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       }
     }
 
-    // Logits relative to the references, which are taken off the table.
-    float ahead_by = -INFINITY;
+    // Logits, then relative to the references.
     uint32_t v_scale[2][2], bins[2][2];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Token token = shared.tokens[n % kStages][warp * 32 + s * 16 + h * 8 + g];
+        const Token token = shared.tokens[warp * 32 + s * 16 + h * 8 + g];
         v_scale[s][h] = token.v_scale;
         bins[s][h] = own_bins + token.bin_offset;
         const uint32_t row = own_table + token.table_offset;
 #pragma unroll
         for (int pair = 0; pair < kTiles / 2; ++pair) {
-          const float4 product = load_shared_float4((row ^ (pair % 2 * 64)) + pair / 2 * 128);
+          const float4 product = load_shared_float4(row ^ (pair * 64));
           const float products[4] = {product.x, product.y, product.z, product.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float& logit = x[s][2 * pair + i / 2][2 * h + i % 2];
             logit = fmaf(logit, token.k_scale, products[i]);
-            ahead_by = fmaxf(ahead_by, logit);
           }
         }
       }
@@ -263,62 +269,72 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     const int valid = item.end - (item.start + n * kTile) - (warp * 32 + g);
     if (p.cap_log2 > 0 || valid < 32) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const float2 reference =
-            *reinterpret_cast<const float2*>(&shared.reference[8 * i + 2 * t]);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          float& logit = x[e / 4][i][e % 4];
-          const float own = e % 2 ? reference.y : reference.x;
-          if (p.cap_log2 > 0) logit = soft_cap(logit + own, p.cap_log2) - own;
-          if (e / 4 * 16 + e % 4 / 2 * 8 >= valid) logit = -INFINITY;
-        }
+      for (int i = 0; i < 8 * kTiles; ++i) {
+        float& logit = x[i / 4 % 2][i / 8][i % 4];
+        if (p.cap_log2 > 0) logit = soft_cap(logit, p.cap_log2);
+        if (i / 4 % 2 * 16 + i % 4 / 2 * 8 >= valid) logit = -INFINITY;
       }
     }
-    if (__syncthreads_or(n == 0 || ahead_by > kSlack)) {
-      // New references, the same for the whole block.
+    float peaks[kTiles][2], peak = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[0][i][e] -= reference[i][e], x[0][i][e + 2] -= reference[i][e];
+        x[1][i][e] -= reference[i][e], x[1][i][e + 2] -= reference[i][e];
+        peaks[i][e] = fmaxf(fmaxf(x[0][i][e], x[0][i][e + 2]), fmaxf(x[1][i][e], x[1][i][e + 2]));
+        peak = fmaxf(peak, peaks[i][e]);
+      }
+    }
+    if (__syncthreads_or(n == 0 || peak > kSlack)) {
+      // New references, the same for the whole block. Bits of positive floats, and of those with the
+      // sign flipped below them, are ordered like the floats.
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        float peak = fmaxf(fmaxf(x[0][i / 2][i % 2], x[0][i / 2][2 + i % 2]),
-                           fmaxf(x[1][i / 2][i % 2], x[1][i / 2][2 + i % 2]));
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) {
-          peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, distance));
+        const float own = peaks[i / 2][i % 2];
+        const int bits = __float_as_int(own);
+        if (n == 0 || own > kSlack) {
+          atomicMax(&shared.peak[i / 2 * 8 + 2 * t + i % 2], bits < 0 ? bits ^ INT_MAX : bits);
         }
-        if (g == 0) shared.peak[warp][i / 2 * 8 + 2 * t + i % 2] = peak;
       }
       __syncthreads();
       if (thread < kRows) {
-        float peak = shared.peak[0][thread];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) peak = fmaxf(peak, shared.peak[w][thread]);
-        const float shift = n == 0 || peak > kSlack ? ceilf(peak) + kHeadroom : 0.0f;
-        shared.reference[thread] += shift;
+        const int bits = shared.peak[thread];
+        const float highest = __int_as_float(bits < 0 ? bits ^ INT_MAX : bits);
+        const bool raise = n == 0 || highest > kSlack;
+        const float shift = raise ? ceilf(highest) + kHeadroom : 0.0f;
+        shared.reference[thread] = n == 0 ? shift : shared.reference[thread] + shift;
         shared.shift[thread] = shift;
+        shared.peak[thread] = 0;
       }
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float shift = shared.shift[i / 2 * 8 + 2 * t + i % 2];
-        const float scale = n == 0 ? 0.0f : exp2_approx(-shift);
+      for (int i = 0; i < kTiles; ++i) {
+        const float2 shifts = *reinterpret_cast<const float2*>(&shared.shift[8 * i + 2 * t]);
 #pragma unroll
-        for (int e = i % 2; e < 4; e += 2) {
-          x[0][i / 2][e] -= shift;
-          x[1][i / 2][e] -= shift;
+        for (int e = 0; e < 2; ++e) {
+          const float shift = e == 0 ? shifts.x : shifts.y;
+          const float scale = n == 0 ? 0.0f : exp2_approx(-shift);
+          reference[i][e] += shift;
+          x[0][i][e] -= shift, x[0][i][e + 2] -= shift;
+          x[1][i][e] -= shift, x[1][i][e + 2] -= shift;
 #pragma unroll
-          for (int d = 0; d < kDims / 2; ++d) out[d][i / 2][e] *= scale;
+          for (int d = 0; d < kDims / 2; ++d) out[d][i][e] *= scale, out[d][i][e + 2] *= scale;
         }
       }
-#pragma unroll 1
-      for (int e = thread; e < table_bytes / 4; e += kThreads) {
-        reinterpret_cast<float*>(table)[e] -= shared.shift[Table::row_of(e * 4)];
-      }
-      // In the first tile the histogram is empty, and a reference may go down.
-#pragma unroll 1
-      for (int e = thread; n > 0 && e < table_bytes / 4; e += kThreads) {
-        const int bits = static_cast<int>(fminf(shared.shift[e % kRows], 31.0f));
-        const uint32_t value = histogram[e];
-        if (bits > 0) histogram[e] = (value >> bits) + (value >> (bits - 1) & 1);
+      if (n > 0) {
+        // A thread meets two rows in turns. In the first tile the histogram is still empty.
+        static_assert(kThreads % (4 * kRows) == 0);
+        int bits[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float shift = shared.shift[Histogram::row_of(thread + i * kThreads)];
+          bits[i] = static_cast<int>(fminf(shift, 31.0f));
+        }
+        for (int e = thread; e < table_bytes / 4; e += 2 * kThreads) {
+          histogram[e] >>= bits[0];
+          histogram[e + kThreads] >>= bits[1];
+        }
       }
       __syncthreads();
     }
@@ -331,8 +347,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float p0 = exp2_approx(x[s][i][2 * h]), p1 = exp2_approx(x[s][i][2 * h + 1]);
-          add_shared(bins[s][h] + i * 32, fixed.encode(p0));
-          add_shared(bins[s][h] + i * 32 + 4, fixed.encode(p1));
+          add_shared(bins[s][h] ^ (i * 32), fixed.encode(p0));
+          add_shared(bins[s][h] ^ (i * 32 + 4), fixed.encode(p1));
           weights[i][h] = movmatrix_trans(
               as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
         }
@@ -374,6 +390,9 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
         }
       }
     }
+    // Only now: naming what was loaded would wait for it.
+    pending = fresh;
+    next_slot = fresh_slot;
   }
   cp_async_wait<0>();
   __syncthreads();
@@ -382,7 +401,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   for (int row = lane; row < num_rows; row += 32) {
     uint32_t sum = 0;
     for (int pattern = warp; pattern < p.num_patterns; pattern += kWarps) {
-      sum += histogram[pattern * kRows + row];
+      sum += Histogram::count(histogram, pattern, row);
     }
     atomicAdd(&shared.mass[row], sum);
   }
@@ -403,7 +422,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   }
   add_patterns<kTiles, kDims>(
       p, table_rows(p, item.table, 1, head), dim, out, 0, 1, [&](int pattern, int row) {
-        return static_cast<float>(histogram[pattern * kRows + row]) * (1.0f / (1 << 20));
+        return static_cast<float>(Histogram::count(histogram, pattern, row)) * (1.0f / (1 << 20));
       });
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
@@ -414,49 +433,39 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       for (int d = 0; d < kDims; ++d) {
         values[d] = out[d / 2][i / 2][d % 2 * 2 + i % 2] * count;
       }
-      const int64_t state_index = item.first_state + row / p.group * item.state_stride;
-      const int64_t at = state_index * p.h_q + head * p.group + row % p.group;
+      const int64_t at = state_index(p, item, head, row);
       store_words(reinterpret_cast<uint8_t*>(p.state_out + at * HEAD_DIM + dim),
                   reinterpret_cast<const uint32_t(&)[kDims]>(values));
     }
   }
   __syncthreads();
   if (thread < num_rows) {
-    const int64_t state_index = item.first_state + thread / p.group * item.state_stride;
-    p.state_sum[state_index * p.h_q + head * p.group + thread % p.group] =
+    p.state_sum[state_index(p, item, head, thread)] =
         make_float2(shared.reference[thread], shared.mass[thread] * fixed.unit());
   }
 }
 
 // Blocks of the launch keep the largest tile's shared memory, whatever items they take.
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns, int max_rows) {
-  if (max_rows > 32) return Config<8>::shared_bytes(num_patterns);
   if (max_rows > 16) return Config<4>::shared_bytes(num_patterns);
   return Config<2>::shared_bytes(num_patterns);
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(256) uint8_t memory[];
-  __shared__ int next_unit;
   launch_dependents();
-  const int num_units = p.work.header->num_wide * p.pool.h_kv;
-  while (true) {
-    if (threadIdx.x == 0) next_unit = atomicAdd(&p.work.header->next_wide, 1);
-    __syncthreads();
-    const int unit = next_unit;
-    if (unit >= num_units) break;
+  for_each_unit(p.work.header->num_wide * p.pool.h_kv, &p.work.header->next_wide, [&](int unit) {
     const WorkItem item = p.work.wide[unit / p.pool.h_kv];
-    const int head = unit % p.pool.h_kv, num_rows = item.num_branches * p.group;
-    if (num_rows <= 16) {
+    const int head = unit % p.pool.h_kv;
+    if (item.num_branches * p.group <= 16) {
       attend<2>(p, item, head, memory);
-    } else if (num_rows <= 32) {
-      attend<4>(p, item, head, memory);
     } else {
-      if constexpr (kMaxRows == 64) attend<8>(p, item, head, memory);
+      attend<4>(p, item, head, memory);
     }
-    __syncthreads();
-  }
+  });
+  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
+  wait_for_previous_kernel();
 }
 
 }  // namespace wide

@@ -60,8 +60,11 @@ struct SlotPool {
     return (bytes + 7) / 8 * 8;
   }
 
+  __device__ uint32_t page_of(int slot) const {
+    return __umulhi(2u * slot, page_multiplier) >> page_shift;
+  }
   __device__ SlotPlace locate(int slot) const {
-    uint32_t page = __umulhi(2u * slot, page_multiplier) >> page_shift;
+    uint32_t page = page_of(slot);
     return {base + uint64_t{page} * page_bytes, static_cast<int>(slot - page * page_size)};
   }
 

@@ -78,20 +78,10 @@ __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   return x;
 }
 
+// No memory clobber, so that loads of other data may move past it: a barrier must stand between it and
+// reads of the sum.
 __device__ __forceinline__ void add_shared(uint32_t address, uint32_t x) {
-  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-
-__device__ __forceinline__ void add_shared_if(bool condition, uint32_t address, uint32_t x) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p red.shared.add.u32 [%1], %2; }" ::"r"(
-          static_cast<uint32_t>(condition)),
-      "r"(address), "r"(x)
-      : "memory");
-}
-
-__device__ __forceinline__ void prefetch_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x));
 }
 
 // Programmatic dependent launch: lets the next kernel of the stream start as soon as every block of
