@@ -75,38 +75,48 @@ __device__ __forceinline__ Token load_tile(const StoreParams& p, int side, int h
   return {p.table_ids[index], slot};
 }
 
-template <int kSide>
-__device__ __forceinline__ void write_vector(const SlotPool& pool, int head, int slot, int id,
-                                             const StoredVector& vector) {
-  constexpr int kBits = kSide == 0 ? K_BITS : V_BITS;
+template <int kBits>
+__device__ __forceinline__ void write_vector(const SlotPool& pool, int side, int head, int slot,
+                                             int id, const StoredVector& vector) {
   const int part = threadIdx.x % 4;
   const SlotPlace place = pool.locate(slot);
-  uint8_t* codes = kSide == 0 ? pool.k_row(place, head) : pool.v_row(place, head);
+  uint8_t* codes = (side == 0 ? pool.k_row(place, head) : pool.v_row(place, head)) + part * kBits;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    uint8_t* at = codes + (4 * i + part) * kBits;
     if constexpr (kBits == 4) {
-      *reinterpret_cast<uint32_t*>(at) = vector.codes[i];
+      *reinterpret_cast<uint32_t*>(codes + 4 * i * kBits) = vector.codes[i];
     } else {
-      *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(vector.codes[i]);
+      *reinterpret_cast<uint16_t*>(codes + 4 * i * kBits) = static_cast<uint16_t>(vector.codes[i]);
     }
   }
   if (part == 0) {
     Metadata* metadata = pool.metadata(place, head);
-    reinterpret_cast<uint8_t*>(&metadata->pattern_ids)[kSide] = static_cast<uint8_t>(id);
-    (kSide == 0 ? metadata->k_scale : metadata->v_scale) = vector.scale;
+    reinterpret_cast<uint8_t*>(&metadata->pattern_ids)[side] = static_cast<uint8_t>(id);
+    (side == 0 ? metadata->k_scale : metadata->v_scale) = vector.scale;
   }
 }
 
 // Quantizes the tile's tokens as if all of them had this table, and writes those that do.
-template <int kSide>
+template <int kBits>
 __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreTable& table,
-                                           const __half* patterns, int head, const Share& x,
-                                           Nearest nearest, int slot) {
+                                           const __half* patterns, int side, int head,
+                                           const Share& x, Nearest nearest, int slot) {
   Residual residual;
   settle(table, patterns, p.num_patterns, x, slot >= 0, nearest, residual);
-  const StoredVector vector = fit<kSide == 0 ? K_BITS : V_BITS>(table, residual);
-  if (slot >= 0) write_vector<kSide>(p.pool, head, slot, nearest.id, vector);
+  const StoredVector vector = fit<kBits>(table, residual);
+  if (slot >= 0) write_vector<kBits>(p.pool, side, head, slot, nearest.id, vector);
+}
+
+// Calls `body` with the bits of the side, K or V, and with the side itself.
+template <typename Body>
+__device__ __forceinline__ void with_bits(int side, Body body) {
+  if constexpr (K_BITS == V_BITS) {
+    body(std::integral_constant<int, K_BITS>{}, side);
+  } else if (side == 0) {
+    body(std::integral_constant<int, K_BITS>{}, 0);
+  } else {
+    body(std::integral_constant<int, V_BITS>{}, 1);
+  }
 }
 
 // Lanes of a warp that hold the first token of each table.
@@ -120,11 +130,12 @@ struct FewShared {
   Nearest nearest[kFewWarps][kTileTokens];
 };
 
-template <typename T, int kSide>
-__device__ __forceinline__ void store_few_side(const StoreParams& p, int head, FewShared& shared) {
+template <typename T, int kBits>
+__device__ __forceinline__ void store_few_side(const StoreParams& p, int side, int head,
+                                               FewShared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   Share x[1];
-  const Token token = load_tile<T>(p, kSide, head, blockIdx.x * kTileTokens, x[0]);
+  const Token token = load_tile<T>(p, side, head, blockIdx.x * kTileTokens, x[0]);
   const uint32_t firsts = first_lanes(token.table);
 
   // Every warp meets the same tables in the same order.
@@ -132,7 +143,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int head, F
   for (uint32_t rest = firsts; rest != 0; rest &= rest - 1, ++count) {
     const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
     // The warp that works out the channels takes turns.
-    fill_table(shared.tables[count], p, p.table_head(table, kSide, head),
+    fill_table(shared.tables[count], p, p.table_head(table, side, head),
                (warp + kFewWarps - count) % kFewWarps, kFewWarps);
   }
   __syncthreads();
@@ -142,7 +153,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int head, F
   for (uint32_t rest = firsts; rest != 0; rest &= rest - 1, ++count) {
     const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
     Nearest nearest[1];
-    nearest_patterns<1>(shared.tables[count], p.patterns_of(p.table_head(table, kSide, head)),
+    nearest_patterns<1>(shared.tables[count], p.patterns_of(p.table_head(table, side, head)),
                         p.num_patterns, x, warp, kFewWarps, nearest);
     if (token.table == table) {
       mine = count;
@@ -162,20 +173,18 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int head, F
   const int leader = __ffs(__ballot_sync(kAllLanes, mine == warp)) - 1;
   const int table = __shfl_sync(kAllLanes, token.table, leader);
   const int slot = mine == warp ? token.slot : -1;
-  store_tile<kSide>(p, shared.tables[warp], p.patterns_of(p.table_head(table, kSide, head)), head,
-                    x[0], nearest, slot);
+  store_tile<kBits>(p, shared.tables[warp], p.patterns_of(p.table_head(table, side, head)), side,
+                    head, x[0], nearest, slot);
 }
 
 // Grid: tiles of 8 tokens, 2 * h_kv.
 template <typename T>
-__global__ void __launch_bounds__(32 * kFewWarps) store_few(const StoreParams p) {
+__global__ void __launch_bounds__(32 * kFewWarps, 1) store_few(const StoreParams p) {
   __shared__ FewShared shared;
   const int head = blockIdx.y % p.pool.h_kv;
-  if (blockIdx.y < p.pool.h_kv) {
-    store_few_side<T, 0>(p, head, shared);
-  } else {
-    store_few_side<T, 1>(p, head, shared);
-  }
+  with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
+    store_few_side<T, bits()>(p, side, head, shared);
+  });
 }
 
 struct ManyShared {
@@ -183,14 +192,14 @@ struct ManyShared {
   StoreTable others[kManyWarps];   // of whatever other table a warp meets
 };
 
-template <typename T, int kSide>
-__device__ __forceinline__ void store_many_side(const StoreParams& p, int head, int tokens_per_block,
-                                                ManyShared& shared) {
+template <typename T, int kBits>
+__device__ __forceinline__ void store_many_side(const StoreParams& p, int side, int head,
+                                                int tokens_per_block, ManyShared& shared) {
   constexpr int kTokens = kGroups * kTileTokens;
   const int warp = threadIdx.x / 32;
   const int begin = blockIdx.x * tokens_per_block, end = min(begin + tokens_per_block, p.n);
   const int common = p.table_ids[begin];
-  fill_table(shared.common, p, p.table_head(common, kSide, head), warp, kManyWarps);
+  fill_table(shared.common, p, p.table_head(common, side, head), warp, kManyWarps);
   __syncthreads();
 
   for (int first = begin + warp * kTokens; first < end; first += kManyWarps * kTokens) {
@@ -199,7 +208,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int head, 
     bool done[kGroups];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      token[group] = load_tile<T>(p, kSide, head, first + group * kTileTokens, x[group]);
+      token[group] = load_tile<T>(p, side, head, first + group * kTileTokens, x[group]);
       done[group] = false;
     }
     // Once per table among the tokens.
@@ -212,7 +221,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int head, 
         if (left != 0) table = candidate;
       }
       if (table < 0) break;
-      const int64_t table_head = p.table_head(table, kSide, head);
+      const int64_t table_head = p.table_head(table, side, head);
       const __half* patterns = p.patterns_of(table_head);
       const StoreTable* prepared = &shared.common;
       if (table != common) {
@@ -227,7 +236,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int head, 
       for (int group = 0; group < kGroups; ++group) {
         const bool now = token[group].table == table;
         done[group] |= now;
-        store_tile<kSide>(p, *prepared, patterns, head, x[group], nearest[group],
+        store_tile<kBits>(p, *prepared, patterns, side, head, x[group], nearest[group],
                           now ? token[group].slot : -1);
       }
     }
@@ -239,11 +248,9 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm) store_many(const StoreParams p, int tokens_per_block) {
   __shared__ ManyShared shared;
   const int head = blockIdx.y % p.pool.h_kv;
-  if (blockIdx.y < p.pool.h_kv) {
-    store_many_side<T, 0>(p, head, tokens_per_block, shared);
-  } else {
-    store_many_side<T, 1>(p, head, tokens_per_block, shared);
-  }
+  with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
+    store_many_side<T, bits()>(p, side, head, tokens_per_block, shared);
+  });
 }
 
 }  // namespace patternkv::store

@@ -120,13 +120,14 @@ __device__ __forceinline__ float search_scale(const StoreTable& table, const Res
   // Half the range that the codes of a scale span is kCentre scales.
   const float cover = fmaxf(r.largest, 0x1p-13f);
   float best_scale = 0.0f, best_value = -INFINITY;
-#pragma unroll
+#pragma unroll 1
   for (int trial = 0; trial < kTrials; trial += 2) {
     __half2 inverse_range[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float range = __fmul_rn(2 * trial_scale<kBits>(trial + k), cover);
-      inverse_range[k] = __float2half2_rn(__fdividef(1.0f, range));
+      const float in_covers = trial == 0 ? trial_scale<kBits>(k) : trial_scale<kBits>(2 + k);
+      const float range = __fmul_rn(2 * in_covers, cover);
+      inverse_range[k] = __float2half2_rn(reciprocal_approx(range));
     }
     // Of both trials: sum of weighted level * code, of weight * code, of weight * code^2.
     float dot[4] = {}, linear[4] = {}, square[4] = {};
@@ -159,7 +160,7 @@ __device__ __forceinline__ float search_scale(const StoreTable& table, const Res
           __fmaf_rn(-kCentre, r.weighted_sum, diagonal(dot[2 * k], dot[2 * k + 1]));
       const float norm = __fmaf_rn(kCentre * kCentre, table.fit_weight_sum,
                                    __fmaf_rn(-kTop, linear[2 * k], square[2 * k]));
-      const float scale = __fdividef(product, norm);
+      const float scale = __fmul_rn(product, reciprocal_approx(norm));
       const float value = __fmul_rn(scale, product);
       if (value > best_value) {
         best_value = value;
@@ -202,8 +203,9 @@ __device__ __forceinline__ StoredVector fit(const StoreTable& table, const Resid
   const float unit = __fmul_rn(r.power, table.scale_unit);  // of slot scales, a power of two
   const float scale = __fmul_rn(search_scale<kBits>(table, r), unit);
   out.scale = __float2half_rn(fminf(fmaxf(scale, 0.0f), kFloat16Max));
-  const float stored = __fdividef(__half2float(out.scale), unit);
-  const float inverse = stored > 0.0f ? __fdividef(1.0f, __fmul_rn(kTop, stored)) : 1.0f;
+  // Of a scale of 0 the codes do not matter.
+  const float stored = __fmul_rn(kTop, __half2float(out.scale));
+  const float inverse = stored > 0.0f ? __fmul_rn(unit, reciprocal_approx(stored)) : 1.0f;
   const __half2 inverse_range = __float2half2_rn(fminf(inverse, kFloat16Max));
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
@@ -220,14 +222,15 @@ __device__ __forceinline__ StoredVector fit(const StoreTable& table, const Resid
 __device__ __forceinline__ void settle(const StoreTable& table, const __half* patterns,
                                        int num_patterns, const Share& x, bool wanted,
                                        Nearest& nearest, Residual& out) {
-  take_residual(table, x, patterns + nearest.id * HEAD_DIM, out);
-  // A score is half of what the pattern explains, so this is a relative distance of 2^-16.
-  const bool unclear =
-      wanted && !out.zero && out.distance <= __fmul_rn(0x1p-15f, nearest.score);
-  if (__any_sync(kAllLanes, unclear)) {
+#pragma unroll 1
+  for (bool settled = false;; settled = true) {
+    take_residual(table, x, patterns + nearest.id * HEAD_DIM, out);
+    // A score is half of what the pattern explains, so this is a relative distance of 2^-16.
+    const bool unclear =
+        wanted && !out.zero && out.distance <= __fmul_rn(0x1p-15f, nearest.score);
+    if (settled || !__any_sync(kAllLanes, unclear)) return;
     const int id = nearest_by_difference(table, patterns, num_patterns, x);
     if (unclear) nearest.id = id;
-    take_residual(table, x, patterns + nearest.id * HEAD_DIM, out);
   }
 }
 

@@ -45,7 +45,7 @@ struct alignas(16) StoreTable {
   __half2 weight[HEAD_DIM / 2];         // channel_weight^2, at most 1: distances count by it
   __half2 inverse_scale[HEAD_DIM / 2];  // 1 / channel_scale, at least 1
   __half2 fit_weight[HEAD_DIM / 2];     // (channel_weight * channel_scale)^2, at most 1
-  float half_norm[kMaxPatterns];        // |pattern|^2 / 2 by `weight`
+  float score_bias[kMaxPatterns];       // -|pattern|^2 / 2 by `weight`
   float fit_weight_sum;
   float scale_unit;     // slot scale per scale of levels of residual * inverse_scale
   float distance_unit;  // distance by `weight` per squared level by `fit_weight`
@@ -93,10 +93,9 @@ __device__ __forceinline__ float inverse_power_of_two(float power) {
   return __uint_as_float(0x7f000000 - __float_as_uint(power));
 }
 
-// Half the squared norms of the tile of patterns that starts at `first`; all lanes of a warp.
-__device__ __forceinline__ void fill_half_norms(StoreTable& table, const Share& weight,
-                                                const __half* patterns, int num_patterns,
-                                                int first) {
+// Biases of the tile of patterns that starts at `first`; all lanes of a warp.
+__device__ __forceinline__ void fill_biases(StoreTable& table, const Share& weight,
+                                            const __half* patterns, int num_patterns, int first) {
   const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
   const uint4* pattern = share_of(patterns + min(first + row, num_patterns - 1) * HEAD_DIM);
   float sum = 0.0f;
@@ -112,7 +111,7 @@ __device__ __forceinline__ void fill_half_norms(StoreTable& table, const Share& 
     }
   }
   sum = quad_sum(sum);
-  if (part == 0) table.half_norm[first + row] = 0.5f * sum;
+  if (part == 0) table.score_bias[first + row] = -0.5f * sum;
 }
 
 // Fills `table`; warp `rank` of `count` warps does its share.
@@ -169,8 +168,8 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
         // Such channels weigh next to nothing.
         constexpr float kMaxInverse = 8192.0f;
         table.inverse_scale[at] =
-            __floats2half2_rn(fminf(__fdividef(scale_power, y.x), kMaxInverse),
-                              fminf(__fdividef(scale_power, y.y), kMaxInverse));
+            __floats2half2_rn(fminf(scale_power * reciprocal_approx(y.x), kMaxInverse),
+                              fminf(scale_power * reciprocal_approx(y.y), kMaxInverse));
       }
     }
   }
@@ -187,7 +186,7 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
   const __half* patterns = params.patterns_of(table_head);
   for (int first = rank * kTilePatterns; first < params.num_patterns;
        first += count * kTilePatterns) {
-    fill_half_norms(table, weight, patterns, params.num_patterns, first);
+    fill_biases(table, weight, patterns, params.num_patterns, first);
   }
 }
 
