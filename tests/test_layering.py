@@ -19,9 +19,17 @@ PACKAGES = {
 LAYERS = [
     ["patternkv_kernels.format", "patternkv_kernels.plan"],
     ["patternkv_kernels.jit", "patternkv_kernels.mining"],
-    ["patternkv_kernels.dispatch", "patternkv_kernels.tables"],
-    ["patternkv_kernels.dequantize_reference", "patternkv_kernels.store_reference"],
-    ["patternkv_kernels.decode_cuda", "patternkv_kernels.decode_reference"],
+    ["patternkv_kernels.build", "patternkv_kernels.dispatch", "patternkv_kernels.tables"],
+    [
+        "patternkv_kernels.dequantize_reference",
+        "patternkv_kernels.store_cuda",
+        "patternkv_kernels.store_reference",
+    ],
+    [
+        "patternkv_kernels.decode_cuda",
+        "patternkv_kernels.decode_reference",
+        "patternkv_kernels.dequantize_cuda",
+    ],
     [
         "patternkv_kernels.decode",
         "patternkv_kernels.dequantize",

@@ -73,6 +73,6 @@ def tree_decode_with_lse(
     if q.dim() != 3 or q.shape[1] % h_kv or q.shape[2] != d:
         raise ValueError(f"q is {list(q.shape)}: needs head_dim={d} and a multiple of {h_kv} heads")
     decode = tree_decode_reference
-    if use_cuda(impl, q.device, unsupported(q, fmt, window, plan)):
+    if use_cuda(impl, "decode", fmt, q.device, unsupported(q, fmt, window, plan)):
         decode = tree_decode_cuda
     return decode(q, fmt, buffer, tables, plan, window, sm_scale, logit_cap)

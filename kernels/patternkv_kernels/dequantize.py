@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from patternkv_kernels.dequantize_cuda import dequantize_cuda, unsupported
 from patternkv_kernels.dequantize_reference import dequantize_reference
+from patternkv_kernels.dispatch import Impl, use_cuda
 from patternkv_kernels.format import SlotFormat
 from patternkv_kernels.tables import LayerTables
 
@@ -16,13 +18,14 @@ def dequantize(
     tables: LayerTables,
     table_ids: torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored K and V vectors of ``slots``.
 
     Parameters
     ----------
     buffer: uint8 ``[num_pages, page_bytes]``.
-    slots: int64 ``[n]``.
+    slots: integer ``[n]``.
     table_ids: integer ``[n]``, the table each slot was stored with.
     dtype: of the result; the arithmetic is float32.
 
@@ -37,4 +40,7 @@ def dequantize(
             f"slots is {list(slots.shape)}, table_ids {list(table_ids.shape)}: "
             "both need to be [n], one table for each slot"
         )
-    return dequantize_reference(fmt, buffer, slots, tables, table_ids, dtype)
+    convert = dequantize_reference
+    if use_cuda(impl, "dequantize", fmt, buffer.device, unsupported(tables, dtype)):
+        convert = dequantize_cuda
+    return convert(fmt, buffer, slots, tables, table_ids, dtype)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 import patternkv_kernels.jit as jit
+from patternkv_kernels.format import SlotFormat
 
 Impl = Literal["auto", "cuda", "reference"]
 """``cuda`` raises where the kernels cannot run, ``auto`` then takes the torch reference."""
@@ -16,26 +17,42 @@ Impl = Literal["auto", "cuda", "reference"]
 logger = logging.getLogger(__name__)
 
 
-def use_cuda(impl: Impl, device: torch.device, unsupported: str | None) -> bool:
-    """Whether the CUDA kernels run.
+def use_cuda(
+    impl: Impl, op: jit.Op, fmt: SlotFormat, device: torch.device, unsupported: str | None
+) -> bool:
+    """Whether the CUDA kernels of ``op`` run; builds them at the first use.
 
     ``unsupported`` says why they cannot take the op's arguments, None if they can. Raises
     ``ValueError`` for ``impl="cuda"`` when they cannot run, and for an unknown ``impl``.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl={impl!r}: choose one of {get_args(Impl)}")
-    if impl == "reference":
+    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
+    reason: str | None
     if device.type != "cuda":
-        unsupported = f"the tensors are on {device}"
-    reason = unsupported or jit.unavailable()
+        reason = f"the tensors are on {device}"
+    else:
+        reason = unsupported or _failure(op, fmt.k_bits, fmt.v_bits, fmt.head_dim, device.index)
     if impl == "cuda" and reason is not None:
-        raise ValueError(f"impl='cuda' cannot run: {reason}")
-    if reason is not None and device.type == "cuda":
-        _warn(reason)
+        raise ValueError(f"impl='cuda' cannot run {op}: {reason}")
+    if reason is not None:
+        _warn(op, reason)
     return reason is None
 
 
+# Failures are remembered too: a build that fails takes as long as one that works.
 @functools.cache
-def _warn(reason: str) -> None:
-    logger.warning("PatternKV runs torch ops on the GPU, many times slower: %s", reason)
+def _failure(op: jit.Op, k_bits: int, v_bits: int, head_dim: int, device: int | None) -> str | None:
+    """Why the kernels cannot be loaded, None once they are."""
+    try:
+        with torch.cuda.device(device):
+            jit.load(op, SlotFormat(k_bits, v_bits, head_dim, h_kv=1))
+    except jit.BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _warn(op: jit.Op, reason: str) -> None:
+    logger.warning("PatternKV's %s runs torch ops on the GPU, many times slower: %s", op, reason)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from patternkv_kernels.dispatch import Impl, use_cuda
 from patternkv_kernels.format import SlotFormat
+from patternkv_kernels.store_cuda import store_kv_cuda, unsupported
 from patternkv_kernels.store_reference import store_kv_reference
 from patternkv_kernels.tables import LayerTables
 
@@ -17,15 +19,17 @@ def store_kv(
     v: torch.Tensor,
     tables: LayerTables,
     table_ids: torch.Tensor,
+    impl: Impl = "auto",
 ) -> None:
     """Quantize the ``n`` tokens ``k``, ``v`` and write them to ``slots``.
 
-    The bytes of a token depend on its own K, V and table only, whatever it is batched with.
+    The bytes of a token depend on its own K, V and table only, whatever it is batched with. The two
+    implementations agree but for near ties between patterns, scales and codes.
 
     Parameters
     ----------
     buffer: uint8 ``[num_pages, page_bytes]``, written in place.
-    slots: int64 ``[n]``. A slot listed twice ends up with the bytes of one of its tokens, section
+    slots: integer ``[n]``. A slot listed twice ends up with the bytes of one of its tokens, section
         by section.
     k, v: ``[n, h_kv, d]``, any float dtype. NaN is stored as 0, and values beyond the float16 range
         are clamped to it.
@@ -41,4 +45,7 @@ def store_kv(
             f"k is {list(k.shape)}, v {list(v.shape)}, table_ids {list(table_ids.shape)}: "
             f"{n} slots of this pool need [{n}, {h_kv}, {d}], the same, and [{n}]"
         )
-    store_kv_reference(fmt, buffer, slots, k, v, tables, table_ids)
+    store = store_kv_reference
+    if use_cuda(impl, "store", fmt, buffer.device, unsupported(k, v, tables)):
+        store = store_kv_cuda
+    store(fmt, buffer, slots, k, v, tables, table_ids)

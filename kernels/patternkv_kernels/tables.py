@@ -92,6 +92,10 @@ class LayerTables:
                 "allocate them with the pool's h_kv and head_dim"
             )
 
+    def is_contiguous(self) -> bool:
+        """Whether kernels can address the tables by shape alone."""
+        return all(getattr(self, f.name).is_contiguous() for f in fields(self))
+
     def to(self, device: torch.device | str) -> LayerTables:
         """The same tables on ``device``."""
         return LayerTables(*(getattr(self, f.name).to(device) for f in fields(self)))

@@ -41,12 +41,15 @@ void launch(const StoreParams& params, int device, cudaStream_t stream) {
 
 }  // namespace
 
-// Shapes and devices are the caller's to check; k and v are [n, h_kv, HEAD_DIM] with contiguous, 16-byte
-// aligned vectors.
+// Shapes are the caller's to check; k and v are [n, h_kv, HEAD_DIM] with contiguous, 16-byte aligned
+// vectors.
 void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView k, TensorView v,
               TensorView patterns, TensorView channel_scale, TensorView channel_weight,
               TensorView table_ids) {
   CHECK_INPUT_TYPE(table_ids, dl_int32);
+  for (const TensorView* x : {&slots, &k, &v, &patterns, &table_ids}) {
+    check_same_device(*x, buffer, "an argument of the store", "the buffer");
+  }
   const int device = k.device().device_id;
   ffi::CUDADeviceGuard guard(device);
   StoreParams params = {};

@@ -1,0 +1,45 @@
+"""Dequantize on CUDA: the launcher of ``csrc/dequantize.cu``."""
+
+from __future__ import annotations
+
+import torch
+
+import patternkv_kernels.jit as jit
+from patternkv_kernels.format import SlotFormat
+from patternkv_kernels.store_cuda import index_tensor
+from patternkv_kernels.tables import LayerTables
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def unsupported(tables: LayerTables, dtype: torch.dtype) -> str | None:
+    """Why the CUDA kernel cannot take these arguments, or None."""
+    if dtype not in DTYPES:
+        return f"dtype={dtype}: the kernel makes bfloat16, float16 and float32"
+    if not tables.is_contiguous():
+        return "the tables are not contiguous"
+    return None
+
+
+def dequantize_cuda(
+    fmt: SlotFormat,
+    buffer: torch.Tensor,
+    slots: torch.Tensor,
+    tables: LayerTables,
+    table_ids: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`~patternkv_kernels.dequantize.dequantize` of arguments that it has checked."""
+    shape = (len(slots), fmt.h_kv, fmt.head_dim)
+    k, v = (torch.empty(shape, dtype=dtype, device=buffer.device) for _ in range(2))
+    jit.load("dequantize", fmt).dequantize(
+        buffer,
+        fmt.page_size,
+        index_tensor(slots),
+        tables.patterns,
+        tables.channel_scale,
+        table_ids.int(),
+        k,
+        v,
+    )
+    return k, v

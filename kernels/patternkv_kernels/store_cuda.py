@@ -1,0 +1,61 @@
+"""Store on CUDA: the launcher of ``csrc/store.cu``."""
+
+from __future__ import annotations
+
+import torch
+
+import patternkv_kernels.jit as jit
+from patternkv_kernels.format import SlotFormat
+from patternkv_kernels.tables import LayerTables
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def unsupported(k: torch.Tensor, v: torch.Tensor, tables: LayerTables) -> str | None:
+    """Why the CUDA kernels cannot take these arguments, or None."""
+    if k.dtype not in DTYPES or v.dtype != k.dtype:
+        return f"k is {k.dtype} and v {v.dtype}: the kernels take bfloat16 or float16, both alike"
+    if not tables.is_contiguous():
+        return "the tables are not contiguous"
+    return None
+
+
+def store_kv_cuda(
+    fmt: SlotFormat,
+    buffer: torch.Tensor,
+    slots: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: LayerTables,
+    table_ids: torch.Tensor,
+) -> None:
+    """:func:`~patternkv_kernels.store.store_kv` of arguments that it has checked.
+
+    ``k`` and ``v`` may be slices of a fused projection: any strides of tokens and heads that are
+    multiples of 8.
+    """
+    jit.load("store", fmt).store_kv(
+        buffer,
+        fmt.page_size,
+        index_tensor(slots),
+        _aligned(k),
+        _aligned(v),
+        tables.patterns,
+        tables.channel_scale,
+        tables.channel_weight,
+        table_ids.int(),
+    )
+
+
+def index_tensor(slots: torch.Tensor) -> torch.Tensor:
+    """``slots`` as the kernels take them: contiguous int64 or int32."""
+    slots = slots if slots.dtype in (torch.int32, torch.int64) else slots.long()
+    return slots.contiguous()
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` or a copy with contiguous vectors that start at multiples of 16 bytes."""
+    token, head, dim = x.stride()
+    if dim == 1 and token % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
