@@ -2,10 +2,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "patternkv/decode_attend.cuh"
 #include "patternkv/decode_merge.cuh"
-#include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
-#include "patternkv/decode_wide.cuh"
 #include "tvm_ffi_utils.h"
 
 namespace patternkv {
@@ -40,77 +39,56 @@ WorkParts work_parts(const TensorView& work, const WorkSizes& sizes) {
     at += count * sizeof(*part) / sizeof(int);
   };
   take(parts.list.header, 1);
-  take(parts.list.narrow, sizes.max_narrow);
-  take(parts.list.wide, sizes.max_wide);
+  take(parts.list.narrow_items, sizes.max_narrow);
+  take(parts.list.wide_items, sizes.max_wide);
   take(parts.list.runs, sizes.nnz);
   take(parts.entry_runs, sizes.nnz);
   take(parts.list.run_indptr, sizes.b + 1);
   return parts;
 }
 
-// How the kernels run on the current device with tables of num_patterns.
+using AttendKernel = void (*)(DecodeParams);
+
+// One of the attention kernels with tables of some number of patterns.
+struct AttendLaunch {
+  AttendKernel kernel;
+  int rows;    // most query rows of a work item
+  int bytes;   // dynamic shared memory of a block
+  int blocks;  // that run at once
+};
+
+// How decode runs on one device.
 struct LaunchConfig {
-  int wide_rows, wide_bytes, wide_blocks;
-  int narrow_rows, narrow_bytes, narrow_blocks;
+  AttendLaunch narrow, wide;
   bool dependent_launch;  // compute capability 9.0 and later
 };
 
-template <typename Kernel>
-int resident_blocks(Kernel kernel, int bytes, int sms) {
-  int per_sm = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
-        "occupancy of a decode kernel");
-  TVM_FFI_ICHECK_GT(per_sm, 0) << "a decode kernel does not fit the GPU: " << bytes
-                               << " bytes of shared memory";
-  return per_sm * sms;
-}
-
-using AttendKernel = void (*)(DecodeParams);
-
-AttendKernel narrow_kernel(const LaunchConfig& config) {
-  return config.narrow_rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
-}
-
-int static_bytes(AttendKernel kernel) {
+template <int kLive>
+AttendLaunch make_launch(int num_patterns, int device) {
+  int per_block, sms, per_sm = 0;
+  check(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
+  AttendLaunch launch = {attend_kernel<kLive>, kLive, Attend<kLive>::shared_bytes(num_patterns), 0};
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a decode kernel");
-  return static_cast<int>(attributes.sharedSizeBytes);
+  check(cudaFuncGetAttributes(&attributes, launch.kernel), "attributes of a decode kernel");
+  // To the most there is, since other numbers of patterns share the kernel.
+  const int most = per_block - static_cast<int>(attributes.sharedSizeBytes);
+  TVM_FFI_CHECK(launch.bytes <= most, ValueError)
+      << num_patterns << " patterns need " << launch.bytes << " bytes of shared memory, the GPU has "
+      << most << " per block: use fewer patterns";
+  check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        "shared memory of a decode kernel");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, launch.kernel, kThreads, launch.bytes),
+        "occupancy of a decode kernel");
+  launch.blocks = std::max(per_sm, 1) * sms;
+  return launch;
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
-  int per_sm, per_block, sms, major;
-  cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  int major;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  constexpr int kReserved = 1024;  // shared memory that CUDA takes per block
-
-  LaunchConfig config = {};
-  // The most rows of which two blocks fit, so that one's loads hide behind the other's arithmetic.
-  config.wide_rows = wide::kMaxRows;
-  const auto wide_bytes = [&] { return wide::shared_bytes(num_patterns, config.wide_rows); };
-  while (config.wide_rows > 16 &&
-         (2 * (wide_bytes() + kReserved) > per_sm || wide_bytes() > per_block)) {
-    config.wide_rows /= 2;
-  }
-  config.wide_bytes = wide_bytes();
-  config.narrow_rows = group <= 4 ? 4 : 8;
-  config.narrow_bytes = narrow::shared_bytes(num_patterns, config.narrow_rows);
-  for (const int bytes : {config.wide_bytes, config.narrow_bytes}) {
-    TVM_FFI_CHECK(bytes <= per_block, ValueError)
-        << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
-        << per_block << " per block: use fewer patterns";
-  }
-  // To the most there is, since configurations with other numbers of patterns share the kernels.
-  for (const AttendKernel kernel : {AttendKernel{wide::attend_kernel}, narrow_kernel(config)}) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               per_block - static_bytes(kernel)),
-          "shared memory of a decode kernel");
-  }
-  config.wide_blocks = resident_blocks(wide::attend_kernel, config.wide_bytes, sms);
-  config.narrow_blocks = resident_blocks(narrow_kernel(config), config.narrow_bytes, sms);
-  config.dependent_launch = major >= 9;
-  return config;
+  return {group <= 4 ? make_launch<4>(num_patterns, device) : make_launch<8>(num_patterns, device),
+          make_launch<kWideRows>(num_patterns, device), major >= 9};
 }
 
 // Once per device, number of patterns and kind of group: the attributes that it sets stay set.
@@ -120,7 +98,7 @@ const LaunchConfig& launch_config(int num_patterns, int group, int device) {
   TVM_FFI_ICHECK(device >= 0 && device < kMaxDevices) << "device " << device;
   TVM_FFI_ICHECK(num_patterns >= 1 && num_patterns <= kMaxPatterns) << num_patterns << " patterns";
   LaunchConfig& config = configs[device][num_patterns][group > 4];
-  if (config.wide_rows == 0) config = make_config(num_patterns, group, device);
+  if (config.wide.rows == 0) config = make_config(num_patterns, group, device);
   return config;
 }
 
@@ -149,7 +127,7 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   const LaunchConfig& c = launch_config(num_patterns, group, device);
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
   const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
-  return {extra(c.narrow_blocks), branches(c.narrow_rows), extra(c.wide_blocks), branches(c.wide_rows)};
+  return {extra(c.narrow.blocks), branches(c.narrow.rows), extra(c.wide.blocks), branches(c.wide.rows)};
 }
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.
@@ -173,10 +151,9 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.b = b;
   params.group = group;
   params.h_kv = h_kv;
-  params.narrow_rows = config.narrow_rows;
-  params.wide_rows = config.wide_rows;
-  params.narrow_blocks = config.narrow_blocks;
-  params.wide_blocks = config.wide_blocks;
+  params.narrow_rows = config.narrow.rows;
+  params.narrow_blocks = config.narrow.blocks;
+  params.wide_blocks = config.wide.blocks;
   params.max_narrow = max_narrow;
   params.max_wide = max_wide;
   params.max_states = max_states;
@@ -227,9 +204,9 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.group = group;
   params.group_inverse = (65536 + group - 1) / group;
   // The narrow kernel first: what it leaves idle the wide one fills.
-  launch(narrow_kernel(config), dim3(config.narrow_blocks), kThreads, config.narrow_bytes, stream,
-         false, params);
-  launch(wide::attend_kernel, dim3(config.wide_blocks), kThreads, config.wide_bytes, stream,
+  launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream, false,
+         params);
+  launch(config.wide.kernel, dim3(config.wide.blocks), kThreads, config.wide.bytes, stream,
          config.dependent_launch, params);
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {

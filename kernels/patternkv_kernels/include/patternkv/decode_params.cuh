@@ -11,7 +11,8 @@ namespace patternkv {
 
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
-constexpr int kTokenAlign = 128;  // chunks are multiples of it: one tile of a block
+constexpr int kTokenAlign = 128;  // chunks are multiples of it: a tile for each warp
+constexpr int kWideRows = 16;  // most query rows of a wide work item; a narrow one has at most 4 or 8
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
 constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
@@ -42,12 +43,23 @@ struct StateRun {
   int first, count;
 };
 
+struct WorkQueue {
+  const int* num_items;
+  int* taken;
+  const WorkItem* items;
+};
+
 struct WorkList {
   WorkHeader* header;
-  WorkItem* narrow;
-  WorkItem* wide;
+  WorkItem* narrow_items;
+  WorkItem* wide_items;
   int* run_indptr;  // [b + 1]
   StateRun* runs;   // [nnz], those of batch row i are runs[run_indptr[i] .. run_indptr[i + 1])
+
+  __device__ WorkQueue narrow() const {
+    return {&header->num_narrow, &header->next_narrow, narrow_items};
+  }
+  __device__ WorkQueue wide() const { return {&header->num_wide, &header->next_wide, wide_items}; }
 };
 
 struct DecodeParams {
@@ -70,7 +82,7 @@ struct DecodeParams {
   int h_q, group;
   uint32_t group_inverse;  // ceil(2^16 / group)
 
-  // Of the query rows of an item, at most 64: the branch, counted from 0, and its head in the group.
+  // Of the query rows of an item, at most kWideRows: the branch, counted from 0, and its head in the group.
   __device__ int branch_of(int row) const { return row * group_inverse >> 16; }
   __device__ int member_of(int row) const { return row - branch_of(row) * group; }
 };

@@ -117,10 +117,8 @@ __device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const ui
 
 // Metadata of a token as loaded: unpacking it at once would wait for the load.
 struct RawToken {
-  uint16_t pattern_ids, k_scale, v_scale;
+  uint32_t pattern_ids, k_scale, v_scale;  // 16 bits each
 
-  __device__ int k_pattern() const { return pattern_ids & 0xff; }
-  __device__ int v_pattern() const { return pattern_ids >> 8; }
   __device__ float k_scale_float() const { return half_bits_to_float(k_scale); }
   __device__ float v_scale_float() const { return half_bits_to_float(v_scale); }
 };
@@ -165,11 +163,8 @@ __device__ __forceinline__ void store_words(uint8_t* shared, const uint32_t (&x)
   }
 }
 
-// kDims 16-bit floats of a row.
 template <typename T, int kDims>
-__device__ __forceinline__ void load_half_dims(float (&out)[kDims], const T* row) {
-  uint32_t words[kDims / 2];
-  load_words(words, reinterpret_cast<const uint8_t*>(row));
+__device__ __forceinline__ void to_floats(float (&out)[kDims], const uint32_t (&words)[kDims / 2]) {
 #pragma unroll
   for (int i = 0; i < kDims; ++i) out[i] = load_float(reinterpret_cast<const T*>(words) + i);
 }
@@ -250,21 +245,28 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
   float q[kRowsPerWarp][kPerLane] = {}, channel[kPerLane] = {};
   float largest_raw = 0, largest_code = 0;
   const int first_dim = lane * kPerLane;
+  uint32_t words[kRowsPerWarp][kPerLane / 2] = {};
   if (first_dim < HEAD_DIM) {
-    load_half_dims<__half>(channel, channels + first_dim);
+    uint32_t channel_words[kPerLane / 2];
+    load_words(channel_words, reinterpret_cast<const uint8_t*>(channels + first_dim));
+    to_floats<__half>(channel, channel_words);
 #pragma unroll
     for (int n = 0; n < kRowsPerWarp; ++n) {
       const int row = n * kWarps + warp;
-      if (row >= num_rows) break;
-      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
-      const int64_t at =
-          batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first_dim;
-      if (p.q_is_bf16) {
-        load_half_dims<__nv_bfloat16>(q[n], static_cast<const __nv_bfloat16*>(p.q) + at);
-      } else {
-        load_half_dims<__half>(q[n], static_cast<const __half*>(p.q) + at);
+      if (row < num_rows) {
+        const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
+        const int64_t at =
+            batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first_dim;
+        load_words(words[n], static_cast<const uint8_t*>(p.q) + 2 * at);
       }
     }
+  }
+  if (p.q_is_bf16) {
+#pragma unroll
+    for (int n = 0; n < kRowsPerWarp; ++n) to_floats<__nv_bfloat16>(q[n], words[n]);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kRowsPerWarp; ++n) to_floats<__half>(q[n], words[n]);
   }
 #pragma unroll
   for (int n = 0; n < kRowsPerWarp; ++n) {
@@ -421,23 +423,6 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
         mma_m16n8k16(out[w][n], a0, a1, a2, a3, lower[0], lower[1]);
       }
     }
-  }
-}
-
-// Gives the blocks of a launch units of work, one after the other: `attend(unit)` by the whole block.
-// The next unit is asked for before the present one is worked on, so the answer costs no time.
-template <typename Attend>
-__device__ __forceinline__ void for_each_unit(int num_units, int* taken, Attend attend) {
-  __shared__ int next;
-  int unit = blockIdx.x;
-  while (unit < num_units) {
-    int asked = 0;
-    if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(taken, 1);
-    attend(unit);
-    __syncthreads();
-    if (threadIdx.x == 0) next = asked;
-    __syncthreads();
-    unit = next;
   }
 }
 

@@ -1,0 +1,499 @@
+// Attention of the query rows of a work item over its chunk of tokens. Each warp of a block works
+// through every fourth 32-token tile on its own, with its own ring of code rows, reference logits and
+// pattern histogram; the four results are added at the end.
+//
+// kLive is the most rows of an item: 4 or 8 for private suffixes, 16 for tiles of the branches that
+// share a segment. The MMAs have n-tiles of 8 columns. With 4 rows, the lanes of the idle columns take
+// over the softmax of every other 16 tokens.
+#pragma once
+
+#include "patternkv/decode_tile.cuh"
+
+namespace patternkv {
+
+constexpr int kTile = 32;
+constexpr int kTileBytes = kTile * (kKStride + kVStride);
+constexpr int kRingBytes = 2 * kTileBytes;        // of a warp
+constexpr int kDims = D / 8;                      // of V and the output, per lane
+constexpr int kUnits = kDims / VCodes::kPerHalf;  // 16-bit units of V codes per lane and token
+
+template <int kLive>
+struct Attend {
+  static constexpr int kTiles = (kLive + 7) / 8;
+  static constexpr int kRows = 8 * kTiles;
+  static constexpr int kOwn = kLive == 4 ? 1 : 2;  // slices of 16 tokens whose softmax a lane works out
+
+  struct Shared {
+    QueryTile<kRows> queries;
+    RawQueries<kRows> raw_queries;
+    float reference[kWarps][kRows];
+    float shift[kWarps][kRows];
+  };
+
+  // Memory of a block: [Shared][table][histograms][rings], the second and third by the number of
+  // patterns. Once the tiles are done, the rings take the warps' outputs.
+  static __host__ __device__ int words(int num_patterns) {
+    return round_up(num_patterns, 16) * kLive;
+  }
+  static __host__ __device__ int table_start() { return round_up(sizeof(Shared), 128); }
+  static __host__ __device__ int shared_bytes(int num_patterns) {
+    const int outputs = kWarps * kLive * D * 4, rings = kWarps * kRingBytes;
+    return table_start() + words(num_patterns) * 4 * (1 + kWarps) + (rings > outputs ? rings : outputs);
+  }
+
+  // Place of a row in a pattern's row of the table: a lane reads its own in one go.
+  static __device__ int table_place(int row) {
+    return kLive == 16 ? row % 8 / 2 * 4 + row / 8 * 2 + row % 2 : row;
+  }
+
+  // Word of a pattern's bin for row 0; row r's is at this, exclusive or r. A permutation of the 16 rows
+  // spreads the bins that a warp adds to at once, of eight tokens and four rows, over the banks.
+  static __device__ int bin_place(int pattern) {
+    const int swap = kLive == 16 ? pattern / 2 % 2 * 8 | pattern / 4 % 2 : 0;
+    return pattern * kLive | swap;
+  }
+};
+
+// Brings a lane's V codes of two tokens together: unit u of token a in the low half, of b in the high.
+struct ValuePair {
+  uint32_t units[kUnits + kUnits % 2];
+
+  __device__ __forceinline__ void load(const uint8_t* a, const uint8_t* b) {
+    if constexpr (kUnits == 1) {
+      units[0] = *reinterpret_cast<const uint16_t*>(a) |
+                 static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(b)) << 16;
+    } else {
+      constexpr int kWords = (kUnits + 1) / 2;
+      uint32_t x[kWords], y[kWords];
+      load_words(x, a);
+      load_words(y, b);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        units[2 * w] = __byte_perm(x[w], y[w], 0x5410);
+        units[2 * w + 1] = __byte_perm(x[w], y[w], 0x7632);
+      }
+    }
+  }
+};
+
+// One warp's running attention. Lane (g, t) holds the output of the columns 8n + 2t and the next, and the
+// references of these rows (modulo kLive).
+template <int kTiles>
+struct State {
+  float out[kDims / 2][kTiles][4] = {};  // dims 2i, 2i, 2i+1, 2i+1 of the two columns
+  float reference[kTiles][2];            // whole numbers (log2)
+};
+
+// What a lane keeps of its item through all tiles.
+template <int kTiles>
+struct Lane {
+  uint32_t q[kTiles][D / 8];
+  float bias[kTiles][2];
+  float code_scale, value_scale;
+  FixedPoint fixed;
+  const float* table;   // at the lane's rows
+  uint32_t* histogram;  // of the warp
+  uint32_t bins;        // its shared address, at row 2t
+  float* shift;         // of the warp
+  int words;
+};
+
+// Raises the references of rows whose peaks, over the lane's logits, get too far ahead, and rescales.
+template <int kLive>
+__device__ __forceinline__ void raise_reference(State<Attend<kLive>::kTiles>& state,
+                                                const Lane<Attend<kLive>::kTiles>& own,
+                                                float (&peak)[Attend<kLive>::kTiles][2]) {
+  using Attend = patternkv::Attend<kLive>;
+  const int lane = threadIdx.x % 32, t = lane % 4;
+#pragma unroll
+  for (int n = 0; n < Attend::kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int distance = kLive == 4 ? 2 : 4; distance < 32; distance *= 2) {
+        peak[n][i] = fmaxf(peak[n][i], __shfl_xor_sync(~0u, peak[n][i], distance));
+      }
+      const float old = state.reference[n][i];
+      const float raised = peak[n][i] > old + kSlack ? ceilf(peak[n][i]) + kHeadroom : old;
+      const float scale = exp2_approx(old - raised);
+      state.reference[n][i] = raised;
+#pragma unroll
+      for (int d = 0; d < kDims / 2; ++d) {
+        state.out[d][n][i] *= scale;
+        state.out[d][n][i + 2] *= scale;
+      }
+      // An empty histogram, before the first tile, needs no shift.
+      if (lane < 4) own.shift[n * 8 + 2 * t + i] = old == -INFINITY ? 0.0f : raised - old;
+    }
+  }
+  __syncwarp();
+  for (int e = lane; e < own.words; e += 32) {
+    const int row = (Attend::bin_place(e / kLive) ^ e) % kLive;
+    own.histogram[e] >>= static_cast<int>(fminf(own.shift[row], 31.0f));
+  }
+  __syncwarp();
+}
+
+template <int kLive>
+__device__ __forceinline__ void attend_tile(const DecodeParams& p,
+                                            State<Attend<kLive>::kTiles>& state,
+                                            const Lane<Attend<kLive>::kTiles>& own,
+                                            const uint8_t* tile, RawToken raw, int valid) {
+  using Attend = patternkv::Attend<kLive>;
+  constexpr int kTiles = Attend::kTiles, kOwn = Attend::kOwn;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const KeyWords keys[2] = {load_keys(tile, g, t), load_keys(tile, 16 + g, t)};
+  // The lane's own token, in the form in which its group of readers needs it.
+  const float own_k_scale = raw.k_scale_float() * own.code_scale;
+  const float own_v_scale = fminf(raw.v_scale_float() * own.value_scale, 4096.0f);
+  const uint32_t own_v_pair = as_u32(__float2half2_rn(own_v_scale));
+
+  // [slice of 16 tokens]: columns 8n + 2t and the next of token g, then of token g + 8.
+  float x[2][kTiles][4];
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      x[s][n][0] = x[s][n][2] = -own.bias[n][0];
+      x[s][n][1] = x[s][n][3] = -own.bias[n][1];
+    }
+#pragma unroll
+    for (int w = 0; w < KeyWords::kCount; ++w) {
+      uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
+      KCodes::expand(keys[s].low[w], low);
+      KCodes::expand(keys[s].high[w], high);
+#pragma unroll
+      for (int r = 0; r < KCodes::kPerHalf; r += 2) {
+        const int slot = w * KCodes::kPerHalf + r;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          mma_m16n8k16(x[s][n], low[r], high[r], low[r + 1], high[r + 1], own.q[n][slot],
+                       own.q[n][slot + 1]);
+        }
+      }
+    }
+  }
+  if constexpr (kOwn == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float moved = __shfl_up_sync(~0u, x[1][0][i], 2);
+      x[0][0][i] = t < 2 ? x[0][0][i] : moved;
+    }
+  }
+
+  const uint8_t* value_rows =
+      tile + kTile * kKStride + 2 * t * kVStride + g * (kDims * V_BITS / 8);
+  ValuePair first[2], second[2];  // V codes of the tokens 2t, 2t+1 and 2t+8, 2t+9 of each slice
+  const auto load_values = [&](int s) {
+    const uint8_t* row = value_rows + s * 16 * kVStride;
+    first[s].load(row, row + kVStride);
+    second[s].load(row + 8 * kVStride, row + 9 * kVStride);
+  };
+  // They come from shared memory while the softmax is worked out, where registers allow.
+  load_values(0);
+  if constexpr (kTiles == 1) load_values(1);
+
+  uint32_t v_scale[kOwn][2], bins[kOwn][2];
+  const int first_token = (kOwn == 1 ? t / 2 * 16 : 0) + g;
+#pragma unroll
+  for (int s = 0; s < kOwn; ++s) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int source = first_token + s * 16 + h * 8;
+      const float scale = __shfl_sync(~0u, own_k_scale, source);
+      const uint32_t pattern_ids = __shfl_sync(~0u, raw.pattern_ids, source);
+      v_scale[s][h] = __shfl_sync(~0u, own_v_pair, source);
+      bins[s][h] = own.bins + Attend::bin_place(pattern_ids >> 8) * 4;
+      const float* row = own.table + (pattern_ids & 0xff) * kLive;
+      float products[2 * kTiles];
+      load_words(reinterpret_cast<uint32_t(&)[2 * kTiles]>(products),
+                 reinterpret_cast<const uint8_t*>(row));
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        float& logit = x[s][i / 2][2 * h + i % 2];
+        logit = fmaf(logit, scale, products[i]);
+      }
+    }
+  }
+  if (p.cap_log2 > 0) {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles * kOwn; ++i) {
+      float& logit = x[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
+      logit = soft_cap(logit, p.cap_log2);
+    }
+  }
+  if (valid < kTile) {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles * kOwn; ++i) {
+      const int token = first_token + i / (4 * kTiles) * 16 + i % 4 / 2 * 8;
+      if (token >= valid) x[i / (4 * kTiles)][i / 4 % kTiles][i % 4] = -INFINITY;
+    }
+  }
+  float peak[kTiles][2];
+  bool ahead = false;
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const int n = i / 2, e = i % 2;
+    peak[n][e] = fmaxf(x[0][n][e], x[0][n][e + 2]);
+    if constexpr (kOwn == 2) peak[n][e] = fmaxf(peak[n][e], fmaxf(x[1][n][e], x[1][n][e + 2]));
+    ahead |= peak[n][e] > state.reference[n][e] + kSlack;
+  }
+  if (__any_sync(~0u, ahead)) raise_reference<kLive>(state, own, peak);
+
+  uint32_t weights[2][kTiles][2];  // B operands: [slice][n-tile], tokens 2t, 2t+1 and 2t+8, 2t+9
+#pragma unroll
+  for (int s = 0; s < kOwn; ++s) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float p0 = exp2_approx(x[s][n][2 * h] - state.reference[n][0]);
+        const float p1 = exp2_approx(x[s][n][2 * h + 1] - state.reference[n][1]);
+        // Without the permutation of 16 rows both are sums, which the instruction works out.
+        const uint32_t bin = bins[s][h];
+        add_shared(kLive == 16 ? bin ^ (n * 32) : bin, own.fixed.encode(p0));
+        add_shared(kLive == 16 ? bin ^ (n * 32 + 4) : bin + 4, own.fixed.encode(p1));
+        weights[s][n][h] = movmatrix_trans(
+            as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
+        // The second slice is in columns 4 to 7. What is in those of its own operand does not matter.
+        if constexpr (kOwn == 1) weights[1][0][h] = __shfl_down_sync(~0u, weights[0][0][h], 16);
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    if (kTiles == 2 && s == 1) load_values(1);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      uint32_t a[VCodes::kPerHalf], b[VCodes::kPerHalf];
+      VCodes::expand_centred(first[s].units[u], a);
+      VCodes::expand_centred(second[s].units[u], b);
+#pragma unroll
+      for (int r = 0; r < VCodes::kPerHalf; r += 2) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][n], a[r], a[r + 1], b[r], b[r + 1],
+                       weights[s][n][0], weights[s][n][1]);
+        }
+      }
+    }
+  }
+}
+
+template <int kLive>
+__device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* memory) {
+  using Attend = patternkv::Attend<kLive>;
+  constexpr int kTiles = Attend::kTiles, kRows = Attend::kRows;
+  auto& shared = *reinterpret_cast<typename Attend::Shared*>(memory);
+  const int words = Attend::words(p.num_patterns);
+  auto* table = reinterpret_cast<float*>(memory + Attend::table_start());
+  auto* histograms = reinterpret_cast<uint32_t*>(table + words);
+  auto* rings = reinterpret_cast<uint8_t*>(histograms + kWarps * words);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int num_rows = item.num_branches * p.group;
+  uint8_t* ring = rings + warp * kRingBytes;
+  const int* slots = p.req_to_token + item.req * p.req_stride;
+  const int num_tiles = (item.end - item.start + kTile - 1) / kTile;
+  const auto tiles_of = [&](int w) { return (num_tiles - w + kWarps - 1) / kWarps; };
+  const int own_tiles = tiles_of(warp);
+
+  // Tile n of this warp starts at position first + n * kWarps * kTile; lanes own its tokens. Lanes
+  // beyond the end repeat the last token, so that no byte outside the segment is read.
+  const int first = item.start + warp * kTile;
+  const auto load_slot = [&](int n) {
+    return slots[min(first + n * kWarps * kTile + lane, item.end - 1)];
+  };
+  const HeadPool pool(p.pool, head);
+  const auto issue = [&](int n, int slot) {
+    const uint32_t units = pool.row_units(p.pool, slot);
+    copy_rows<kTile, 32>(p.copy16, shared_address(ring) + n % 2 * kTileBytes, pool.codes, lane,
+                         [&](int token) { return __shfl_sync(~0u, units, token); });
+    cp_async_commit();
+    return load_token(pool.metadata_words(p.pool, slot));
+  };
+  RawToken even = {}, odd = {};  // of the tiles in flight
+  const int first_slot = load_slot(0);
+  int odd_slot = load_slot(1), even_slot = load_slot(2);
+  if (own_tiles > 0) even = issue(0, first_slot);
+
+  Lane<kTiles> own;
+  own.words = words;
+  own.histogram = histograms + warp * words;
+  own.shift = shared.shift[warp];
+  for (int e = lane; e < words; e += 32) own.histogram[e] = 0;
+  const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
+  fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
+                    [&](int pattern, int row, float value) {
+                      if (row < kLive) table[pattern * kLive + Attend::table_place(row)] = value;
+                    });
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      reinterpret_cast<uint4&>(own.q[n][4 * i]) =
+          reinterpret_cast<const uint4*>(shared.queries.fragments)[(n * (D / 32) + i) * 32 + lane];
+    }
+  }
+  code_bias<kTiles>(shared.queries.fragments, own.bias);
+  own.code_scale = scales.codes;
+  own.table = table + Attend::table_place(2 * t % kLive);
+  own.bins = shared_address(own.histogram) + 2 * t % kLive * 4;
+  // The first tile's scales set a power of two that keeps p * v_scale away from fp16's limits.
+  float largest = own_tiles > 0 ? even.v_scale_float() : 0.0f;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+  }
+  own.value_scale = power_of_two_scale(largest, 0);
+  own.fixed = FixedPoint::of(own_tiles * kTile);
+  __syncthreads();
+
+  State<kTiles> state;
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) state.reference[i / 2][i % 2] = -INFINITY;
+  // `slot` is of tile n + 1, then of tile n + 3. Two steps in turns: what a load brings needs no move,
+  // which would wait for it.
+  const auto step = [&](int n, const RawToken& raw, RawToken& next, int& slot) {
+    cp_async_wait<0>();
+    __syncwarp();
+    if (n + 1 < own_tiles) {
+      next = issue(n + 1, slot);
+      slot = load_slot(n + 3);
+    }
+    attend_tile<kLive>(p, state, own, ring + n % 2 * kTileBytes, raw,
+                       item.end - (first + n * kWarps * kTile));
+  };
+  for (int n = 0; n < own_tiles; n += 2) {
+    step(n, even, odd, odd_slot);
+    if (n + 1 < own_tiles) step(n + 1, odd, even, even_slot);
+  }
+
+  // Add up the warps.
+  if (g == 0) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      shared.reference[warp][i / 2 * 8 + 2 * t + i % 2] = state.reference[i / 2][i % 2];
+    }
+  }
+  __syncthreads();
+  const auto common_reference = [&](int row) {
+    float top = shared.reference[0][row];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, shared.reference[w][row]);
+    return top;
+  };
+  // A warp without tokens has reference -inf, hence weight 0.
+  const auto warp_weight = [&](int w, int row, float top) {
+    return exp2_approx(shared.reference[w][row] - top);
+  };
+
+  // The table is no longer needed: its place takes the sum of the histograms, in units of 1/16 ...
+  for (int e = threadIdx.x; e < words; e += kThreads) {
+    const int pattern = e / kLive, row = e % kLive;
+    const float top = common_reference(row);
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const uint32_t count = histograms[w * words + (Attend::bin_place(pattern) ^ row)];
+      const float unit = FixedPoint::of(tiles_of(w) * kTile).unit();
+      sum += static_cast<float>(count) * unit * warp_weight(w, row, top);
+    }
+    table[e] = sum * (1.0f / 16);
+  }
+  // ... while outputs go from code units to those of V / 16.
+  const __half* channels = table_channels(p, item.table, 1, head);
+  float row_weight[kTiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const int row = i / 2 * 8 + 2 * t + i % 2;
+    row_weight[i / 2][i % 2] =
+        warp_weight(warp, row, common_reference(row)) / (16 * own.value_scale);
+  }
+#pragma unroll
+  for (int d = 0; d < kDims; ++d) {
+    const int dim = g * kDims + d;
+    const float channel = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
+    const float unit = channel / VCodes::centred_step(d % VCodes::kPerHalf);
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      state.out[d / 2][i / 2][d % 2 * 2 + i % 2] *= unit * row_weight[i / 2][i % 2];
+    }
+  }
+  __syncthreads();
+  add_patterns<kTiles, kDims>(
+      p, table_rows(p, item.table, 1, head), g * kDims, state.out, warp, kWarps,
+      [&](int pattern, int row) { return table[pattern * kLive + row % kLive]; });
+
+  // The rings take each warp's output, [warp][row][dim].
+  auto* outputs = reinterpret_cast<float*>(rings);
+  if (2 * t < kLive) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int row = i / 2 * 8 + 2 * t + i % 2;
+      float* own_row = outputs + (warp * kLive + row) * D + g * kDims;
+#pragma unroll
+      for (int d = 0; d < kDims; d += 4) {
+        const auto& low = state.out[d / 2][i / 2];
+        const auto& high = state.out[d / 2 + 1][i / 2];
+        reinterpret_cast<float4&>(own_row[d]) =
+            make_float4(low[i % 2], low[i % 2 + 2], high[i % 2], high[i % 2 + 2]);
+      }
+    }
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < num_rows * (HEAD_DIM / 4); e += kThreads) {
+    const int row = e / (HEAD_DIM / 4), dim = e % (HEAD_DIM / 4) * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float4 part = *reinterpret_cast<const float4*>(outputs + (w * kLive + row) * D + dim);
+      sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    reinterpret_cast<float4&>(p.state_out[state_index(p, item, head, row) * HEAD_DIM + dim]) =
+        make_float4(sum.x * 16, sum.y * 16, sum.z * 16, sum.w * 16);
+  }
+  // Every probability is in one bin, so a row's softmax mass is the sum of its bins.
+  for (int row = warp; row < num_rows; row += kWarps) {
+    float mass = 0;
+    for (int pattern = lane; pattern < p.num_patterns; pattern += 32) {
+      mass += table[pattern * kLive + row];
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      mass += __shfl_xor_sync(~0u, mass, distance);
+    }
+    if (lane == 0) {
+      p.state_sum[state_index(p, item, head, row)] = make_float2(common_reference(row), mass * 16);
+    }
+  }
+}
+
+// Blocks that fit a Hopper multiprocessor by their shared memory get the registers to run at once.
+constexpr int min_blocks(int live) {
+  return D > 128 ? (live == 16 ? 1 : 2) : (live == 16 ? 3 : 4);
+}
+
+template <int kLive>
+__global__ void __launch_bounds__(kThreads, min_blocks(kLive))
+    attend_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  launch_dependents();
+  const WorkQueue queue = kLive == 16 ? p.work.wide() : p.work.narrow();
+  __shared__ int next;
+  const int num_units = *queue.num_items * p.pool.h_kv;
+  int unit = blockIdx.x;
+  while (unit < num_units) {
+    // The next unit is asked for before this one is worked on, so the answer costs no time.
+    int asked = 0;
+    if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(queue.taken, 1);
+    attend<kLive>(p, queue.items[unit / p.pool.h_kv], unit % p.pool.h_kv, memory);
+    __syncthreads();
+    if (threadIdx.x == 0) next = asked;
+    __syncthreads();
+    unit = next;
+  }
+  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
+  wait_for_previous_kernel();
+}
+
+}  // namespace patternkv
