@@ -3,7 +3,7 @@
 // A warp works on 8 tokens (or twice 8) of one side, K or V, of one head. Two kernels differ in how
 // warps share the work, not in what is computed for a token: `store_few` spreads the patterns of 8
 // tokens over the warps of a block, for decode batches; in `store_many` every warp has its own tokens,
-// for prefill. Bound by instruction issue: about 1000 warp instructions per 8 vectors of 128 dims
+// for prefill. Bound by instruction issue: about 1070 warp instructions per 8 vectors of 128 dims
 // with 64 patterns.
 #pragma once
 
@@ -23,7 +23,7 @@ constexpr int kGroups = HEAD_DIM <= 128 ? 2 : 1;
 template <typename T>
 __device__ __forceinline__ void load_token(const T* vector, Share& out) {
   const uint4* share = share_of(vector);
-  __half2 finite = __float2half2_rn(0.0f);
+  __half2 largest = __float2half2_rn(0.0f);
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const uint4 chunk = load_streaming(share + 4 * i);
@@ -38,12 +38,11 @@ __device__ __forceinline__ void load_token(const T* vector, Share& out) {
         x = as_half2(words[j]);
       }
       out[4 * i + j] = x;
-      // Stays 0 unless some x is infinite or NaN.
-      finite = __hfma2(x, __float2half2_rn(0.0f), finite);
+      largest = __hmax2_nan(largest, __habs2(x));
     }
   }
-  const float2 halves = __half22float2(finite);
-  if (halves.x != 0.0f || halves.y != 0.0f) {
+  const float2 halves = __half22float2(largest);
+  if (!isfinite(halves.x) || !isfinite(halves.y)) {
     const auto clean = [](float x) {
       return isnan(x) ? 0.0f : fminf(fmaxf(x, -65504.0f), 65504.0f);
     };
@@ -64,13 +63,13 @@ template <typename T>
 __device__ __forceinline__ Token load_tile(const StoreParams& p, int side, int head, int first,
                                            Share& x) {
   const int wanted = first + threadIdx.x % 32 / 4, index = min(wanted, p.n - 1);
-  load_token(static_cast<const T*>(p.x[side]) + index * p.token_stride[side] +
-                 head * p.head_stride[side],
-             x);
+  const Vectors vectors = side == 0 ? p.k : p.v;
+  const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
+  load_token(of_head + int64_t{index} * vectors.token_stride, x);
   int slot = -1;
   if (wanted < p.n) {
-    slot = p.slots_are_int64 ? static_cast<int>(static_cast<const int64_t*>(p.slots)[index])
-                             : static_cast<const int*>(p.slots)[index];
+    // Slots are below 2^31: of an int64 the lower half will do.
+    slot = static_cast<const int*>(p.slots)[p.slots_are_int64 ? 2 * int64_t{index} : index];
   }
   return {p.table_ids[index], slot};
 }
@@ -101,9 +100,8 @@ template <int kBits>
 __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreTable& table,
                                            const __half* patterns, int side, int head,
                                            const Share& x, Nearest nearest, int slot) {
-  Residual residual;
-  settle(table, patterns, p.num_patterns, x, slot >= 0, nearest, residual);
-  const StoredVector vector = fit<kBits>(table, residual);
+  const StoredVector vector =
+      fit<kBits>(table, patterns, p.num_patterns, x, slot >= 0, nearest);
   if (slot >= 0) write_vector<kBits>(p.pool, side, head, slot, nearest.id, vector);
 }
 
@@ -221,7 +219,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
         if (left != 0) table = candidate;
       }
       if (table < 0) break;
-      const int64_t table_head = p.table_head(table, side, head);
+      const int table_head = p.table_head(table, side, head);
       const __half* patterns = p.patterns_of(table_head);
       const StoreTable* prepared = &shared.common;
       if (table != common) {

@@ -20,10 +20,15 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 // A lane's share of a vector: pair j holds dims 32 (j / 4) + 8 part + 2 (j % 4) and the next.
 using Share = __half2[kPairs];
 
+// K or V: bf16 or fp16 [n, h_kv, HEAD_DIM], strides in elements.
+struct Vectors {
+  const void* data;
+  int token_stride, head_stride;
+};
+
 struct StoreParams {
   SlotPool pool;
-  const void* x[2];  // K and V, bf16 or fp16 [n, h_kv, HEAD_DIM]
-  int64_t token_stride[2], head_stride[2];
+  Vectors k, v;
   const void* slots;  // int64 or int32 [n]
   bool slots_are_int64;
   const int* table_ids;          // [n]
@@ -32,11 +37,11 @@ struct StoreParams {
   const __half* channel_weight;  // [num_tables, 2, h_kv, HEAD_DIM]
   int n, num_patterns;
 
-  __device__ int64_t table_head(int table, int side, int head) const {
-    return (int64_t{table} * 2 + side) * pool.h_kv + head;
+  __device__ int table_head(int table, int side, int head) const {
+    return (table * 2 + side) * pool.h_kv + head;
   }
-  __device__ const __half* patterns_of(int64_t table_head) const {
-    return patterns + table_head * num_patterns * HEAD_DIM;
+  __device__ const __half* patterns_of(int table_head) const {
+    return patterns + int64_t{table_head} * (num_patterns * HEAD_DIM);
   }
 };
 
@@ -116,10 +121,10 @@ __device__ __forceinline__ void fill_biases(StoreTable& table, const Share& weig
 
 // Fills `table`; warp `rank` of `count` warps does its share.
 __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams& params,
-                                           int64_t table_head, int rank, int count) {
+                                           int table_head, int rank, int count) {
   const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const uint4* weights = share_of(params.channel_weight + table_head * HEAD_DIM);
-  const uint4* scales = share_of(params.channel_scale + table_head * HEAD_DIM);
+  const uint4* weights = share_of(params.channel_weight + int64_t{table_head} * HEAD_DIM);
+  const uint4* scales = share_of(params.channel_scale + int64_t{table_head} * HEAD_DIM);
 
   // Vectors are read again where they are needed: the cache has them, and registers are scarce.
   float largest = 0.0f, largest_scale = 0.0f, largest_product = 0.0f;
@@ -164,9 +169,9 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
         const int at = 16 * i + 4 * part + j;
         table.weight[at] = weight[4 * i + j];
         table.fit_weight[at] = fit_weight;
-        // Levels are taken of residuals below 4: larger inverses would leave the float16 range.
+        // Levels are taken of residuals below 16: larger inverses would leave the float16 range.
         // Such channels weigh next to nothing.
-        constexpr float kMaxInverse = 8192.0f;
+        constexpr float kMaxInverse = 2048.0f;
         table.inverse_scale[at] =
             __floats2half2_rn(fminf(scale_power * reciprocal_approx(y.x), kMaxInverse),
                               fminf(scale_power * reciprocal_approx(y.y), kMaxInverse));
