@@ -2,9 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "patternkv/decode_attend.cuh"
 #include "patternkv/decode_merge.cuh"
+#include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_wide.cuh"
 #include "tvm_ffi_utils.h"
 
 namespace patternkv {
@@ -63,32 +64,33 @@ struct LaunchConfig {
   bool dependent_launch;  // compute capability 9.0 and later
 };
 
-template <int kLive>
-AttendLaunch make_launch(int num_patterns, int device) {
+AttendLaunch make_launch(AttendKernel kernel, int rows, int bytes, int num_patterns, int device) {
   int per_block, sms, per_sm = 0;
   check(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
-  AttendLaunch launch = {attend_kernel<kLive>, kLive, Attend<kLive>::shared_bytes(num_patterns), 0};
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, launch.kernel), "attributes of a decode kernel");
+  check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a decode kernel");
   // To the most there is, since other numbers of patterns share the kernel.
   const int most = per_block - static_cast<int>(attributes.sharedSizeBytes);
-  TVM_FFI_CHECK(launch.bytes <= most, ValueError)
-      << num_patterns << " patterns need " << launch.bytes << " bytes of shared memory, the GPU has "
+  TVM_FFI_CHECK(bytes <= most, ValueError)
+      << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
       << most << " per block: use fewer patterns";
-  check(cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "shared memory of a decode kernel");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, launch.kernel, kThreads, launch.bytes),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
         "occupancy of a decode kernel");
-  launch.blocks = std::max(per_sm, 1) * sms;
-  return launch;
+  return {kernel, rows, bytes, std::max(per_sm, 1) * sms};
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
   int major;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  return {group <= 4 ? make_launch<4>(num_patterns, device) : make_launch<8>(num_patterns, device),
-          make_launch<kWideRows>(num_patterns, device), major >= 9};
+  const int rows = group <= 4 ? 4 : 8;
+  const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
+  return {make_launch(narrow, rows, narrow::shared_bytes(num_patterns, rows), num_patterns, device),
+          make_launch(wide::attend_kernel, kWideRows, wide::shared_bytes(num_patterns), num_patterns,
+                      device),
+          major >= 9};
 }
 
 // Once per device, number of patterns and kind of group: the attributes that it sets stay set.

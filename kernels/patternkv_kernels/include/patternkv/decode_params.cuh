@@ -12,13 +12,13 @@ namespace patternkv {
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
 constexpr int kTokenAlign = 128;  // chunks are multiples of it: a tile for each warp
-constexpr int kWideRows = 16;  // most query rows of a wide work item; a narrow one has at most 4 or 8
+constexpr int kWideRows = 32;  // most query rows of a wide work item; a narrow one has at most 4 or 8
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
 constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
-// that gets kSlack ahead, and then by kHeadroom more than it must, so accumulators are rarely
-// rescaled and probabilities stay within fp16 and fixed point.
-constexpr float kSlack = 3.0f, kHeadroom = 3.0f;
+// that gets kSlack ahead of it, so accumulators are rarely rescaled and probabilities stay within fp16
+// and fixed point.
+constexpr float kSlack = 3.0f;
 
 // Chunk of a segment for a tile of the branches that read it; every KV head makes one work unit.
 struct WorkItem {

@@ -189,12 +189,15 @@ struct FixedPoint {
   int fraction;
   float magic;
   uint32_t magic_bits;
+  // How far above a row's largest logit its reference goes: as far as rounding stays small, since a
+  // later logit above the reference makes the row's sums be rescaled.
+  float headroom;
 
   static __device__ FixedPoint of(int tokens) {
     const int log2_tokens = tokens > 1 ? 32 - __clz(tokens - 1) : 0;
     const int fraction = min(20, 28 - log2_tokens);
     const float magic = __int_as_float((127 + 23 - fraction) << 23);
-    return {fraction, magic, __float_as_uint(magic)};
+    return {fraction, magic, __float_as_uint(magic), fmaxf(fraction - 14, 2)};
   }
   // Adding 2^(23 - fraction) leaves the rounded value in the mantissa.
   __device__ uint32_t encode(float p) const { return __float_as_uint(p + magic) - magic_bits; }
@@ -423,6 +426,26 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
         mma_m16n8k16(out[w][n], a0, a1, a2, a3, lower[0], lower[1]);
       }
     }
+  }
+}
+
+// Works through the units of a launch, an item and a KV head each, block by block: `attend(item, head)`
+// by whole blocks. The next unit is asked for before the present one is worked on, so the answer costs
+// no time.
+template <typename AttendUnit>
+__device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, AttendUnit attend) {
+  __shared__ int next;
+  const int num_units = *queue.num_items * h_kv;
+  int unit = blockIdx.x;
+  while (unit < num_units) {
+    int asked = 0;
+    if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(queue.taken, 1);
+    const WorkItem item = queue.items[unit / h_kv];
+    attend(item, unit % h_kv);
+    __syncthreads();
+    if (threadIdx.x == 0) next = asked;
+    __syncthreads();
+    unit = next;
   }
 }
 

@@ -1,58 +1,42 @@
-// Attention of the query rows of a work item over its chunk of tokens. Each warp of a block works
+// Attention of few query rows over a chunk of tokens: private suffixes. Each warp of a block works
 // through every fourth 32-token tile on its own, with its own ring of code rows, reference logits and
 // pattern histogram; the four results are added at the end.
 //
-// kLive is the most rows of an item: 4 or 8 for private suffixes, 16 for tiles of the branches that
-// share a segment. The MMAs have n-tiles of 8 columns. With 4 rows, the lanes of the idle columns take
-// over the softmax of every other 16 tokens.
+// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive. With
+// 4, the lanes of the idle columns take over the softmax of every other 16 tokens.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
 
 namespace patternkv {
+namespace narrow {
 
+constexpr int kRows = 8;
 constexpr int kTile = 32;
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
 constexpr int kRingBytes = 2 * kTileBytes;        // of a warp
 constexpr int kDims = D / 8;                      // of V and the output, per lane
 constexpr int kUnits = kDims / VCodes::kPerHalf;  // 16-bit units of V codes per lane and token
 
-template <int kLive>
-struct Attend {
-  static constexpr int kTiles = (kLive + 7) / 8;
-  static constexpr int kRows = 8 * kTiles;
-  static constexpr int kOwn = kLive == 4 ? 1 : 2;  // slices of 16 tokens whose softmax a lane works out
-
-  struct Shared {
-    QueryTile<kRows> queries;
-    RawQueries<kRows> raw_queries;
-    float reference[kWarps][kRows];
-    float shift[kWarps][kRows];
-  };
-
-  // Memory of a block: [Shared][table][histograms][rings], the second and third by the number of
-  // patterns. Once the tiles are done, the rings take the warps' outputs.
-  static __host__ __device__ int words(int num_patterns) {
-    return round_up(num_patterns, 16) * kLive;
-  }
-  static __host__ __device__ int table_start() { return round_up(sizeof(Shared), 128); }
-  static __host__ __device__ int shared_bytes(int num_patterns) {
-    const int outputs = kWarps * kLive * D * 4, rings = kWarps * kRingBytes;
-    return table_start() + words(num_patterns) * 4 * (1 + kWarps) + (rings > outputs ? rings : outputs);
-  }
-
-  // Place of a row in a pattern's row of the table: a lane reads its own in one go.
-  static __device__ int table_place(int row) {
-    return kLive == 16 ? row % 8 / 2 * 4 + row / 8 * 2 + row % 2 : row;
-  }
-
-  // Word of a pattern's bin for row 0; row r's is at this, exclusive or r. A permutation of the 16 rows
-  // spreads the bins that a warp adds to at once, of eight tokens and four rows, over the banks.
-  static __device__ int bin_place(int pattern) {
-    const int swap = kLive == 16 ? pattern / 2 % 2 * 8 | pattern / 4 % 2 : 0;
-    return pattern * kLive | swap;
-  }
+struct Shared {
+  QueryTile<kRows> queries;
+  RawQueries<kRows> raw_queries;
+  float reference[kWarps][kRows];
 };
+
+// Memory of a block: [Shared][table][histograms][rings], the second and third by the number of patterns.
+// Once the tiles are done, the rings take the warps' outputs.
+__host__ __device__ __forceinline__ int table_start() { return round_up(sizeof(Shared), 16); }
+
+__host__ __device__ __forceinline__ int table_words(int num_patterns, int live) {
+  return round_up(num_patterns, 16) * live;
+}
+
+__host__ __device__ __forceinline__ int shared_bytes(int num_patterns, int live) {
+  const int outputs = kWarps * live * D * 4, rings = kWarps * kRingBytes;
+  return table_start() + table_words(num_patterns, live) * 4 * (1 + kWarps) +
+         (rings > outputs ? rings : outputs);
+}
 
 // Brings a lane's V codes of two tokens together: unit u of token a in the low half, of b in the high.
 struct ValuePair {
@@ -76,71 +60,62 @@ struct ValuePair {
   }
 };
 
-// One warp's running attention. Lane (g, t) holds the output of the columns 8n + 2t and the next, and the
-// references of these rows (modulo kLive).
-template <int kTiles>
+// One warp's running attention. Lane (g, t) holds the output of columns 2t and 2t + 1 and the references
+// of these rows (modulo kLive).
 struct State {
-  float out[kDims / 2][kTiles][4] = {};  // dims 2i, 2i, 2i+1, 2i+1 of the two columns
-  float reference[kTiles][2];            // whole numbers (log2)
+  float out[kDims / 2][1][4] = {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the columns
+  float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
 };
 
 // What a lane keeps of its item through all tiles.
-template <int kTiles>
 struct Lane {
-  uint32_t q[kTiles][D / 8];
-  float bias[kTiles][2];
+  uint32_t q[D / 8];
+  float bias[1][2];
   float code_scale, value_scale;
   FixedPoint fixed;
-  const float* table;   // at the lane's rows
+  const float* table;   // at row 2t
   uint32_t* histogram;  // of the warp
-  uint32_t bins;        // its shared address, at row 2t
-  float* shift;         // of the warp
+  uint32_t bins;        // its shared address at row 2t
   int words;
 };
 
 // Raises the references of rows whose peaks, over the lane's logits, get too far ahead, and rescales.
 template <int kLive>
-__device__ __forceinline__ void raise_reference(State<Attend<kLive>::kTiles>& state,
-                                                const Lane<Attend<kLive>::kTiles>& own,
-                                                float (&peak)[Attend<kLive>::kTiles][2]) {
-  using Attend = patternkv::Attend<kLive>;
-  const int lane = threadIdx.x % 32, t = lane % 4;
+__device__ __forceinline__ void raise_reference(State& state, const Lane& own, float (&peak)[2]) {
+  const int lane = threadIdx.x % 32;
+  float shift[2];
 #pragma unroll
-  for (int n = 0; n < Attend::kTiles; ++n) {
+  for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int distance = kLive / 2; distance < 32; distance *= 2) {
+      peak[i] = fmaxf(peak[i], __shfl_xor_sync(~0u, peak[i], distance));
+    }
+    const float old = state.reference[i];
+    const float raised = peak[i] > old + kSlack ? ceilf(peak[i]) + own.fixed.headroom : old;
+    const float scale = exp2_approx(old - raised);
+    shift[i] = old == -INFINITY ? 0.0f : raised - old;  // an empty histogram needs no shift
+    state.reference[i] = raised;
 #pragma unroll
-      for (int distance = kLive == 4 ? 2 : 4; distance < 32; distance *= 2) {
-        peak[n][i] = fmaxf(peak[n][i], __shfl_xor_sync(~0u, peak[n][i], distance));
-      }
-      const float old = state.reference[n][i];
-      const float raised = peak[n][i] > old + kSlack ? ceilf(peak[n][i]) + kHeadroom : old;
-      const float scale = exp2_approx(old - raised);
-      state.reference[n][i] = raised;
-#pragma unroll
-      for (int d = 0; d < kDims / 2; ++d) {
-        state.out[d][n][i] *= scale;
-        state.out[d][n][i + 2] *= scale;
-      }
-      // An empty histogram, before the first tile, needs no shift.
-      if (lane < 4) own.shift[n * 8 + 2 * t + i] = old == -INFINITY ? 0.0f : raised - old;
+    for (int d = 0; d < kDims / 2; ++d) {
+      state.out[d][0][i] *= scale;
+      state.out[d][0][i + 2] *= scale;
     }
   }
+  // Word e of the histogram is of row e % kLive, which is the same for all of a lane's.
+  const int row = lane % kLive;
+  const float even = __shfl_sync(~0u, shift[0], row / 2), odd = __shfl_sync(~0u, shift[1], row / 2);
+  const int bits = static_cast<int>(fminf(row % 2 ? odd : even, 31.0f));
   __syncwarp();
-  for (int e = lane; e < own.words; e += 32) {
-    const int row = (Attend::bin_place(e / kLive) ^ e) % kLive;
-    own.histogram[e] >>= static_cast<int>(fminf(own.shift[row], 31.0f));
+  if (bits > 0) {
+    for (int e = lane; e < own.words; e += 32) own.histogram[e] >>= bits;
   }
   __syncwarp();
 }
 
 template <int kLive>
-__device__ __forceinline__ void attend_tile(const DecodeParams& p,
-                                            State<Attend<kLive>::kTiles>& state,
-                                            const Lane<Attend<kLive>::kTiles>& own,
+__device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state, const Lane& own,
                                             const uint8_t* tile, RawToken raw, int valid) {
-  using Attend = patternkv::Attend<kLive>;
-  constexpr int kTiles = Attend::kTiles, kOwn = Attend::kOwn;
+  constexpr int kOwn = kLive == 4 ? 1 : 2;  // slices of 16 tokens whose softmax a lane works out
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const KeyWords keys[2] = {load_keys(tile, g, t), load_keys(tile, 16 + g, t)};
   // The lane's own token, in the form in which its group of readers needs it.
@@ -148,15 +123,11 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p,
   const float own_v_scale = fminf(raw.v_scale_float() * own.value_scale, 4096.0f);
   const uint32_t own_v_pair = as_u32(__float2half2_rn(own_v_scale));
 
-  // [slice of 16 tokens]: columns 8n + 2t and the next of token g, then of token g + 8.
-  float x[2][kTiles][4];
+  float x[2][4];  // [slice]: columns 2t and 2t + 1 of token g, then of token g + 8
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      x[s][n][0] = x[s][n][2] = -own.bias[n][0];
-      x[s][n][1] = x[s][n][3] = -own.bias[n][1];
-    }
+    x[s][0] = x[s][2] = -own.bias[0][0];
+    x[s][1] = x[s][3] = -own.bias[0][1];
 #pragma unroll
     for (int w = 0; w < KeyWords::kCount; ++w) {
       uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];
@@ -165,33 +136,28 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p,
 #pragma unroll
       for (int r = 0; r < KCodes::kPerHalf; r += 2) {
         const int slot = w * KCodes::kPerHalf + r;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          mma_m16n8k16(x[s][n], low[r], high[r], low[r + 1], high[r + 1], own.q[n][slot],
-                       own.q[n][slot + 1]);
-        }
+        mma_m16n8k16(x[s], low[r], high[r], low[r + 1], high[r + 1], own.q[slot], own.q[slot + 1]);
       }
     }
   }
   if constexpr (kOwn == 1) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float moved = __shfl_up_sync(~0u, x[1][0][i], 2);
-      x[0][0][i] = t < 2 ? x[0][0][i] : moved;
+      const float moved = __shfl_up_sync(~0u, x[1][i], 2);
+      x[0][i] = t < 2 ? x[0][i] : moved;
     }
   }
 
+  // V's codes come from shared memory while the softmax is worked out.
   const uint8_t* value_rows =
       tile + kTile * kKStride + 2 * t * kVStride + g * (kDims * V_BITS / 8);
   ValuePair first[2], second[2];  // V codes of the tokens 2t, 2t+1 and 2t+8, 2t+9 of each slice
-  const auto load_values = [&](int s) {
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
     const uint8_t* row = value_rows + s * 16 * kVStride;
     first[s].load(row, row + kVStride);
     second[s].load(row + 8 * kVStride, row + 9 * kVStride);
-  };
-  // They come from shared memory while the softmax is worked out, where registers allow.
-  load_values(0);
-  if constexpr (kTiles == 1) load_values(1);
+  }
 
   uint32_t v_scale[kOwn][2], bins[kOwn][2];
   const int first_token = (kOwn == 1 ? t / 2 * 16 : 0) + g;
@@ -203,66 +169,51 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p,
       const float scale = __shfl_sync(~0u, own_k_scale, source);
       const uint32_t pattern_ids = __shfl_sync(~0u, raw.pattern_ids, source);
       v_scale[s][h] = __shfl_sync(~0u, own_v_pair, source);
-      bins[s][h] = own.bins + Attend::bin_place(pattern_ids >> 8) * 4;
-      const float* row = own.table + (pattern_ids & 0xff) * kLive;
-      float products[2 * kTiles];
-      load_words(reinterpret_cast<uint32_t(&)[2 * kTiles]>(products),
-                 reinterpret_cast<const uint8_t*>(row));
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        float& logit = x[s][i / 2][2 * h + i % 2];
-        logit = fmaf(logit, scale, products[i]);
-      }
+      bins[s][h] = own.bins + (pattern_ids >> 8) * (kLive * 4);
+      const float2 product =
+          *reinterpret_cast<const float2*>(own.table + (pattern_ids & 0xff) * kLive);
+      x[s][2 * h] = fmaf(x[s][2 * h], scale, product.x);
+      x[s][2 * h + 1] = fmaf(x[s][2 * h + 1], scale, product.y);
     }
   }
   if (p.cap_log2 > 0) {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles * kOwn; ++i) {
-      float& logit = x[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
-      logit = soft_cap(logit, p.cap_log2);
-    }
+    for (int i = 0; i < 4 * kOwn; ++i) x[i / 4][i % 4] = soft_cap(x[i / 4][i % 4], p.cap_log2);
   }
   if (valid < kTile) {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles * kOwn; ++i) {
-      const int token = first_token + i / (4 * kTiles) * 16 + i % 4 / 2 * 8;
-      if (token >= valid) x[i / (4 * kTiles)][i / 4 % kTiles][i % 4] = -INFINITY;
+    for (int i = 0; i < 4 * kOwn; ++i) {
+      if (first_token + i / 4 * 16 + i % 4 / 2 * 8 >= valid) x[i / 4][i % 4] = -INFINITY;
     }
   }
-  float peak[kTiles][2];
-  bool ahead = false;
+  float peak[2];
 #pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    const int n = i / 2, e = i % 2;
-    peak[n][e] = fmaxf(x[0][n][e], x[0][n][e + 2]);
-    if constexpr (kOwn == 2) peak[n][e] = fmaxf(peak[n][e], fmaxf(x[1][n][e], x[1][n][e + 2]));
-    ahead |= peak[n][e] > state.reference[n][e] + kSlack;
+  for (int i = 0; i < 2; ++i) {
+    peak[i] = fmaxf(x[0][i], x[0][i + 2]);
+    if constexpr (kOwn == 2) peak[i] = fmaxf(peak[i], fmaxf(x[1][i], x[1][i + 2]));
   }
-  if (__any_sync(~0u, ahead)) raise_reference<kLive>(state, own, peak);
+  if (__any_sync(~0u, peak[0] > state.reference[0] + kSlack ||
+                          peak[1] > state.reference[1] + kSlack)) {
+    raise_reference<kLive>(state, own, peak);
+  }
 
-  uint32_t weights[2][kTiles][2];  // B operands: [slice][n-tile], tokens 2t, 2t+1 and 2t+8, 2t+9
+  uint32_t weights[2][2];  // B operands: [slice], tokens 2t, 2t+1 and 2t+8, 2t+9 of row g
 #pragma unroll
   for (int s = 0; s < kOwn; ++s) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float p0 = exp2_approx(x[s][n][2 * h] - state.reference[n][0]);
-        const float p1 = exp2_approx(x[s][n][2 * h + 1] - state.reference[n][1]);
-        // Without the permutation of 16 rows both are sums, which the instruction works out.
-        const uint32_t bin = bins[s][h];
-        add_shared(kLive == 16 ? bin ^ (n * 32) : bin, own.fixed.encode(p0));
-        add_shared(kLive == 16 ? bin ^ (n * 32 + 4) : bin + 4, own.fixed.encode(p1));
-        weights[s][n][h] = movmatrix_trans(
-            as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
-        // The second slice is in columns 4 to 7. What is in those of its own operand does not matter.
-        if constexpr (kOwn == 1) weights[1][0][h] = __shfl_down_sync(~0u, weights[0][0][h], 16);
-      }
+    for (int h = 0; h < 2; ++h) {
+      const float p0 = exp2_approx(x[s][2 * h] - state.reference[0]);
+      const float p1 = exp2_approx(x[s][2 * h + 1] - state.reference[1]);
+      add_shared(bins[s][h], own.fixed.encode(p0));
+      add_shared(bins[s][h] + 4, own.fixed.encode(p1));
+      weights[s][h] = movmatrix_trans(
+          as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
+      // The second slice is in columns 4 to 7. What is in those of its own operand does not matter.
+      if constexpr (kOwn == 1) weights[1][h] = __shfl_down_sync(~0u, weights[0][h], 16);
     }
   }
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    if (kTiles == 2 && s == 1) load_values(1);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       uint32_t a[VCodes::kPerHalf], b[VCodes::kPerHalf];
@@ -270,11 +221,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p,
       VCodes::expand_centred(second[s].units[u], b);
 #pragma unroll
       for (int r = 0; r < VCodes::kPerHalf; r += 2) {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][n], a[r], a[r + 1], b[r], b[r + 1],
-                       weights[s][n][0], weights[s][n][1]);
-        }
+        mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][0], a[r], a[r + 1], b[r], b[r + 1],
+                     weights[s][0], weights[s][1]);
       }
     }
   }
@@ -282,11 +230,9 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p,
 
 template <int kLive>
 __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* memory) {
-  using Attend = patternkv::Attend<kLive>;
-  constexpr int kTiles = Attend::kTiles, kRows = Attend::kRows;
-  auto& shared = *reinterpret_cast<typename Attend::Shared*>(memory);
-  const int words = Attend::words(p.num_patterns);
-  auto* table = reinterpret_cast<float*>(memory + Attend::table_start());
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  const int words = table_words(p.num_patterns, kLive);
+  auto* table = reinterpret_cast<float*>(memory + table_start());
   auto* histograms = reinterpret_cast<uint32_t*>(table + words);
   auto* rings = reinterpret_cast<uint8_t*>(histograms + kWarps * words);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -316,27 +262,23 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   int odd_slot = load_slot(1), even_slot = load_slot(2);
   if (own_tiles > 0) even = issue(0, first_slot);
 
-  Lane<kTiles> own;
+  Lane own;
   own.words = words;
   own.histogram = histograms + warp * words;
-  own.shift = shared.shift[warp];
   for (int e = lane; e < words; e += 32) own.histogram[e] = 0;
   const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
   fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
                     [&](int pattern, int row, float value) {
-                      if (row < kLive) table[pattern * kLive + Attend::table_place(row)] = value;
+                      if (row < kLive) table[pattern * kLive + row] = value;
                     });
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < D / 32; ++i) {
-      reinterpret_cast<uint4&>(own.q[n][4 * i]) =
-          reinterpret_cast<const uint4*>(shared.queries.fragments)[(n * (D / 32) + i) * 32 + lane];
-    }
+  for (int i = 0; i < D / 32; ++i) {
+    reinterpret_cast<uint4&>(own.q[4 * i]) =
+        reinterpret_cast<const uint4*>(shared.queries.fragments)[i * 32 + lane];
   }
-  code_bias<kTiles>(shared.queries.fragments, own.bias);
+  code_bias<1>(shared.queries.fragments, own.bias);
   own.code_scale = scales.codes;
-  own.table = table + Attend::table_place(2 * t % kLive);
+  own.table = table + 2 * t % kLive;
   own.bins = shared_address(own.histogram) + 2 * t % kLive * 4;
   // The first tile's scales set a power of two that keeps p * v_scale away from fp16's limits.
   float largest = own_tiles > 0 ? even.v_scale_float() : 0.0f;
@@ -348,9 +290,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   own.fixed = FixedPoint::of(own_tiles * kTile);
   __syncthreads();
 
-  State<kTiles> state;
-#pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) state.reference[i / 2][i % 2] = -INFINITY;
+  State state;
   // `slot` is of tile n + 1, then of tile n + 3. Two steps in turns: what a load brings needs no move,
   // which would wait for it.
   const auto step = [&](int n, const RawToken& raw, RawToken& next, int& slot) {
@@ -370,10 +310,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 
   // Add up the warps.
   if (g == 0) {
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      shared.reference[warp][i / 2 * 8 + 2 * t + i % 2] = state.reference[i / 2][i % 2];
-    }
+    shared.reference[warp][2 * t] = state.reference[0];
+    shared.reference[warp][2 * t + 1] = state.reference[1];
   }
   __syncthreads();
   const auto common_reference = [&](int row) {
@@ -389,25 +327,23 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 
   // The table is no longer needed: its place takes the sum of the histograms, in units of 1/16 ...
   for (int e = threadIdx.x; e < words; e += kThreads) {
-    const int pattern = e / kLive, row = e % kLive;
+    const int row = e % kLive;
     const float top = common_reference(row);
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const uint32_t count = histograms[w * words + (Attend::bin_place(pattern) ^ row)];
       const float unit = FixedPoint::of(tiles_of(w) * kTile).unit();
-      sum += static_cast<float>(count) * unit * warp_weight(w, row, top);
+      sum += static_cast<float>(histograms[w * words + e]) * unit * warp_weight(w, row, top);
     }
     table[e] = sum * (1.0f / 16);
   }
   // ... while outputs go from code units to those of V / 16.
   const __half* channels = table_channels(p, item.table, 1, head);
-  float row_weight[kTiles][2];
+  float row_weight[2];
 #pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    const int row = i / 2 * 8 + 2 * t + i % 2;
-    row_weight[i / 2][i % 2] =
-        warp_weight(warp, row, common_reference(row)) / (16 * own.value_scale);
+  for (int i = 0; i < 2; ++i) {
+    const int row = 2 * t + i;
+    row_weight[i] = warp_weight(warp, row, common_reference(row)) / (16 * own.value_scale);
   }
 #pragma unroll
   for (int d = 0; d < kDims; ++d) {
@@ -415,12 +351,10 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     const float channel = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
     const float unit = channel / VCodes::centred_step(d % VCodes::kPerHalf);
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      state.out[d / 2][i / 2][d % 2 * 2 + i % 2] *= unit * row_weight[i / 2][i % 2];
-    }
+    for (int i = 0; i < 2; ++i) state.out[d / 2][0][d % 2 * 2 + i] *= unit * row_weight[i];
   }
   __syncthreads();
-  add_patterns<kTiles, kDims>(
+  add_patterns<1, kDims>(
       p, table_rows(p, item.table, 1, head), g * kDims, state.out, warp, kWarps,
       [&](int pattern, int row) { return table[pattern * kLive + row % kLive]; });
 
@@ -428,15 +362,12 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   auto* outputs = reinterpret_cast<float*>(rings);
   if (2 * t < kLive) {
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      const int row = i / 2 * 8 + 2 * t + i % 2;
-      float* own_row = outputs + (warp * kLive + row) * D + g * kDims;
+    for (int i = 0; i < 2; ++i) {
+      float* row = outputs + (warp * kLive + 2 * t + i) * D + g * kDims;
 #pragma unroll
       for (int d = 0; d < kDims; d += 4) {
-        const auto& low = state.out[d / 2][i / 2];
-        const auto& high = state.out[d / 2 + 1][i / 2];
-        reinterpret_cast<float4&>(own_row[d]) =
-            make_float4(low[i % 2], low[i % 2 + 2], high[i % 2], high[i % 2 + 2]);
+        const auto &low = state.out[d / 2][0], &high = state.out[d / 2 + 1][0];
+        reinterpret_cast<float4&>(row[d]) = make_float4(low[i], low[i + 2], high[i], high[i + 2]);
       }
     }
   }
@@ -468,32 +399,18 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   }
 }
 
-// Blocks that fit a Hopper multiprocessor by their shared memory get the registers to run at once.
-constexpr int min_blocks(int live) {
-  return D > 128 ? (live == 16 ? 1 : 2) : (live == 16 ? 3 : 4);
-}
-
+// Four blocks fit a Hopper multiprocessor by their shared memory, so they get the registers for it.
 template <int kLive>
-__global__ void __launch_bounds__(kThreads, min_blocks(kLive))
+__global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(256) uint8_t memory[];
   launch_dependents();
-  const WorkQueue queue = kLive == 16 ? p.work.wide() : p.work.narrow();
-  __shared__ int next;
-  const int num_units = *queue.num_items * p.pool.h_kv;
-  int unit = blockIdx.x;
-  while (unit < num_units) {
-    // The next unit is asked for before this one is worked on, so the answer costs no time.
-    int asked = 0;
-    if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(queue.taken, 1);
-    attend<kLive>(p, queue.items[unit / p.pool.h_kv], unit % p.pool.h_kv, memory);
-    __syncthreads();
-    if (threadIdx.x == 0) next = asked;
-    __syncthreads();
-    unit = next;
-  }
+  for_each_unit(p.work.narrow(), p.pool.h_kv, [&](const WorkItem& item, int head) {
+    attend<kLive>(p, item, head, memory);
+  });
   // This grid then ends after the one before it, and the merge, which waits for this one, after both.
   wait_for_previous_kernel();
 }
 
+}  // namespace narrow
 }  // namespace patternkv
