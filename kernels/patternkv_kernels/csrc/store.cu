@@ -17,7 +17,8 @@ int resident_blocks(int device) {
   if (blocks[device] == 0) {
     int per_sm = 0, sms = 0;
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, store::store_many<T>, 32 * store::kManyWarps, 0);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, store::store_many<T>,
+                                                  32 * store::kManyWarps, 0);
     blocks[device] = std::max(per_sm, 1) * std::max(sms, 1);
   }
   return blocks[device];
@@ -52,8 +53,8 @@ Vectors vectors(const TensorView& x) {
 
 }  // namespace
 
-// Shapes are the caller's to check; k and v are [n, h_kv, HEAD_DIM] with contiguous, 16-byte aligned
-// vectors.
+// Shapes are the caller's to check; k and v are [n, h_kv, HEAD_DIM] with contiguous, 16-byte
+// aligned vectors.
 void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView k, TensorView v,
               TensorView patterns, TensorView channel_scale, TensorView channel_weight,
               TensorView table_ids) {

@@ -1,9 +1,9 @@
 // Dequantize: packed slots back to vectors.
 //
-// A thread makes 8 consecutive dims of a vector: one code word, 16 bytes of its pattern, one 16-byte
-// store (two for float32). A block has one head; half of its warps do K, the others V. Bound by
-// memory: an exactly rounded float32 takes one multiply-add, since the product of the scales has 22
-// bits and a level 4.
+// A thread makes 8 consecutive dims of a vector: one code word, 16 bytes of its pattern, one
+// 16-byte store (two for float32). A block has one head; half of its warps do K, the others V.
+// Bound by memory: an exactly rounded float32 takes one multiply-add, since the product of the
+// scales has 22 bits and a level 4.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +13,7 @@
 
 namespace patternkv::dequantize {
 
-constexpr int kDims = 8;                              // of a thread
+constexpr int kDims = 8;  // of a thread
 constexpr int kVectorThreads = HEAD_DIM / kDims;
 constexpr int kTokens = HEAD_DIM == 96 ? 8 : 128 / kVectorThreads;  // of a block at once
 constexpr int kSideThreads = kTokens * kVectorThreads;
@@ -57,16 +57,15 @@ __device__ __forceinline__ Packed load_packed(const DequantizeParams& p, int hea
   const int slot = p.slots_are_int64
                        ? static_cast<int>(__ldg(static_cast<const int64_t*>(p.slots) + token))
                        : __ldg(static_cast<const int*>(p.slots) + token);
-  const int64_t table_head =
-      (int64_t{__ldg(p.table_ids + token)} * 2 + kSide) * p.pool.h_kv + head;
+  const int64_t table_head = (int64_t{__ldg(p.table_ids + token)} * 2 + kSide) * p.pool.h_kv + head;
   const SlotPlace place = p.pool.locate(slot);
   const auto* metadata = reinterpret_cast<const uint16_t*>(p.pool.metadata(place, head));
   const int id = kSide == 0 ? __ldg(metadata) & 0xff : __ldg(metadata) >> 8;
   const __half* pattern = p.patterns + (table_head * p.num_patterns + id) * HEAD_DIM;
   const __half* channel_scale = p.channel_scale + table_head * HEAD_DIM;
   Packed out;
-  out.codes = load_codes<kBits>(kSide == 0 ? p.pool.k_row(place, head) : p.pool.v_row(place, head),
-                                chunk);
+  out.codes =
+      load_codes<kBits>(kSide == 0 ? p.pool.k_row(place, head) : p.pool.v_row(place, head), chunk);
   out.scale = half_bits_to_float(__ldg(metadata + 1 + kSide));
   out.pattern = __ldg(reinterpret_cast<const uint4*>(pattern) + chunk);
   out.channel_scale = __ldg(reinterpret_cast<const uint4*>(channel_scale) + chunk);

@@ -12,7 +12,8 @@ namespace patternkv {
 constexpr int K_BITS = PKV_K_BITS;
 constexpr int V_BITS = PKV_V_BITS;
 constexpr int HEAD_DIM = PKV_HEAD_DIM;
-static_assert((K_BITS == 2 || K_BITS == 4) && (V_BITS == 2 || V_BITS == 4), "codes have 2 or 4 bits");
+static_assert((K_BITS == 2 || K_BITS == 4) && (V_BITS == 2 || V_BITS == 4),
+              "codes have 2 or 4 bits");
 static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM <= 256, "head dims are 64, 96, 128 and 256");
 
 constexpr int K_ROW_BYTES = HEAD_DIM * K_BITS / 8;
@@ -45,13 +46,18 @@ struct SlotPool {
   int h_kv;
   uint32_t page_bytes;
 
-  // With 2^s >= page_size, ceil(2^(31+s) / page_size) fits 32 bits and the product with a slot below
-  // 2^31 exceeds slot * 2^(31+s) / page_size by less than 2^(31+s) / page_size: the floor is exact.
+  // With 2^s >= page_size, ceil(2^(31+s) / page_size) fits 32 bits and the product with a slot
+  // below 2^31 exceeds slot * 2^(31+s) / page_size by less than 2^(31+s) / page_size: the floor is
+  // exact.
   static SlotPool make(void* base, int page_size, int h_kv) {
     int shift = 0;
     while ((int64_t{1} << shift) < page_size) ++shift;
     uint64_t multiplier = ((uint64_t{1} << (31 + shift)) + page_size - 1) / page_size;
-    return {static_cast<uint8_t*>(base), static_cast<uint32_t>(multiplier), shift, page_size, h_kv,
+    return {static_cast<uint8_t*>(base),
+            static_cast<uint32_t>(multiplier),
+            shift,
+            page_size,
+            h_kv,
             static_cast<uint32_t>(bytes_of_page(page_size, h_kv))};
   }
 

@@ -2,9 +2,9 @@
 //
 // A warp works on 8 tokens (or twice 8) of one side, K or V, of one head. Two kernels differ in how
 // warps share the work, not in what is computed for a token: `store_few` spreads the patterns of 8
-// tokens over the warps of a block, for decode batches; in `store_many` every warp has its own tokens,
-// for prefill. Bound by instruction issue: about 1070 warp instructions per 8 vectors of 128 dims
-// with 64 patterns.
+// tokens over the warps of a block, for decode batches; in `store_many` every warp has its own
+// tokens, for prefill. Bound by instruction issue: about 1070 warp instructions per 8 vectors of
+// 128 dims with 64 patterns.
 #pragma once
 
 #include <type_traits>
@@ -54,7 +54,8 @@ __device__ __forceinline__ void load_token(const T* vector, Share& out) {
   }
 }
 
-// Token `row` of a tile: its table, and its slot or -1 past the end, where the last token stands in.
+// Token `row` of a tile: its table, and its slot or -1 past the end, where the last token stands
+// in.
 struct Token {
   int table, slot;
 };
@@ -100,8 +101,7 @@ template <int kBits>
 __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreTable& table,
                                            const __half* patterns, int side, int head,
                                            const Share& x, Nearest nearest, int slot) {
-  const StoredVector vector =
-      fit<kBits>(table, patterns, p.num_patterns, x, slot >= 0, nearest);
+  const StoredVector vector = fit<kBits>(table, patterns, p.num_patterns, x, slot >= 0, nearest);
   if (slot >= 0) write_vector<kBits>(p.pool, side, head, slot, nearest.id, vector);
 }
 
@@ -180,14 +180,13 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kFewWarps, 1) store_few(const StoreParams p) {
   __shared__ FewShared shared;
   const int head = blockIdx.y % p.pool.h_kv;
-  with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
-    store_few_side<T, bits()>(p, side, head, shared);
-  });
+  with_bits(blockIdx.y / p.pool.h_kv,
+            [&](auto bits, int side) { store_few_side<T, bits()>(p, side, head, shared); });
 }
 
 struct ManyShared {
-  StoreTable common;           // of the block's first token
-  StoreTable others[kManyWarps];   // of whatever other table a warp meets
+  StoreTable common;              // of the block's first token
+  StoreTable others[kManyWarps];  // of whatever other table a warp meets
 };
 
 template <typename T, int kBits>
@@ -243,7 +242,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
 
 // Grid: runs of tokens_per_block tokens, 2 * h_kv.
 template <typename T>
-__global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm) store_many(const StoreParams p, int tokens_per_block) {
+__global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm)
+    store_many(const StoreParams p, int tokens_per_block) {
   __shared__ ManyShared shared;
   const int head = blockIdx.y % p.pool.h_kv;
   with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {

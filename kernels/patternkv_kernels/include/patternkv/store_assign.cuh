@@ -1,8 +1,8 @@
 // The nearest pattern of tokens, on tensor cores: the largest x . (w^2 p) - |w p|^2 / 2.
 //
-// The weighted token w^2 x is split into two float16 values, which keeps 22 bits of it; patterns are
-// float16. A token's scores depend on its own rows of the operands only, so its pattern does not
-// depend on what else is in the tile.
+// The weighted token w^2 x is split into two float16 values, which keeps 22 bits of it; patterns
+// are float16. A token's scores depend on its own rows of the operands only, so its pattern does
+// not depend on what else is in the tile.
 #pragma once
 
 #include "patternkv/store_table.cuh"
@@ -93,8 +93,8 @@ __device__ __forceinline__ void score_patterns(const StoreTable& table, const __
         }
       }
     }
-    // A lane has the patterns 2 * part and 2 * part + 1 of the tile. Its ids ascend, so the first of
-    // equals is the lowest.
+    // A lane has the patterns 2 * part and 2 * part + 1 of the tile. Its ids ascend, so the first
+    // of equals is the lowest.
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
@@ -128,9 +128,11 @@ __device__ __forceinline__ void nearest_patterns(const StoreTable& table, const 
 }
 
 // The nearest pattern of token `row` by sums of squared differences, which scores cannot tell when
-// they nearly cancel: of a token that equals a pattern it is always that pattern. All lanes of a warp.
-__device__ __forceinline__ int nearest_by_difference(const StoreTable& table, const __half* patterns,
-                                                  int num_patterns, const Share& x) {
+// they nearly cancel: of a token that equals a pattern it is always that pattern. All lanes of a
+// warp.
+__device__ __forceinline__ int nearest_by_difference(const StoreTable& table,
+                                                     const __half* patterns, int num_patterns,
+                                                     const Share& x) {
   Nearest best = {-INFINITY, 0};
 #pragma unroll 1
   for (int id = 0; id < num_patterns; ++id) {

@@ -1,11 +1,11 @@
 // The scale and codes of a residual: for each of four trial scales the codes, for these codes the
-// least-squares scale; the trial that explains most of the residual wins, and codes are rounded again
-// with its float16 scale.
+// least-squares scale; the trial that explains most of the residual wins, and codes are rounded
+// again with its float16 scale.
 //
 // Residuals and codes are float16 pairs; sums over a vector are MMAs with float32 accumulators. A
-// warp holds 8 tokens, four lanes each (store_table.cuh), and stacks two trials of a token in the two
-// halves of operand A, whose rows g and g + 8 belong to the same lanes. With the tokens as columns of
-// operand B the sums of products of a token with itself are on the diagonal.
+// warp holds 8 tokens, four lanes each (store_table.cuh), and stacks two trials of a token in the
+// two halves of operand A, whose rows g and g + 8 belong to the same lanes. With the tokens as
+// columns of operand B the sums of products of a token with itself are on the diagonal.
 #pragma once
 
 #include "patternkv/store_assign.cuh"
@@ -123,8 +123,9 @@ __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Res
   __half2 inverse_ranges[kTrials / 2];
 #pragma unroll
   for (int k = 0; k < kTrials / 2; ++k) {
-    inverse_ranges[k] = __floats2half2_rn(__fmul_rn(0.5f / trial_scale<kBits>(2 * k), by_cover),
-                                          __fmul_rn(0.5f / trial_scale<kBits>(2 * k + 1), by_cover));
+    inverse_ranges[k] =
+        __floats2half2_rn(__fmul_rn(0.5f / trial_scale<kBits>(2 * k), by_cover),
+                          __fmul_rn(0.5f / trial_scale<kBits>(2 * k + 1), by_cover));
   }
   Scale best = {0.0f, -INFINITY};
 #pragma unroll 1
@@ -152,7 +153,8 @@ __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Res
         mma_m16n8k16(dot, code[0], code[1], code[2], code[3], as_u32(r.weighted[4 * i + j]),
                      as_u32(r.weighted[4 * i + j + 1]));
         mma_m16n8k16(linear, code[0], code[1], code[2], code[3], w0, w1);
-        mma_m16n8k16(square, code_square[0], code_square[1], code_square[2], code_square[3], w0, w1);
+        mma_m16n8k16(square, code_square[0], code_square[1], code_square[2], code_square[3], w0,
+                     w1);
       }
     }
 #pragma unroll

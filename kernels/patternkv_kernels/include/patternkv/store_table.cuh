@@ -1,9 +1,9 @@
-// What the store needs of one table, K or V, and one head: kept in shared memory, worked out once for
-// all tokens of a block.
+// What the store needs of one table, K or V, and one head: kept in shared memory, worked out once
+// for all tokens of a block.
 //
 // Lane l of a warp has row = l / 4 and part = l % 4. The four lanes of a row share a vector: lane
-// `part` holds the dims [32 i + 8 part, 32 i + 8 part + 8) for every i, as MMA operands whose k index
-// is permuted alike on both sides. The row is a token or a pattern.
+// `part` holds the dims [32 i + 8 part, 32 i + 8 part + 8) for every i, as MMA operands whose k
+// index is permuted alike on both sides. The row is a token or a pattern.
 #pragma once
 
 #include "patternkv/layout.cuh"
