@@ -165,8 +165,10 @@ class SlotFormat:
         length, metadata_offset = self.page_size, self.metadata_offset(0)
         codes = buffer[:, :metadata_offset].unflatten(1, (self.h_kv, length, self.code_bytes))
         metadata = buffer[:, metadata_offset : self.padding_offset]
+        k_codes, v_codes = codes.split([self.k_code_bytes, self.v_code_bytes], 3)
         return Sections(
-            *codes.split([self.k_code_bytes, self.v_code_bytes], 3),
+            k_codes,
+            v_codes,
             metadata.unflatten(1, (self.h_kv, length, METADATA_BYTES)),
         )
 
