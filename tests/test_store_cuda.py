@@ -261,7 +261,7 @@ def test_zero_tables_and_zero_tokens(n: int) -> None:
     back = dequantize(fmt, buffer, slots, tables, table_ids, impl="reference")
     assert not chosen(fmt, buffer, slots, 0).any() and not chosen(fmt, buffer, slots, 1).any()
     assert not back[0][::3].any() and not back[1][1::3].any()
-    # The distortion of a Gaussian at these bits (Max 1960) on average; single tokens may be unlucky.
+    # On average the distortion of a Gaussian (Max 1960); single tokens may be unlucky.
     k_error = (back[0] - k).square().sum(2)[1::3] / k.float().square().sum(2)[1::3]
     v_error = (back[1] - v).square().sum(2)[::3] / v.float().square().sum(2)[::3]
     assert k_error.mean() < 0.13 and k_error.max() < 0.4
