@@ -66,7 +66,8 @@ struct LaunchConfig {
 
 AttendLaunch make_launch(AttendKernel kernel, int rows, int bytes, int num_patterns, int device) {
   int per_block, sms, per_sm = 0;
-  check(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  check(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "device");
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a decode kernel");
@@ -88,8 +89,8 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
   const int rows = group <= 4 ? 4 : 8;
   const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
   return {make_launch(narrow, rows, narrow::shared_bytes(num_patterns, rows), num_patterns, device),
-          make_launch(wide::attend_kernel, kWideRows, wide::shared_bytes(num_patterns), num_patterns,
-                      device),
+          make_launch(wide::attend_kernel, kWideRows, wide::shared_bytes(num_patterns),
+                      num_patterns, device),
           major >= 9};
 }
 
@@ -129,17 +130,19 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   const LaunchConfig& c = launch_config(num_patterns, group, device);
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
   const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
-  return {extra(c.narrow.blocks), branches(c.narrow.rows), extra(c.wide.blocks), branches(c.wide.rows)};
+  return {extra(c.narrow.blocks), branches(c.narrow.rows), extra(c.wide.blocks),
+          branches(c.wide.rows)};
 }
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.
-void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, TensorView work, int64_t b,
-          int64_t group, int64_t h_kv, int64_t num_patterns, int64_t max_narrow, int64_t max_wide,
-          int64_t max_states) {
+void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, TensorView work,
+               int64_t b, int64_t group, int64_t h_kv, int64_t num_patterns, int64_t max_narrow,
+               int64_t max_wide, int64_t max_states) {
   CHECK_INPUT_AND_TYPE(segments, dl_int32);
   CHECK_INPUT_AND_TYPE(row_indptr, dl_int32);
   CHECK_INPUT_AND_TYPE(rows, dl_int32);
-  TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(segments.data_ptr()) % 16 == 0) << "segments unaligned";
+  TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(segments.data_ptr()) % 16 == 0)
+      << "segments unaligned";
   const int device = segments.device().device_id;
   ffi::CUDADeviceGuard guard(device);
   const LaunchConfig& config = launch_config(num_patterns, group, device);
@@ -168,12 +171,12 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
 
 // One layer: `states` is float32 [max_states * h_q * (d + 2)].
 void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView patterns,
-            TensorView channel_scale, TensorView req_to_token, TensorView rows, TensorView work,
-            int64_t max_narrow, int64_t max_wide, TensorView states, int64_t max_states,
-            TensorView out, TensorView lse, ffi::Optional<TensorView> window_k,
-            ffi::Optional<TensorView> window_v, ffi::Optional<TensorView> ring,
-            ffi::Optional<TensorView> start, ffi::Optional<TensorView> end, double sm_scale,
-            double logit_cap) {
+                  TensorView channel_scale, TensorView req_to_token, TensorView rows,
+                  TensorView work, int64_t max_narrow, int64_t max_wide, TensorView states,
+                  int64_t max_states, TensorView out, TensorView lse,
+                  ffi::Optional<TensorView> window_k, ffi::Optional<TensorView> window_v,
+                  ffi::Optional<TensorView> ring, ffi::Optional<TensorView> start,
+                  ffi::Optional<TensorView> end, double sm_scale, double logit_cap) {
   const int device = q.device().device_id;
   ffi::CUDADeviceGuard guard(device);
   const cudaStream_t stream = get_stream(q.device());
@@ -206,8 +209,8 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.group = group;
   params.group_inverse = (65536 + group - 1) / group;
   // The narrow kernel first: what it leaves idle the wide one fills.
-  launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream, false,
-         params);
+  launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream,
+         false, params);
   launch(config.wide.kernel, dim3(config.wide.blocks), kThreads, config.wide.bytes, stream,
          config.dependent_launch, params);
 

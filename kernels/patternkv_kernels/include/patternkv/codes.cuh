@@ -1,6 +1,6 @@
-// Packed codes to fp16 pairs without conversions: a code is or-ed into the mantissa of 1024, so that
-// the half reads 1024 + code * 2^shift, exactly. Rows of codes become MMA fragments without shuffles,
-// since the order of an MMA's k index is free as long as both operands agree on it.
+// Packed codes to fp16 pairs without conversions: a code is or-ed into the mantissa of 1024, so
+// that the half reads 1024 + code * 2^shift, exactly. Rows of codes become MMA fragments without
+// shuffles, since the order of an MMA's k index is free as long as both operands agree on it.
 #pragma once
 
 #include "patternkv/ptx.cuh"

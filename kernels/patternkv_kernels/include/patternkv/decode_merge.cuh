@@ -1,6 +1,6 @@
 // The end of a decode layer: attention over each row's exact window, then the merge of its states.
-// One block per batch row and KV head. It starts while the attention kernels still run and waits for
-// their states only once the window is done.
+// One block per batch row and KV head. It starts while the attention kernels still run and waits
+// for their states only once the window is done.
 #pragma once
 
 #include "patternkv/decode_params.cuh"
@@ -64,8 +64,8 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 // Tokens part, part + parts, ... of the row's window.
 template <typename T>
-__device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row, int head, int q_head,
-                              int part, int parts) {
+__device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row, int head,
+                              int q_head, int part, int parts) {
   constexpr int kBatch = 4;  // tokens in flight
   const int lane = threadIdx.x % 32;
   float q[kPerLane];

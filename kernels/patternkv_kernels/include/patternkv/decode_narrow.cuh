@@ -1,9 +1,9 @@
 // Attention of few query rows over a chunk of tokens: private suffixes. Each warp of a block works
-// through every fourth 32-token tile on its own, with its own ring of code rows, reference logits and
-// pattern histogram; the four results are added at the end.
+// through every fourth 32-token tile on its own, with its own ring of code rows, reference logits
+// and pattern histogram; the four results are added at the end.
 //
-// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive. With
-// 4, the lanes of the idle columns take over the softmax of every other 16 tokens.
+// kLive is the most rows of an item, 4 or 8: the MMAs have 8 columns, table and histograms kLive.
+// With 4, the lanes of the idle columns take over the softmax of every other 16 tokens.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -24,8 +24,8 @@ struct Shared {
   float reference[kWarps][kRows];
 };
 
-// Memory of a block: [Shared][table][histograms][rings], the second and third by the number of patterns.
-// Once the tiles are done, the rings take the warps' outputs.
+// Memory of a block: [Shared][table][histograms][rings], the second and third by the number of
+// patterns. Once the tiles are done, the rings take the warps' outputs.
 __host__ __device__ __forceinline__ int table_start() { return round_up(sizeof(Shared), 16); }
 
 __host__ __device__ __forceinline__ int table_words(int num_patterns, int live) {
@@ -38,7 +38,8 @@ __host__ __device__ __forceinline__ int shared_bytes(int num_patterns, int live)
          (rings > outputs ? rings : outputs);
 }
 
-// Brings a lane's V codes of two tokens together: unit u of token a in the low half, of b in the high.
+// Brings a lane's V codes of two tokens together: unit u of token a in the low half, of b in the
+// high.
 struct ValuePair {
   uint32_t units[kUnits + kUnits % 2];
 
@@ -60,10 +61,11 @@ struct ValuePair {
   }
 };
 
-// One warp's running attention. Lane (g, t) holds the output of columns 2t and 2t + 1 and the references
-// of these rows (modulo kLive).
+// One warp's running attention. Lane (g, t) holds the output of columns 2t and 2t + 1 and the
+// references of these rows (modulo kLive).
 struct State {
-  float out[kDims / 2][1][4] = {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the columns
+  float out[kDims / 2][1][4] =
+      {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the columns
   float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
 };
 
@@ -79,7 +81,8 @@ struct Lane {
   int words;
 };
 
-// Raises the references of rows whose peaks, over the lane's logits, get too far ahead, and rescales.
+// Raises the references of rows whose peaks, over the lane's logits, get too far ahead, and
+// rescales.
 template <int kLive>
 __device__ __forceinline__ void raise_reference(State& state, const Lane& own, float (&peak)[2]) {
   const int lane = threadIdx.x % 32;
@@ -149,8 +152,7 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   }
 
   // V's codes come from shared memory while the softmax is worked out.
-  const uint8_t* value_rows =
-      tile + kTile * kKStride + 2 * t * kVStride + g * (kDims * V_BITS / 8);
+  const uint8_t* value_rows = tile + kTile * kKStride + 2 * t * kVStride + g * (kDims * V_BITS / 8);
   ValuePair first[2], second[2];  // V codes of the tokens 2t, 2t+1 and 2t+8, 2t+9 of each slice
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
@@ -192,8 +194,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
     peak[i] = fmaxf(x[0][i], x[0][i + 2]);
     if constexpr (kOwn == 2) peak[i] = fmaxf(peak[i], fmaxf(x[1][i], x[1][i + 2]));
   }
-  if (__any_sync(~0u, peak[0] > state.reference[0] + kSlack ||
-                          peak[1] > state.reference[1] + kSlack)) {
+  if (__any_sync(~0u,
+                 peak[0] > state.reference[0] + kSlack || peak[1] > state.reference[1] + kSlack)) {
     raise_reference<kLive>(state, own, peak);
   }
 
@@ -206,8 +208,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
       const float p1 = exp2_approx(x[s][2 * h + 1] - state.reference[1]);
       add_shared(bins[s][h], own.fixed.encode(p0));
       add_shared(bins[s][h] + 4, own.fixed.encode(p1));
-      weights[s][h] = movmatrix_trans(
-          as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
+      weights[s][h] =
+          movmatrix_trans(as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
       // The second slice is in columns 4 to 7. What is in those of its own operand does not matter.
       if constexpr (kOwn == 1) weights[1][h] = __shfl_down_sync(~0u, weights[0][h], 16);
     }
@@ -291,8 +293,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   __syncthreads();
 
   State state;
-  // `slot` is of tile n + 1, then of tile n + 3. Two steps in turns: what a load brings needs no move,
-  // which would wait for it.
+  // `slot` is of tile n + 1, then of tile n + 3. Two steps in turns: what a load brings needs no
+  // move, which would wait for it.
   const auto step = [&](int n, const RawToken& raw, RawToken& next, int& slot) {
     cp_async_wait<0>();
     __syncwarp();
@@ -405,10 +407,10 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(256) uint8_t memory[];
   launch_dependents();
-  for_each_unit(p.work.narrow(), p.pool.h_kv, [&](const WorkItem& item, int head) {
-    attend<kLive>(p, item, head, memory);
-  });
-  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
+  for_each_unit(p.work.narrow(), p.pool.h_kv,
+                [&](const WorkItem& item, int head) { attend<kLive>(p, item, head, memory); });
+  // This grid then ends after the one before it, and the merge, which waits for this one, after
+  // both.
   wait_for_previous_kernel();
 }
 

@@ -1,4 +1,5 @@
-// What the kernels of one decode step share: the work list that the planner writes, and the arguments.
+// What the kernels of one decode step share: the work list that the planner writes, and the
+// arguments.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -12,28 +13,29 @@ namespace patternkv {
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
 constexpr int kTokenAlign = 128;  // chunks are multiples of it: a tile for each warp
-constexpr int kWideRows = 32;  // most query rows of a wide work item; a narrow one has at most 4 or 8
+constexpr int kWideRows =
+    32;  // most query rows of a wide work item; a narrow one has at most 4 or 8
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
 constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
-// that gets kSlack ahead of it, so accumulators are rarely rescaled and probabilities stay within fp16
-// and fixed point.
+// that gets kSlack ahead of it, so accumulators are rarely rescaled and probabilities stay within
+// fp16 and fixed point.
 constexpr float kSlack = 3.0f;
 
 // Chunk of a segment for a tile of the branches that read it; every KV head makes one work unit.
 struct WorkItem {
-  int req;            // row of req_to_token
-  int start, end;     // positions
+  int req;         // row of req_to_token
+  int start, end;  // positions
   int table;
-  int first_entry;    // branches are rows[first_entry .. first_entry + num_branches)
+  int first_entry;  // branches are rows[first_entry .. first_entry + num_branches)
   int num_branches;
-  int first_state;    // branch j writes state first_state + j * state_stride
+  int first_state;  // branch j writes state first_state + j * state_stride
   int state_stride;
 };
 
 // Counters of the work list, in device memory.
 struct WorkHeader {
-  int num_narrow, num_wide;    // items
+  int num_narrow, num_wide;  // items
   // Units taken beyond every block's first; the merge kernel zeroes them for the next layer.
   int next_narrow, next_wide;
 };
@@ -63,7 +65,7 @@ struct WorkList {
 };
 
 struct DecodeParams {
-  const void* q;  // bf16 or fp16 [b, h_q, d]
+  const void* q;     // bf16 or fp16 [b, h_q, d]
   int64_t q_stride;  // elements between rows
   bool q_is_bf16;
   SlotPool pool;
@@ -82,14 +84,15 @@ struct DecodeParams {
   int h_q, group;
   uint32_t group_inverse;  // ceil(2^16 / group)
 
-  // Of the query rows of an item, at most kWideRows: the branch, counted from 0, and its head in the group.
+  // Of the query rows of an item, at most kWideRows: the branch, counted from 0, and its head in
+  // the group.
   __device__ int branch_of(int row) const { return row * group_inverse >> 16; }
   __device__ int member_of(int row) const { return row - branch_of(row) * group; }
 };
 
 // Where a row of an item leaves its state, counted in query heads.
-__device__ __forceinline__ int64_t state_index(const DecodeParams& p, const WorkItem& item, int head,
-                                               int row) {
+__device__ __forceinline__ int64_t state_index(const DecodeParams& p, const WorkItem& item,
+                                               int head, int row) {
   const int branch = p.branch_of(row);
   const int64_t state = item.first_state + branch * item.state_stride;
   return state * p.h_q + head * p.group + (row - branch * p.group);

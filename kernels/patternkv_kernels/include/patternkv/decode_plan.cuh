@@ -21,7 +21,7 @@ struct PlanParams {
   const int* rows;        // [nnz]
   int num_segments;
   int b, group, h_kv;
-  int narrow_rows;   // most query rows of a narrow item
+  int narrow_rows;                 // most query rows of a narrow item
   int narrow_blocks, wide_blocks;  // blocks that run at once
   int max_narrow, max_wide, max_states, max_runs;
   WorkList work;
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanParams p) 
     *p.work.header = {num_items[0], num_items[1], 0, 0};
   }
 
-  // Runs by batch row. A warp looks through all entries for each of its rows, so their order is that
-  // of the segments.
+  // Runs by batch row. A warp looks through all entries for each of its rows, so their order is
+  // that of the segments.
   const int nnz = p.num_segments > 0 ? p.row_indptr[p.num_segments] : 0;
   int num_runs = 0;
   for (int first = 0; first < p.b; first += kPlanThreads) {

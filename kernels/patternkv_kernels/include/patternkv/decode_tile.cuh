@@ -1,5 +1,5 @@
-// What both attention kernels do with a tile of tokens: copy its code rows to shared memory, turn the
-// queries into MMA operands, and fill the table of query-pattern products.
+// What both attention kernels do with a tile of tokens: copy its code rows to shared memory, turn
+// the queries into MMA operands, and fill the table of query-pattern products.
 //
 // Tensor-core operands: codes are A (tokens on M for q.k, head dims on M for p.v), queries and
 // probabilities are B. Lane l of a warp has g = l / 4 and t = l % 4.
@@ -234,8 +234,8 @@ __device__ __forceinline__ int code_step(int dim) {
   return KCodes::step(dim % KCodes::kPerWord % KCodes::kPerHalf);
 }
 
-// Fills `tile` and `raw` with the queries of the item's rows; rows beyond them are zero. Ends with a
-// barrier.
+// Fills `tile` and `raw` with the queries of the item's rows; rows beyond them are zero. Ends with
+// a barrier.
 template <int kRows>
 __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item, int head,
                                     QueryTile<kRows>& tile, RawQueries<kRows>& raw) {
@@ -318,7 +318,8 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
     }
 #pragma unroll
     for (int i = 0; i < kPerLane / 2; ++i) {
-      raw_words[i] = as_u32(__floats2half2_rn(q[n][2 * i] * raw_scale, q[n][2 * i + 1] * raw_scale));
+      raw_words[i] =
+          as_u32(__floats2half2_rn(q[n][2 * i] * raw_scale, q[n][2 * i + 1] * raw_scale));
     }
     store_words(reinterpret_cast<uint8_t*>(&raw[row][first_dim]), raw_words);
   }
@@ -335,7 +336,8 @@ __device__ __forceinline__ void code_bias(const uint32_t* fragments, float (&bia
     float sums[4] = {};
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
-      const uint4 q = reinterpret_cast<const uint4*>(fragments)[(n * (D / 32) + i) * 32 + threadIdx.x % 32];
+      const uint4 q =
+          reinterpret_cast<const uint4*>(fragments)[(n * (D / 32) + i) * 32 + threadIdx.x % 32];
       uint32_t a[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -348,8 +350,8 @@ __device__ __forceinline__ void code_bias(const uint32_t* fragments, float (&bia
   }
 }
 
-// Products of queries and K patterns in logits, `store(pattern, row, value)` for every pattern below
-// num_patterns. The block's warps share the patterns.
+// Products of queries and K patterns in logits, `store(pattern, row, value)` for every pattern
+// below num_patterns. The block's warps share the patterns.
 template <int kRows, typename Store>
 __device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem& item, int head,
                                            const RawQueries<kRows>& raw, float scale, Store store) {
@@ -357,7 +359,8 @@ __device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem
   const __half* patterns = table_rows(p, item.table, 0, head);
   for (int first = warp * 16; first < p.num_patterns; first += kWarps * 16) {
     // The k index is dims t * 8 + 32 * k .. + 8 of lane t, so that loads are 16 bytes wide.
-    const int low = min(first + g, p.num_patterns - 1), high = min(first + g + 8, p.num_patterns - 1);
+    const int low = min(first + g, p.num_patterns - 1),
+              high = min(first + g + 8, p.num_patterns - 1);
     float sums[kRows / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 32; ++k) {
@@ -429,9 +432,9 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
   }
 }
 
-// Works through the units of a launch, an item and a KV head each, block by block: `attend(item, head)`
-// by whole blocks. The next unit is asked for before the present one is worked on, so the answer costs
-// no time.
+// Works through the units of a launch, an item and a KV head each, block by block: `attend(item,
+// head)` by whole blocks. The next unit is asked for before the present one is worked on, so the
+// answer costs no time.
 template <typename AttendUnit>
 __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, AttendUnit attend) {
   __shared__ int next;

@@ -17,10 +17,10 @@ constexpr int kDims = D / 32;  // of V and the output, per lane
 
 // A token's metadata as its readers need it.
 struct Token {
-  float k_scale;         // products of codes to logits
+  float k_scale;          // products of codes to logits
   uint32_t table_offset;  // bytes to the pattern's row of the table
-  uint32_t v_scale;      // half2, scaled into fp16's range
-  uint32_t bin_offset;   // bytes to the pattern's bins
+  uint32_t v_scale;       // half2, scaled into fp16's range
+  uint32_t bin_offset;    // bytes to the pattern's bins
 };
 
 // kTiles: n-tiles of 8 query rows.
@@ -32,11 +32,11 @@ struct Config {
   struct Shared {
     QueryTile<kRows> queries;
     union {
-      RawQueries<kRows> raw_queries;            // before the first tile
+      RawQueries<kRows> raw_queries;           // before the first tile
       uint4 weights[kSlices][kTiles / 2][32];  // p * v_scale, B operand of two n-tiles
     };
     Token tokens[kTile];
-    uint32_t units[kTile];  // offsets of code rows
+    uint32_t units[kTile];   // offsets of code rows
     float2 bias[kRows / 2];  // of the codes' products
     float reference[kRows];
     float shift[kRows];
@@ -57,7 +57,8 @@ struct Config {
   }
 };
 
-// A lane's V codes of two tokens, in the low and the high half: kDims codes each, or 16 bits of them.
+// A lane's V codes of two tokens, in the low and the high half: kDims codes each, or 16 bits of
+// them.
 __device__ __forceinline__ uint32_t load_value_pair(const uint8_t* a, const uint8_t* b, int g) {
   constexpr int kBitsPerLane = kDims * V_BITS;
   if constexpr (kBitsPerLane >= 16) {
@@ -70,9 +71,9 @@ __device__ __forceinline__ uint32_t load_value_pair(const uint8_t* a, const uint
   }
 }
 
-// The table of query-pattern products. A pattern's row holds, for each pair of n-tiles i and each lane
-// t, the query rows 16i + 2t, + 1, + 8 and + 9. Odd patterns swap neighbouring pairs, which spreads
-// patterns over the banks.
+// The table of query-pattern products. A pattern's row holds, for each pair of n-tiles i and each
+// lane t, the query rows 16i + 2t, + 1, + 8 and + 9. Odd patterns swap neighbouring pairs, which
+// spreads patterns over the banks.
 template <int kTiles>
 struct Table {
   static constexpr int kRowBytes = 8 * kTiles * 4;
@@ -87,8 +88,8 @@ struct Table {
   }
 };
 
-// The histogram of V patterns. The words of a pattern's rows are permuted by exclusive or, so that the
-// bins that a warp adds to at once, of eight tokens and four rows, spread over the banks.
+// The histogram of V patterns. The words of a pattern's rows are permuted by exclusive or, so that
+// the bins that a warp adds to at once, of eight tokens and four rows, spread over the banks.
 template <int kTiles>
 struct Histogram {
   static constexpr int kRows = 8 * kTiles;
@@ -122,7 +123,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   auto* histogram = reinterpret_cast<uint32_t*>(table + table_bytes);
   uint8_t* ring = table + 2 * table_bytes;
   const uint32_t ring_address = shared_address(ring);
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4,
+            t = lane % 4;
   const int num_rows = item.num_branches * p.group;
   const int* slots = p.req_to_token + item.req * p.req_stride;
   const int num_tiles = (item.end - item.start + kTile - 1) / kTile;
@@ -134,8 +136,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   };
   const HeadPool pool(p.pool, head);
   const auto issue = [&](int n) {
-    copy_rows<kTile, kThreads>(p.copy16, ring_address + n % kStages * kTileBytes, pool.codes, thread,
-                               [&](int token) { return shared.units[token]; });
+    copy_rows<kTile, kThreads>(p.copy16, ring_address + n % kStages * kTileBytes, pool.codes,
+                               thread, [&](int token) { return shared.units[token]; });
     cp_async_commit();
   };
 
@@ -286,8 +288,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       }
     }
     if (__syncthreads_or(n == 0 || peak > kSlack)) {
-      // New references, the same for the whole block. Bits of positive floats, and of those with the
-      // sign flipped below them, are ordered like the floats.
+      // New references, the same for the whole block. Bits of positive floats, and of those with
+      // the sign flipped below them, are ordered like the floats.
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         const float own = peaks[i / 2][i % 2];
@@ -348,8 +350,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
           const float p0 = exp2_approx(x[s][i][2 * h]), p1 = exp2_approx(x[s][i][2 * h + 1]);
           add_shared(bins[s][h] ^ (i * 32), fixed.encode(p0));
           add_shared(bins[s][h] ^ (i * 32 + 4), fixed.encode(p1));
-          weights[i][h] = movmatrix_trans(
-              as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
+          weights[i][h] =
+              movmatrix_trans(as_u32(__hmul2(__floats2half2_rn(p0, p1), as_half2(v_scale[s][h]))));
         }
       }
 #pragma unroll
@@ -370,8 +372,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       VCodes::expand_centred(load_value_pair(row + 8 * kVStride, row + 9 * kVStride, g), second);
       if constexpr (kDims > VCodes::kPerHalf) {  // two 16-bit units per lane
         VCodes::expand_centred(load_value_pair(row + 2, row + kVStride + 2, g), more_first);
-        VCodes::expand_centred(
-            load_value_pair(row + 8 * kVStride + 2, row + 9 * kVStride + 2, g), more_second);
+        VCodes::expand_centred(load_value_pair(row + 8 * kVStride + 2, row + 9 * kVStride + 2, g),
+                               more_second);
       }
 #pragma unroll
       for (int i = 0; i < kTiles; i += 2) {
@@ -411,8 +413,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 #pragma unroll
   for (int d = 0; d < kDims; ++d) {
     const float channel = dim + d < HEAD_DIM ? __half2float(channels[dim + d]) : 0.0f;
-    const float unit =
-        channel / (VCodes::centred_step(d % VCodes::kPerHalf) * value_scale * count);
+    const float unit = channel / (VCodes::centred_step(d % VCodes::kPerHalf) * value_scale * count);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       out[d / 2][i][d % 2 * 2] *= unit;
@@ -434,7 +435,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       }
       const int64_t at = state_index(p, item, head, row);
       store_words(reinterpret_cast<uint8_t*>(p.state_out + at * HEAD_DIM + dim),
-                  reinterpret_cast<const uint32_t(&)[kDims]>(values));
+                  reinterpret_cast<const uint32_t (&)[kDims]>(values));
     }
   }
   __syncthreads();
@@ -459,7 +460,8 @@ __global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
       attend<4>(p, item, head, memory);
     }
   });
-  // This grid then ends after the one before it, and the merge, which waits for this one, after both.
+  // This grid then ends after the one before it, and the merge, which waits for this one, after
+  // both.
   wait_for_previous_kernel();
 }
 

@@ -8,9 +8,9 @@
 
 namespace patternkv {
 
-// c[16 x 8] += a[16 x 16] * b[16 x 8], fp16 operands, f32 accumulators. Lane l, g = l / 4, t = l % 4:
-// a0 = A[g; 2t, 2t+1], a1 = A[g+8; 2t, 2t+1], a2 = A[g; 2t+8, 2t+9], a3 = A[g+8; 2t+8, 2t+9],
-// b0 = B[2t, 2t+1; g], b1 = B[2t+8, 2t+9; g], c0, c1 = C[g; 2t, 2t+1], c2, c3 = C[g+8; 2t, 2t+1].
+// c[16 x 8] += a[16 x 16] * b[16 x 8], fp16 operands, f32 accumulators. Lane l, g = l / 4, t = l %
+// 4: a0 = A[g; 2t, 2t+1], a1 = A[g+8; 2t, 2t+1], a2 = A[g; 2t+8, 2t+9], a3 = A[g+8; 2t+8, 2t+9], b0
+// = B[2t, 2t+1; g], b1 = B[2t+8, 2t+9; g], c0, c1 = C[g; 2t, 2t+1], c2, c3 = C[g+8; 2t, 2t+1].
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                              uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -84,8 +84,8 @@ __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   return x;
 }
 
-// No memory clobber, so that loads of other data may move past it: a barrier must stand between it and
-// reads of the sum.
+// No memory clobber, so that loads of other data may move past it: a barrier must stand between it
+// and reads of the sum.
 __device__ __forceinline__ void add_shared(uint32_t address, uint32_t x) {
   asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x));
 }
