@@ -1,7 +1,4 @@
 // Launcher of the store.
-#include <algorithm>
-#include <climits>
-
 #include "patternkv/store.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -43,14 +40,6 @@ void launch(const StoreParams& params, int device, cudaStream_t stream) {
   TVM_FFI_ICHECK(error == cudaSuccess) << "launch of the store: " << cudaGetErrorString(error);
 }
 
-Vectors vectors(const TensorView& x) {
-  TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
-                 x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
-      << "vectors of K and V must be contiguous and 16-byte aligned";
-  TVM_FFI_ICHECK(x.stride(0) <= INT_MAX && x.stride(1) <= INT_MAX) << "strides beyond 2^31";
-  return {x.data_ptr(), static_cast<int>(x.stride(0)), static_cast<int>(x.stride(1))};
-}
-
 }  // namespace
 
 // Shapes are the caller's to check; k and v are [n, h_kv, HEAD_DIM] with contiguous, 16-byte
@@ -66,8 +55,16 @@ void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView
   ffi::CUDADeviceGuard guard(device);
   StoreParams params = {};
   params.pool = SlotPool::make(buffer.data_ptr(), page_size, k.size(1));
-  params.k = vectors(k);
-  params.v = vectors(v);
+  const TensorView* sides[2] = {&k, &v};
+  for (int side = 0; side < 2; ++side) {
+    const TensorView& x = *sides[side];
+    TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
+                   x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
+        << "vectors of K and V must be contiguous and 16-byte aligned";
+    params.x[side] = x.data_ptr();
+    params.token_stride[side] = x.stride(0);
+    params.head_stride[side] = x.stride(1);
+  }
   params.slots = slots.data_ptr();
   params.slots_are_int64 = encode_dlpack_dtype(slots.dtype()) == int64_code;
   params.table_ids = static_cast<const int*>(table_ids.data_ptr());

@@ -39,12 +39,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-__device__ __forceinline__ float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 template <int kBytes>
 __device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
   static_assert(kBytes == 8 || kBytes == 16);
