@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
@@ -94,11 +95,11 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             self.forward_metadata = None
         elif mode.is_decode():
             assert batch is None or isinstance(batch, DecodeBatch), f"{batch=} in a decode forward"
-            segments, self.forward_metadata = self._plan_decode(
+            self.forward_metadata = self._plan_decode(
                 batch or self._dummy_decode(forward_batch), forward_batch
             )
             if batch is not None:
-                self._count(batch, segments)
+                self._count(batch)
         else:
             assert batch is None or isinstance(batch, ExtendBatch), f"{batch=} in an extend forward"
             self.forward_metadata = self._plan_extend(
@@ -126,22 +127,20 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             token_tables,
         )
 
-    def _plan_decode(
-        self, batch: DecodeBatch, forward_batch: ForwardBatch
-    ) -> tuple[Segments, TreePlan]:
+    def _plan_decode(self, batch: DecodeBatch, forward_batch: ForwardBatch) -> TreePlan:
         token_tables = self._int32(batch.tables)
         self.pool.slot_table[forward_batch.out_cache_loc] = token_tables
-        segments = build_segments(batch.readers)
+        segments = batch.segments
         if self.config.check:
             self._check_segments(segments)
         decode = DecodePlan(
             self.req_to_token,
-            self._int32(segments.segments).view(-1, 4),
+            self._int32(segments.segments),
             self._int32(segments.row_indptr),
             self._int32(segments.rows),
         )
         device = self.req_to_token.device
-        return segments, TreePlan(
+        return TreePlan(
             decode,
             token_tables,
             forward_batch.req_pool_indices.long(),
@@ -149,16 +148,16 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             torch.tensor(batch.window_starts, device=device),
         )
 
-    def _count(self, batch: DecodeBatch, segments: Segments) -> None:
-        self.stats.kv_reads += sum(batch.seq_lens)
-        self.stats.kv_reads_shared += segments.shared_reads
-        self.stats.max_branches = max(self.stats.max_branches, segments.max_branches)
+    def _count(self, batch: DecodeBatch) -> None:
+        self.stats.kv_reads += int(batch.seq_lens.sum())
+        self.stats.kv_reads_shared += batch.segments.shared_reads
+        self.stats.max_branches = max(self.stats.max_branches, batch.segments.max_branches)
 
     def _int32(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.req_to_token.device)
 
     def _check_segments(self, segments: Segments) -> None:
-        for row, start, end, table in segments.segments:
+        for row, start, end, table in segments.segments.tolist():
             stored = self.pool.slot_table[self.req_to_token[row, start:end].long()]
             assert bool((stored == table).all()), (
                 f"request row {row} reads positions [{start}, {end}) with table {table} but their "
@@ -176,12 +175,13 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
 
     def _dummy_decode(self, forward_batch: ForwardBatch) -> DecodeBatch:
         self._assert_dummy(forward_batch)
-        seq_lens = forward_batch.seq_lens.tolist()
+        seq_lens = forward_batch.seq_lens.cpu().numpy().astype(np.int64)
         runs = TableRuns([(0, ZERO_TABLE)])
         rows = forward_batch.req_pool_indices.tolist()
-        starts = [n - min(1, self.config.window) for n in seq_lens]
-        readers = [Reader(row, [], runs, end) for row, end in zip(rows, starts, strict=True)]
-        return DecodeBatch(readers, [ZERO_TABLE] * len(rows), starts, seq_lens)
+        starts = seq_lens - min(1, self.config.window)
+        ends = zip(rows, starts.tolist(), strict=True)
+        segments = build_segments([Reader(row, [], runs, end) for row, end in ends])
+        return DecodeBatch(segments, np.full(len(rows), ZERO_TABLE, np.int32), starts, seq_lens)
 
     def _assert_dummy(self, forward_batch: ForwardBatch) -> None:
         highest = int(forward_batch.out_cache_loc.max()) if len(forward_batch.out_cache_loc) else 0

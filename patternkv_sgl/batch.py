@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from patternkv_sgl.requests import ATTRIBUTE, Extend, RequestTables
-from patternkv_sgl.segments import Reader
+from patternkv_sgl.segments import Reader, Segments, build_segments
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -32,16 +34,16 @@ class DecodeBatch:
     """Requests that decode one token each.
 
     Attributes:
-        readers: what each row reads from the pool.
-        tables: table that each row's new token is quantized with.
-        window_starts, seq_lens: row ``i`` reads positions ``[window_starts[i], seq_lens[i])`` from
-            its window.
+        segments: what the rows read from the pool. The next batch of the same requests changes it.
+        tables: int32 [b], table that each row's new token is quantized with.
+        window_starts, seq_lens: int64 [b]; row ``i`` reads positions ``[window_starts[i],
+            seq_lens[i])`` from its window.
     """
 
-    readers: list[Reader]
-    tables: list[int]
-    window_starts: list[int]
-    seq_lens: list[int]
+    segments: Segments
+    tables: np.ndarray
+    window_starts: np.ndarray
+    seq_lens: np.ndarray
 
 
 Batch = ExtendBatch | DecodeBatch
@@ -61,7 +63,45 @@ class CurrentBatch:
         return batch
 
 
-def read_batch(tree: PatternRadixCache, batch: ScheduleBatch) -> Batch | None:
+class DecodePlanner:
+    """Works out decode batches; while the same requests decode on, only ends of segments move.
+
+    Args:
+        tree: whose version tells when a path or a request's tables changed.
+    """
+
+    def __init__(self, tree: PatternRadixCache) -> None:
+        self._tree = tree
+        self._key: tuple[int, ...] | None = None
+        self._batch = DecodeBatch(build_segments([]), *(np.zeros(0, dtype=int) for _ in range(3)))
+        self._first_starts = np.zeros(0, dtype=int)
+
+    def plan(self, reqs: Sequence[Req], seq_lens: np.ndarray) -> DecodeBatch:
+        """Reading plan of ``reqs``; ``seq_lens`` int64 [b] count the token being decoded."""
+        # Ids are safe: a request that is gone took the version along.
+        key = (self._tree.version, *map(id, reqs))
+        changed = key != self._key
+        if changed:
+            states: list[RequestTables] = [getattr(req, ATTRIBUTE) for req in reqs]
+            self._first_starts = np.array([state.window_start for state in states], dtype=np.int64)
+        starts = np.maximum(self._first_starts, seq_lens - self._tree.config.window)
+        if changed:
+            readers = [
+                Reader(req.kv.req_pool_idx, self._tree.path(req.last_node), state.runs, int(end))
+                for req, state, end in zip(reqs, states, starts, strict=True)
+            ]
+            segments = build_segments(readers)
+            tables = np.array([state.runs.last for state in states], dtype=np.int32)
+        else:
+            segments, tables = self._batch.segments, self._batch.tables
+            segments.grow(starts)
+        self._key, self._batch = key, DecodeBatch(segments, tables, starts, seq_lens)
+        return self._batch
+
+
+def read_batch(
+    tree: PatternRadixCache, planner: DecodePlanner, batch: ScheduleBatch
+) -> Batch | None:
     """What the backend must know of ``batch``; advances the tree's requests for an extend.
 
     Raises:
@@ -71,22 +111,7 @@ def read_batch(tree: PatternRadixCache, batch: ScheduleBatch) -> Batch | None:
     if mode.is_idle():
         return None
     if mode.is_decode():
-        return decode_batch(tree, batch.reqs, batch.seq_lens_cpu.tolist())
+        return planner.plan(batch.reqs, batch.seq_lens_cpu.numpy())
     if mode.is_extend_without_speculative():
         return ExtendBatch(tree.begin_extends(batch.reqs, batch.prefix_lens, batch.extend_lens))
     raise RuntimeError(f"forward mode {mode.name} is not available with --kv-quant patternkv")
-
-
-def decode_batch(
-    tree: PatternRadixCache, reqs: Sequence[Req], seq_lens: Sequence[int]
-) -> DecodeBatch:
-    """Reading plan of a decode batch; ``seq_lens`` count the token being decoded."""
-    readers, tables, window_starts = [], [], []
-    for req, seq_len in zip(reqs, seq_lens, strict=True):
-        state: RequestTables = getattr(req, ATTRIBUTE)
-        window_start = max(state.window_start, seq_len - tree.config.window)
-        path: list[tuple[int, int, Any]] = tree.path(req.last_node)
-        readers.append(Reader(req.kv.req_pool_idx, path, state.runs, window_start))
-        tables.append(state.runs.last)
-        window_starts.append(window_start)
-    return DecodeBatch(readers, tables, window_starts, list(seq_lens))

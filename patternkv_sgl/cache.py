@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from patternkv_sgl.batch import CurrentBatch, ExtendBatch, read_batch
+from patternkv_sgl.batch import CurrentBatch, DecodePlanner, ExtendBatch, read_batch
 from patternkv_sgl.pool import PatternKVPool
 from patternkv_sgl.radix import PatternRadixCache
 from patternkv_sgl.stats import Gauges, Stats
@@ -33,11 +33,12 @@ class PatternCache:
         self.pool = pool
         self.refs = TableRefs(pool.num_tables)
         self.tree = PatternRadixCache(params, pool.geometry.config, self.refs, STATS)
+        self.planner = DecodePlanner(self.tree)
         self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
 
     def begin(self, batch: ScheduleBatch) -> None:
         """Hand ``batch`` to the backend; called just before its forward."""
-        current = read_batch(self.tree, batch)
+        current = read_batch(self.tree, self.planner, batch)
         CURRENT.put(current)
         if self.gauges is not None and isinstance(current, ExtendBatch):
             self.gauges.set(self.numbers())

@@ -47,7 +47,8 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     ) -> None:
         self.config, self.refs, self.stats = config, refs, stats
         self.requests: set[RequestTables] = set()
-        self.version = 0  # advances when a node's path changes, so that cached paths expire
+        # Advances when the path of a node or the tables of a request change: plans expire.
+        self.version = 0
         self._inserting: TableRuns | None = None
         super().__init__(params)
 
@@ -128,6 +129,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         self.refs.acquire(runs.tables)
         self.refs.release(state.runs.tables)
         state.runs = runs
+        self.version += 1
 
     def checkpoint(self, req: Req, *, up_to: int) -> None:
         state: RequestTables = getattr(req, ATTRIBUTE)
@@ -147,6 +149,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
             self.refs.release(state.runs.tables)
             self.requests.discard(state)
             delattr(req, ATTRIBUTE)
+            self.version += 1
         super().on_release(req, checkpointed=checkpointed)
         if self.config.check:
             self.check_integrity(self.token_to_kv_pool_allocator.get_kvcache().slot_table)

@@ -1,14 +1,17 @@
 """Turns the requests of a decode batch into segments: which slots are read once for whom.
 
-Host-side policy: plain lists in, plain lists out. A segment is a run of slots of one table that
-the same rows read; shared ones come from radix nodes that several requests of the batch hold.
+Host-side policy. A segment is a run of slots of one table that the same rows read; shared ones come
+from radix nodes that several requests of the batch hold.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
 
 from patternkv_sgl.tables import TableRuns
 
@@ -24,7 +27,7 @@ class Reader:
     Attributes:
         req_pool_idx: the request's row of ``req_to_token``.
         path: ``(start, end, node)`` of the radix nodes it holds, from the root, by position.
-        runs: tables along its sequence.
+        runs: tables along its sequence, at least one.
         end: positions ``[0, end)`` are read from the pool (later ones from the window).
     """
 
@@ -34,39 +37,58 @@ class Reader:
     end: int
 
 
-@dataclass
 class Segments:
     """The decode work of a batch, in the layout of ``patternkv_kernels.DecodePlan``.
 
+    Every row ends in a segment of its own, which may be empty: as the row decodes, only that one
+    grows, so a batch of the same rows keeps its segments from step to step (:meth:`grow`).
+
     Attributes:
-        segments: ``(req_pool_idx, start, end, table_id)`` each.
-        row_indptr, rows: rows ``rows[row_indptr[i]:row_indptr[i + 1]]`` read segment ``i``.
+        segments: int32 [num_segments, 4], ``(req_pool_idx, start, end, table_id)`` each.
+        row_indptr, rows: int32; rows ``rows[row_indptr[i]:row_indptr[i + 1]]`` read segment ``i``.
+        shared_reads: KV token reads saved by reading each shared segment once.
+        max_branches: most rows on one segment that has tokens.
     """
 
-    segments: list[tuple[int, int, int, int]] = field(default_factory=list)
-    row_indptr: list[int] = field(default_factory=lambda: [0])
-    rows: list[int] = field(default_factory=list)
+    def __init__(self, readers: Sequence[Reader], shared: Sequence[tuple[int, int, list[int]]]):
+        segments: list[tuple[int, int, int, int]] = []
+        readers_of: list[Sequence[int]] = []
 
-    def add(self, reader: Reader, start: int, end: int, rows: Sequence[int]) -> None:
-        for lo, hi, table in reader.runs.spans(start, end):
-            self.segments.append((reader.req_pool_idx, lo, hi, table))
-            self.rows.extend(rows)
-            self.row_indptr.append(len(self.rows))
+        def add(reader: Reader, start: int, end: int, rows: Sequence[int]) -> None:
+            for lo, hi, table in reader.runs.spans(start, end):
+                segments.append((reader.req_pool_idx, lo, hi, table))
+                readers_of.append(rows)
 
-    @property
-    def shared_reads(self) -> int:
-        """KV token reads saved by reading each shared segment once."""
-        return sum(
-            (end - start) * (hi - lo - 1)
-            for (_, start, end, _), lo, hi in zip(
-                self.segments, self.row_indptr, self.row_indptr[1:], strict=False
-            )
-        )
+        done = [0] * len(readers)
+        for start, end, rows in shared:
+            add(readers[rows[0]], start, end, rows)
+            for row in rows:
+                done[row] = end
+        tails = []
+        self._growable = True
+        for row, reader in enumerate(readers):
+            last_start, last_table = reader.runs[-1]
+            start = max(done[row], last_start)
+            add(reader, done[row], min(start, reader.end), [row])
+            tails.append(len(segments))
+            segments.append((reader.req_pool_idx, start, max(start, reader.end), last_table))
+            readers_of.append([row])
+            self._growable &= start <= reader.end
+        counts = [len(rows) for rows in readers_of]
+        self.segments = np.array(segments, dtype=np.int32).reshape(-1, 4)
+        self.row_indptr = np.cumsum([0, *counts], dtype=np.int32)
+        self.rows = np.fromiter(chain.from_iterable(readers_of), np.int32, sum(counts))
+        self._tails = np.array(tails, dtype=np.intp)
+        lengths = self.segments[:, 2] - self.segments[:, 1]
+        branches = np.array(counts, dtype=np.int64)
+        self.shared_reads = int((lengths * (branches - 1)).sum())
+        self.max_branches = int(branches[lengths > 0].max(initial=0))
 
-    @property
-    def max_branches(self) -> int:
-        pairs = zip(self.row_indptr, self.row_indptr[1:], strict=False)
-        return max((hi - lo for lo, hi in pairs), default=0)
+    def grow(self, ends: np.ndarray) -> None:
+        """Let row ``i`` read ``[0, ends[i])``; ends never go back."""
+        assert self._growable, "a row ends before its last table begins"
+        assert (ends >= self.segments[self._tails, 2]).all(), f"rows shrink to {ends}"
+        self.segments[self._tails, 2] = ends
 
 
 def build_segments(readers: Sequence[Reader], *, share: bool = True) -> Segments:
@@ -76,16 +98,7 @@ def build_segments(readers: Sequence[Reader], *, share: bool = True) -> Segments
         readers: the batch's rows in order.
         share: False reads every row on its own, for comparison with the grouped result.
     """
-    out = Segments()
-    done = [0] * len(readers)
-    if share:
-        for start, end, rows in _shared_runs(readers):
-            out.add(readers[rows[0]], start, end, rows)
-            for row in rows:
-                done[row] = end
-    for row, reader in enumerate(readers):
-        out.add(reader, done[row], reader.end, [row])
-    return out
+    return Segments(readers, _shared_runs(readers) if share else [])
 
 
 def _shared_runs(readers: Sequence[Reader]) -> list[tuple[int, int, list[int]]]:
@@ -99,6 +112,7 @@ def _shared_runs(readers: Sequence[Reader]) -> list[tuple[int, int, list[int]]]:
     for row, reader in enumerate(readers):
         for _, _, node in reader.path:
             rows_of[node].append(row)
+    ends: dict[Hashable, int] = {}
     runs: list[tuple[int, int, list[int]]] = []
     for row, reader in enumerate(readers):
         start = 0
@@ -109,7 +123,9 @@ def _shared_runs(readers: Sequence[Reader]) -> list[tuple[int, int, list[int]]]:
             below = reader.path[index + 1 : index + 2]
             if below and len(rows_of[below[0][2]]) == len(rows):
                 continue
-            end = min(end, *(readers[other].end for other in rows))
+            if node not in ends:
+                ends[node] = min(end, *(readers[other].end for other in rows))
+            end = ends[node]
             if end - start < MIN_SHARED_TOKENS:
                 continue
             if rows[0] == row:

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
@@ -20,7 +21,7 @@ from sglang.srt.mem_cache.common import (
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from patternkv_sgl.batch import Batch, DecodeBatch, ExtendBatch, decode_batch
+from patternkv_sgl.batch import Batch, DecodeBatch, DecodePlanner, ExtendBatch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.pool import PatternKVPool, PoolGeometry
 from patternkv_sgl.radix import PatternRadixCache
@@ -103,6 +104,7 @@ class Scheduler:
             page_size=page_size,
         )
         self.tree = PatternRadixCache(params, config, self.refs, self.stats)
+        self.planner = DecodePlanner(self.tree)
         self.running: list[Req] = []
         self._rids = 0
 
@@ -164,7 +166,7 @@ class Scheduler:
             self.rows.write((req.kv.req_pool_idx, req.kv.kv_allocated_len), slot.int())
             req.kv.kv_allocated_len += 1
             req.kv.kv_committed_len += 1
-        batch = decode_batch(self.tree, reqs, [req.kv.kv_allocated_len for req in reqs])
+        batch = self.planner.plan(reqs, np.array([req.kv.kv_allocated_len for req in reqs]))
         self.forward(batch, reqs, new_slots)
         return batch
 
@@ -173,7 +175,7 @@ class Scheduler:
         if isinstance(batch, ExtendBatch):
             tables = [extend.table for extend in batch.extends for _ in range(extend.num_tokens)]
         else:
-            tables = batch.tables
+            tables = batch.tables.tolist()
         self.slot_table[slots] = torch.tensor(tables, dtype=torch.int32)
 
     def _allocate(self, rows: list[torch.Tensor], lengths: list[int]) -> torch.Tensor | None:

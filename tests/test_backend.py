@@ -310,9 +310,7 @@ def run_steps(steps: int, window: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("window", [0, 4])
 def test_grouped_decode_equals_ungrouped(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     *grouped, saved = run_steps(6, window)
-    monkeypatch.setattr(
-        patternkv_sgl.backend, "build_segments", partial(build_segments, share=False)
-    )
+    monkeypatch.setattr(patternkv_sgl.batch, "build_segments", partial(build_segments, share=False))
     *alone, none_saved = run_steps(6, window)
     assert saved > 0 and none_saved == 0
     for a, b in zip(grouped, alone, strict=True):
@@ -322,6 +320,31 @@ def test_grouped_decode_equals_ungrouped(window: int, monkeypatch: pytest.Monkey
 def test_decode_is_bitwise_the_same_from_run_to_run() -> None:
     for a, b in zip(run_steps(4, 4), run_steps(4, 4), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_same_requests_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a request joins or leaves, or the tree changes a path, only ends of segments move."""
+    built = []
+
+    def count(*args: object, **kwargs: object) -> object:
+        built.append(1)
+        return build_segments(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(patternkv_sgl.batch, "build_segments", count)
+    model = Model(config())
+    built.clear()
+    reqs = model.prefill(tokens(0, 64), tokens(0, 64))
+    for step in range(4):
+        model.decode(reqs, sampled(reqs, step))
+    assert len(built) == 1
+    model.decode(reqs[:1], [7])
+    assert len(built) == 2
+    model.admit([*tokens(0, 32), 999])  # splits the node of the prompt
+    model.decode(reqs[:1], [8])
+    assert len(built) == 3
+    (other,) = model.prefill(tokens(200, 40))
+    model.decode([*reqs, other], [9, 9, 9])
+    assert len(built) == 4
 
 
 def test_decode_counts_reads() -> None:
@@ -489,13 +512,15 @@ def test_requests_of_another_kind_of_batch_are_an_error(mode: ForwardMode) -> No
 
 @pytest.mark.parametrize("mode", [ForwardMode.TARGET_VERIFY, ForwardMode.DRAFT_EXTEND_V2])
 def test_a_speculative_batch_is_refused(mode: ForwardMode) -> None:
+    model = Model(config())
     with pytest.raises(RuntimeError, match=f"{mode.name} is not available with --kv-quant"):
-        read_batch(Model(config()).tree, SimpleNamespace(forward_mode=mode))
+        read_batch(model.tree, model.planner, SimpleNamespace(forward_mode=mode))
 
 
 def test_an_idle_batch_has_no_plan() -> None:
     model = Model(config())
-    assert read_batch(model.tree, SimpleNamespace(forward_mode=ForwardMode.IDLE)) is None
+    idle = SimpleNamespace(forward_mode=ForwardMode.IDLE)
+    assert read_batch(model.tree, model.planner, idle) is None
     model.backend.init_forward_metadata(dummy(ForwardMode.IDLE, []))
     assert model.backend.forward_metadata is None
     with pytest.raises(AssertionError, match="plan=None"):

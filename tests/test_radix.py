@@ -26,7 +26,6 @@ from sglang.srt.runtime_context import get_context
 
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.requests import ATTRIBUTE, RequestTables
-from patternkv_sgl.segments import build_segments
 from patternkv_sgl.tables import ZERO_TABLE, TableRuns
 from tests.fakes import Scheduler
 
@@ -190,15 +189,20 @@ class LifeCycles(RuleBasedStateMachine):
                 return
             for req in reqs:
                 self.record(req, req.kv.kv_allocated_len - 1)
-            rows = {reader.req_pool_idx: row for row, reader in enumerate(batch.readers)}
-            segments = build_segments(batch.readers)
+            rows = {req.kv.req_pool_idx: row for row, req in enumerate(reqs)}
+            segments, read = batch.segments, [0] * len(reqs)
             for (row, start, end, table), lo, hi in zip(
-                segments.segments, segments.row_indptr, segments.row_indptr[1:], strict=False
+                segments.segments.tolist(),
+                segments.row_indptr,
+                segments.row_indptr[1:],
+                strict=False,
             ):
                 for reader in segments.rows[lo:hi]:
                     slots = self.scheduler.row(reqs[reader])[start:end]
                     assert torch.equal(slots, self.scheduler.row(reqs[rows[row]])[start:end])
                     assert (self.scheduler.slot_table[slots] == table).all()
+                    read[reader] += end - start
+            assert read == batch.window_starts.tolist()
 
     @precondition(lambda self: self.decoding)
     @rule(data=st.data())

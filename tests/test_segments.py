@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def reader(index: int, nodes: list[Node], own: list[int], window: int = 0) -> Re
     per_token = [table for node in nodes for table in node.tables] + own
     path = [(node.start, node.end, node.name) for node in nodes]
     end = len(per_token) - min(window, len(own))
-    return Reader(100 + index, path, TableRuns(enumerate(per_token)), end)
+    return Reader(100 + index, path, TableRuns(enumerate(per_token or [0])), end)
 
 
 def slot(readers: list[Reader], req_pool_idx: int, position: int) -> object:
@@ -48,11 +50,16 @@ def slot(readers: list[Reader], req_pool_idx: int, position: int) -> object:
 
 
 def items(segments: Segments) -> list[tuple[int, int, int, int, list[int]]]:
+    """The segments that have tokens, and their rows."""
     assert len(segments.row_indptr) == len(segments.segments) + 1
     assert segments.row_indptr[0] == 0 and segments.row_indptr[-1] == len(segments.rows)
+    bounds = itertools.pairwise(segments.row_indptr.tolist())
     return [
-        (*segment, segments.rows[segments.row_indptr[i] : segments.row_indptr[i + 1]])
-        for i, segment in enumerate(segments.segments)
+        (req_pool_idx, start, end, table, segments.rows[lo:hi].tolist())
+        for (req_pool_idx, start, end, table), (lo, hi) in zip(
+            segments.segments.tolist(), bounds, strict=True
+        )
+        if start < end
     ]
 
 
@@ -115,6 +122,31 @@ def test_every_token_is_read_once(readers: list[Reader]) -> None:
         assert segments.max_branches == branches
         if not share:
             assert saved == 0 and branches <= 1
+
+
+@FIXED
+@given(batches(), st.data())
+def test_rows_grow(readers: list[Reader], data: st.DataObject) -> None:
+    """Segments that grew cover what segments made anew would."""
+    segments = build_segments(readers)
+    if any(reader.end < reader.runs[-1][0] for reader in readers):
+        with pytest.raises(AssertionError, match="before its last table"):
+            segments.grow(np.array([reader.end for reader in readers]))
+        return
+    for _ in range(2):
+        readers = [
+            replace(reader, end=reader.end + data.draw(st.integers(0, 40))) for reader in readers
+        ]
+        segments.grow(np.array([reader.end for reader in readers]))
+        for _, _, end, _, rows in items(segments):
+            assert all(end <= readers[row].end for row in rows)
+        check_cover(readers, segments)
+
+
+def test_rows_do_not_shrink() -> None:
+    segments = build_segments([reader(0, chain(20), [])])
+    with pytest.raises(AssertionError, match="shrink"):
+        segments.grow(np.array([19]))
 
 
 def best_possible(readers: list[Reader]) -> int:
