@@ -405,7 +405,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 template <int kLive>
 __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(256) uint8_t memory[];
+  PATTERNKV_DYNAMIC_SHARED(memory);
   launch_dependents();
   for_each_unit(p.work.narrow(), p.pool.h_kv,
                 [&](const WorkItem& item, int head) { attend<kLive>(p, item, head, memory); });

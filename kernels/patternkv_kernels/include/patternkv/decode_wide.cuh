@@ -451,7 +451,7 @@ __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
 
 __global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
     attend_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(256) uint8_t memory[];
+  PATTERNKV_DYNAMIC_SHARED(memory);
   launch_dependents();
   for_each_unit(p.work.wide(), p.pool.h_kv, [&](const WorkItem& item, int head) {
     if (item.num_branches * p.group <= 16) {

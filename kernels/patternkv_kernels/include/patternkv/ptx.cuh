@@ -1,16 +1,18 @@
-// Thin wrappers of the instructions that the kernels name themselves.
+// Thin wrappers of the instructions that the kernels name themselves. tests/simt has a stand-in for
+// this file, with which the kernels run on a CPU.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "patternkv/bits.cuh"
 
-#include <cstdint>
+// Dynamic shared memory of a block, as an array of bytes.
+#define PATTERNKV_DYNAMIC_SHARED(name) extern __shared__ __align__(256) uint8_t name[]
 
 namespace patternkv {
 
-// c[16 x 8] += a[16 x 16] * b[16 x 8], fp16 operands, f32 accumulators. Lane l, g = l / 4, t = l %
-// 4: a0 = A[g; 2t, 2t+1], a1 = A[g+8; 2t, 2t+1], a2 = A[g; 2t+8, 2t+9], a3 = A[g+8; 2t+8, 2t+9], b0
-// = B[2t, 2t+1; g], b1 = B[2t+8, 2t+9; g], c0, c1 = C[g; 2t, 2t+1], c2, c3 = C[g+8; 2t, 2t+1].
+// c[16 x 8] += a[16 x 16] * b[16 x 8], fp16 operands, f32 accumulators. In lane l, with g = l / 4
+// and x = 2 (l % 4) and the next, the registers hold
+//   a0: A[g; x], a1: A[g+8; x], a2: A[g; x+8], a3: A[g+8; x+8],
+//   b0: B[x; g], b1: B[x+8; g], c0, c1: C[g; x], c2, c3: C[g+8; x].
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                              uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -97,24 +99,6 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-}
-
-__device__ __forceinline__ uint32_t as_u32(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
-__device__ __forceinline__ __half2 as_half2(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
-
-__device__ __forceinline__ float half_bits_to_float(uint32_t bits) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-}
-
-__device__ __forceinline__ float load_float(const __nv_bfloat16* x) { return __bfloat162float(*x); }
-__device__ __forceinline__ float load_float(const __half* x) { return __half2float(*x); }
-__device__ __forceinline__ float load_float(const float* x) { return *x; }
-
-// The power of two that brings `largest` into [2^exponent, 2^(exponent + 1)); 1 for 0.
-__device__ __forceinline__ float power_of_two_scale(float largest, int exponent) {
-  const int biased = (__float_as_int(largest) >> 23) & 0xff;
-  const int wanted = min(max(254 + exponent - biased, 8), 240);
-  return biased == 0 ? 1.0f : __int_as_float(wanted << 23);
 }
 
 }  // namespace patternkv

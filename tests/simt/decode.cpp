@@ -1,0 +1,121 @@
+// One decode layer on the CPU: the planner, both attention kernels and the merge (see simt.h).
+#include "patternkv/decode_merge.cuh"
+#include "patternkv/decode_narrow.cuh"
+#include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_wide.cuh"
+#include "simt.h"
+
+namespace patternkv {
+namespace {
+
+// A GPU of few blocks, so that small cases have several rounds of chunks too.
+constexpr int kBlocks = 6;
+constexpr int kMaxItems = 8192, kMaxStates = 8192;
+
+// As tests/simt_decode.py passes it; see DecodePlan, Window and tree_decode for what is what.
+struct Arguments {
+  const void* q;
+  uint8_t* buffer;
+  const int* req_to_token;
+  const __half* patterns;
+  const __half* channel_scale;
+  const int4* segments;
+  const int* row_indptr;
+  const int* rows;
+  const void* window_k;
+  const void* window_v;
+  const int64_t* ring;
+  const int64_t* window_start;
+  const int64_t* window_end;
+  void* out;
+  float* lse;
+  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16;
+  double sm_scale, logit_cap;
+};
+
+template <typename T>
+void merge_all(const Arguments& a, const DecodeParams& params) {
+  merge::MergeParams<T> p = {};
+  p.q = static_cast<const T*>(a.q);
+  p.q_stride = params.q_stride;
+  p.work = params.work;
+  p.state_out = params.state_out;
+  p.state_sum = params.state_sum;
+  p.out = static_cast<T*>(a.out);
+  p.lse = a.lse;
+  p.window_k = static_cast<const T*>(a.window_k);
+  p.window_v = static_cast<const T*>(a.window_v);
+  p.ring = a.ring;
+  p.start = a.window_start;
+  p.end = a.window_end;
+  p.window = a.window;
+  p.h_kv = a.h_kv;
+  p.group = params.group;
+  p.scale_log2 = params.scale_log2;
+  p.cap_log2 = params.cap_log2;
+  const SimtIndex grid = {static_cast<unsigned>(a.b), static_cast<unsigned>(a.h_kv), 1};
+  simt::launch(grid, merge::kMergeThreads, 0, [&] { merge::merge_kernel<T>(p); });
+}
+
+}  // namespace
+
+extern "C" void decode(const Arguments* arguments) {
+  const Arguments& a = *arguments;
+  const int group = a.h_q / a.h_kv, narrow_rows = group <= 4 ? 4 : 8;
+  WorkHeader header;
+  std::vector<WorkItem> narrow_items(kMaxItems), wide_items(kMaxItems);
+  std::vector<StateRun> runs(a.nnz), entry_runs(a.nnz);
+  std::vector<int> run_indptr(a.b + 1);
+  std::vector<float> state_out(kMaxStates * a.h_q * HEAD_DIM, NAN);
+  std::vector<float2> state_sum(kMaxStates * a.h_q, float2{NAN, NAN});
+
+  plan::PlanParams p = {};
+  p.segments = a.segments;
+  p.row_indptr = a.row_indptr;
+  p.rows = a.rows;
+  p.num_segments = a.num_segments;
+  p.b = a.b;
+  p.group = group;
+  p.h_kv = a.h_kv;
+  p.narrow_rows = narrow_rows;
+  p.narrow_blocks = p.wide_blocks = kBlocks;
+  p.max_narrow = p.max_wide = kMaxItems;
+  p.max_states = kMaxStates;
+  p.max_runs = a.nnz;
+  p.work = {&header, narrow_items.data(), wide_items.data(), run_indptr.data(), runs.data()};
+  p.entry_runs = entry_runs.data();
+  simt::launch({1, 1, 1}, plan::kPlanThreads, 0, [&] { plan::plan_kernel(p); });
+
+  DecodeParams d = {};
+  d.q = a.q;
+  d.q_stride = a.h_q * HEAD_DIM;
+  d.q_is_bf16 = a.bf16;
+  d.pool = SlotPool::make(a.buffer, a.page_size, a.h_kv);
+  d.copy16 = d.pool.page_bytes % 16 == 0 && K_ROW_BYTES % 16 == 0 && V_ROW_BYTES % 16 == 0;
+  d.req_to_token = a.req_to_token;
+  d.req_stride = a.req_stride;
+  d.patterns = a.patterns;
+  d.channel_scale = a.channel_scale;
+  d.num_patterns = a.num_patterns;
+  d.rows = a.rows;
+  d.work = p.work;
+  d.state_out = state_out.data();
+  d.state_sum = state_sum.data();
+  d.scale_log2 = static_cast<float>(a.sm_scale * M_LOG2E);
+  d.cap_log2 = static_cast<float>(a.logit_cap * M_LOG2E);
+  d.h_q = a.h_q;
+  d.group = group;
+  d.group_inverse = (65536 + group - 1) / group;
+  const SimtIndex grid = {kBlocks, 1, 1};
+  simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
+    narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
+  });
+  simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns), [&] { wide::attend_kernel(d); });
+  if (a.bf16) {
+    merge_all<__nv_bfloat16>(a, d);
+  } else {
+    merge_all<__half>(a, d);
+  }
+}
+
+}  // namespace patternkv

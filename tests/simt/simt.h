@@ -1,0 +1,241 @@
+// Runs CUDA kernel sources on a CPU, so that they can be tested without a GPU. The threads of a
+// block are coroutines that take turns at barriers and warp-wide operations; blocks run one after
+// the other. It checks what kernels compute, not whether they race: between two barriers a thread
+// runs alone.
+//
+// Stands in for what nvcc provides on the device, as far as the kernels use it; patternkv/ptx.cuh
+// beside it stands in for the file of that name.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#undef __device__
+#undef __global__
+#undef __host__
+#undef __forceinline__
+#undef __shared__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __device__
+#define __global__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static  // of the block that runs
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+namespace simt {
+
+constexpr int kLanes = 32;
+constexpr size_t kStackBytes = 512 << 10;
+constexpr uint8_t kPoison = 0xcd;  // what shared memory holds at first
+
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false;
+};
+
+// Where threads wait for each other.
+struct Meeting {
+  int arrived = 0;
+  long generation = 0;
+};
+
+struct Warp : Meeting {
+  uint64_t in[kLanes], out[kLanes];
+};
+
+inline std::vector<Thread> threads;
+inline std::vector<Warp> warps;
+inline Meeting block;
+inline int current;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline std::vector<uint8_t> memory;  // dynamic shared memory; addresses are offsets into it
+
+// The last of `count` threads to arrive does `work` and lets the others go.
+template <typename Work>
+void meet(Meeting& meeting, int count, Work work) {
+  if (++meeting.arrived == count) {
+    work();
+    meeting.arrived = 0;
+    ++meeting.generation;
+    return;
+  }
+  const long generation = meeting.generation;
+  while (meeting.generation == generation) {
+    swapcontext(&threads[current].context, &scheduler);
+  }
+}
+
+// A warp-wide operation: `work(in, out)` on the values of all lanes.
+template <typename Work>
+uint64_t exchange(uint64_t value, Work work) {
+  Warp& warp = warps[current / kLanes];
+  const int lane = current % kLanes;
+  warp.in[lane] = value;
+  meet(warp, kLanes, [&] { work(warp.in, warp.out); });
+  value = warp.out[lane];
+  meet(warp, kLanes, [] {});  // results stay until everybody has read them
+  return value;
+}
+
+template <typename To, typename From>
+To bit_cast(From from) {
+  To to = {};
+  std::memcpy(&to, &from, std::min(sizeof(To), sizeof(From)));
+  return to;
+}
+
+inline void run_block(int num_threads, std::function<void()> kernel) {
+  body = std::move(kernel);
+  threads.assign(num_threads, Thread());
+  warps.assign(num_threads / kLanes, Warp());
+  block = Meeting();
+  for (Thread& thread : threads) {
+    thread.stack.resize(kStackBytes);
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = &scheduler;
+    void (*entry)() = [] {
+      body();
+      threads[current].done = true;
+    };
+    makecontext(&thread.context, entry, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (current = 0; current < num_threads; ++current) {
+      if (threads[current].done) continue;
+      running = true;
+      swapcontext(&scheduler, &threads[current].context);
+    }
+  }
+}
+
+}  // namespace simt
+
+struct SimtIndex {
+  unsigned x, y, z;
+};
+inline SimtIndex blockIdx, gridDim;
+
+struct SimtThreadIndex {
+  struct {
+    operator int() const { return simt::current; }
+  } x;
+};
+inline SimtThreadIndex threadIdx;
+
+namespace simt {
+
+// Every block of a grid, one after the other.
+template <typename Kernel>
+void launch(SimtIndex grid, int num_threads, int shared_bytes, Kernel kernel) {
+  gridDim = grid;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = {x, y, 0};
+      memory.assign(shared_bytes, kPoison);
+      run_block(num_threads, kernel);
+    }
+  }
+}
+
+}  // namespace simt
+
+inline int __syncthreads_or(int predicate) {
+  static int any, result;
+  any |= predicate != 0;
+  simt::meet(simt::block, simt::threads.size(), [] { result = std::exchange(any, 0); });
+  return result;
+}
+
+inline void __syncthreads() { __syncthreads_or(0); }
+
+inline void __syncwarp() {
+  simt::meet(simt::warps[simt::current / simt::kLanes], simt::kLanes, [] {});
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T x, int source) {
+  static_assert(sizeof(T) == 4);
+  const uint64_t own = uint64_t{simt::bit_cast<uint32_t>(x)} | uint64_t(source) << 32;
+  const uint64_t taken = simt::exchange(own, [](const uint64_t* in, uint64_t* out) {
+    for (int lane = 0; lane < simt::kLanes; ++lane) out[lane] = in[in[lane] >> 32];
+  });
+  return simt::bit_cast<T>(static_cast<uint32_t>(taken));
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int distance) {
+  return __shfl_sync(mask, x, simt::current % simt::kLanes ^ distance);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T x, int distance) {
+  const int lane = simt::current % simt::kLanes;
+  return __shfl_sync(mask, x, lane < distance ? lane : lane - distance);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T x, int distance) {
+  const int lane = simt::current % simt::kLanes;
+  return __shfl_sync(mask, x, lane + distance < simt::kLanes ? lane + distance : lane);
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  return simt::exchange(predicate != 0, [](const uint64_t* in, uint64_t* out) {
+    uint64_t votes = 0;
+    for (int lane = 0; lane < simt::kLanes; ++lane) votes |= in[lane] << lane;
+    std::fill(out, out + simt::kLanes, votes);
+  });
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) {
+    out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return out;
+}
+
+template <typename T>
+T atomicAdd(T* at, T x) {
+  return std::exchange(*at, *at + x);
+}
+
+inline int atomicMax(int* at, int x) { return std::exchange(*at, std::max(*at, x)); }
+
+inline unsigned __umulhi(unsigned x, unsigned y) { return uint64_t{x} * y >> 32; }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __float_as_uint(float x) { return simt::bit_cast<unsigned>(x); }
+inline int __float_as_int(float x) { return simt::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return simt::bit_cast<float>(x); }
+
+inline void __trap() {
+  std::fprintf(stderr, "a kernel called __trap\n");
+  std::abort();
+}
+
+using std::max;
+using std::min;

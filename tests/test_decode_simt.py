@@ -1,0 +1,65 @@
+"""The CUDA decode kernels without a GPU: their sources run on the CPU, thread by thread."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cases import CASES, DecodeCase, Segment, balanced_tree, make_inputs
+from tests.simt_decode import simt_decode, unavailable
+from tests.test_decode import ungrouped
+from tests.test_decode_cuda import HARD_CASES, assert_as_good_as_low_precision
+
+REASON = unavailable()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+# Of the GPU's hard matrix what takes a CPU at most a few seconds.
+HARD = {
+    *("narrow44_d128", "narrow22_d128", "wide3_44_d128", "wide4_22_d128", "wide8_44_d128"),
+    *("wide16_42_d64", "patterns1_4", "patterns100_1", "patterns256_4", "group1_5", "group7_5"),
+    *("group8_5", "group16_1", "page3_1", "page16_2", "page64_2", "one_token", "cap_wide"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(case for case in HARD_CASES if case.name in HARD)],
+    ids=lambda case: case.name,
+)
+def test_matches_float64_attention(case: DecodeCase) -> None:
+    inputs = make_inputs(replace(case, dtype=FP16 if case.page_size > 1 else BF16))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs))
+
+
+def test_all_of_the_chosen_cases_exist() -> None:
+    assert set(HARD) <= {case.name for case in HARD_CASES}
+
+
+def test_grouped_equals_ungrouped() -> None:
+    tree = balanced_tree(2, 8, 300, [50, 0, 130])
+    inputs = make_inputs(DecodeCase("grouped", d=128, group=4, h_kv=1, dtype=BF16, tree=tree))
+    grouped, grouped_lse = simt_decode(inputs)
+    separate, separate_lse = simt_decode(replace(inputs, plan=ungrouped(inputs)))
+    torch.testing.assert_close(grouped, separate, rtol=2.0**-7, atol=2.0**-7)
+    torch.testing.assert_close(grouped_lse, separate_lse, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("branches", [1, 4])
+def test_references_that_keep_rising(branches: int) -> None:
+    """Logits far apart: sums are rescaled again and again along a row."""
+    tree = [Segment(900, tuple(range(branches)))]
+    inputs = make_inputs(DecodeCase("loud", d=128, group=4, h_kv=1, dtype=FP16, tree=tree))
+    inputs = replace(inputs, q=inputs.q * 30)
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs))
+
+
+def test_what_is_not_named_is_not_read() -> None:
+    """Also where a tile reaches past the end of its segment: other slots hold NaN scales."""
+    tree = balanced_tree(1, 4, 33, [1, 2, 31])
+    inputs = make_inputs(DecodeCase("poison", d=128, group=4, h_kv=1, dtype=BF16, tree=tree))
+    out, lse = simt_decode(inputs)
+    assert out.isfinite().all() and lse.isfinite().all()
