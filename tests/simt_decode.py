@@ -19,17 +19,41 @@ from tests.cases import DecodeInputs
 SOURCES = Path(__file__).parent / "simt"
 INCLUDE = Path(jit.__file__).parent / "include"
 
-_POINTERS = (
-    "q buffer req_to_token patterns channel_scale segments row_indptr rows window_k window_v ring "
-    "window_start window_end out lse"
-).split()
-_NUMBERS = "req_stride b h_q h_kv page_size num_patterns num_segments nnz window bf16".split()
+_POINTERS = [
+    "q",
+    "buffer",
+    "req_to_token",
+    "patterns",
+    "channel_scale",
+    "segments",
+    "row_indptr",
+    "rows",
+    "window_k",
+    "window_v",
+    "ring",
+    "window_start",
+    "window_end",
+    "out",
+    "lse",
+]
+_NUMBERS = [
+    "req_stride",
+    "b",
+    "h_q",
+    "h_kv",
+    "page_size",
+    "num_patterns",
+    "num_segments",
+    "nnz",
+    "window",
+    "bf16",
+]
 
 
 class Arguments(ctypes.Structure):
     """``Arguments`` of ``simt/decode.cpp``."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("sm_scale", ctypes.c_double),
