@@ -64,8 +64,8 @@ struct ValuePair {
 // One warp's running attention. Lane (g, t) holds the output of columns 2t and 2t + 1 and the
 // references of these rows (modulo kLive).
 struct State {
-  float out[kDims / 2][1][4] =
-      {};  // [pair of dims][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the columns
+  // [pair of dims i][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the two columns.
+  float out[kDims / 2][1][4] = {};
   float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
 };
 

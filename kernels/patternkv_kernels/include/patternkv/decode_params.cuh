@@ -13,8 +13,8 @@ namespace patternkv {
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
 constexpr int kTokenAlign = 128;  // chunks are multiples of it: a tile for each warp
-constexpr int kWideRows =
-    32;  // most query rows of a wide work item; a narrow one has at most 4 or 8
+// Most query rows of a wide work item. A narrow one has at most 4 or 8.
+constexpr int kWideRows = 32;
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
 constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
