@@ -1,5 +1,5 @@
-"""The decode matrix and the random packed caches it runs on, shared by every suite that checks
-decode kernels."""
+"""The decode matrix, the random packed caches it runs on and what a packed cache means, shared by
+every suite that checks kernels."""
 
 from __future__ import annotations
 
@@ -139,6 +139,39 @@ def fill_slots(
             high = 256 if view.dim() == 4 else num_patterns
             value = torch.randint(high, shape, generator=generator).to(torch.uint8)
         view[page, :, offset] = value
+
+
+def chosen(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, side: int) -> torch.Tensor:
+    """Pattern ids of ``slots``, int64 ``[n, h_kv]``."""
+    views = fmt.views(buffer)
+    ids = views.v_pattern_id if side else views.k_pattern_id
+    return ids[slots // fmt.page_size, :, slots % fmt.page_size].long()
+
+
+def formula(
+    fmt: SlotFormat,
+    buffer: torch.Tensor,
+    slots: torch.Tensor,
+    tables: LayerTables,
+    table_ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of ``slots`` by the definition in ``SlotFormat``, float64 ``[n, h_kv, d]`` each."""
+    views = fmt.views(buffer)
+    page, offset = slots // fmt.page_size, slots % fmt.page_size
+    heads = torch.arange(fmt.h_kv, device=buffer.device)
+    table = table_ids.long().unsqueeze(1)
+    sides = []
+    for side, (codes, scale, bits) in enumerate(
+        ((views.k_codes, views.k_scale, fmt.k_bits), (views.v_codes, views.v_scale, fmt.v_bits))
+    ):
+        packed = codes[page, :, offset].int().unsqueeze(3)
+        shifts = torch.arange(0, 8, bits, device=buffer.device)
+        level = (packed >> shifts & 2**bits - 1).flatten(2).double() - (2**bits - 1) / 2
+        step = scale[page, :, offset].double().unsqueeze(2)
+        step = step * tables.channel_scale[table, side, heads].double()
+        pattern = tables.patterns[table, side, heads, chosen(fmt, buffer, slots, side)]
+        sides.append(pattern.double() + step * level)
+    return sides[0], sides[1]
 
 
 def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from patternkv_kernels import LayerTables, MinedTable, SlotFormat, dequantize, mine_table, store_kv
-from patternkv_kernels.format import HEAD_DIMS, unpack
+from patternkv_kernels.format import HEAD_DIMS
 from patternkv_kernels.store_reference import fit, nearest_pattern
-from tests.cases import BITS_KV, DEVICES, NUM_TABLES, PAGE_SIZES, random_tables
+from tests.cases import BITS_KV, DEVICES, NUM_TABLES, PAGE_SIZES, formula, random_tables
 
 
 def random_kv(n: int, h: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,34 +31,6 @@ def with_ties(patterns: torch.Tensor) -> torch.Tensor:
     """
     first = patterns[..., : patterns.shape[-2] // 2, :]
     return torch.cat([first, first.roll(first.shape[-1] // 2, dims=-1)], dim=-2)
-
-
-def formula(
-    fmt: SlotFormat,
-    buffer: torch.Tensor,
-    slots: torch.Tensor,
-    tables: LayerTables,
-    table_ids: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition in ``SlotFormat``, token by token and head by head, in float64."""
-    views = fmt.views(buffer)
-    h_kv, d = fmt.h_kv, fmt.head_dim
-    k, v = torch.empty(2, len(slots), h_kv, d, dtype=torch.float64)
-    sides = (
-        (k, views.k_codes, views.k_pattern_id, views.k_scale, fmt.k_bits, 0),
-        (v, views.v_codes, views.v_pattern_id, views.v_scale, fmt.v_bits, 1),
-    )
-    for i, slot in enumerate(slots.tolist()):
-        table = int(table_ids[i])
-        page, offset = divmod(slot, fmt.page_size)
-        for head in range(h_kv):
-            for x, codes, pattern_id, scale, bits, side in sides:
-                at = (page, head, offset)
-                pattern = tables.patterns[table, side, head, int(pattern_id[at])].double()
-                level = unpack(codes[at], bits).double() - (2**bits - 1) / 2
-                step = scale[at].double() * tables.channel_scale[table, side, head].double()
-                x[i, head] = pattern + step * level
-    return k, v
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)

@@ -9,7 +9,7 @@ import torch
 
 from patternkv_kernels import LayerTables, SlotFormat, dequantize, store_kv
 from patternkv_kernels.format import HEAD_DIMS
-from tests.cases import BITS_KV, PAGE_SIZES
+from tests.cases import BITS_KV, PAGE_SIZES, chosen, formula
 
 pytestmark = pytest.mark.gpu
 
@@ -61,13 +61,6 @@ def random_table_ids(n: int, seed: int = 0) -> torch.Tensor:
     return ids.int().to(DEVICE)
 
 
-def chosen(fmt: SlotFormat, buffer: torch.Tensor, slots: torch.Tensor, side: int) -> torch.Tensor:
-    """Pattern ids of ``slots``, int64 ``[n, h_kv]``."""
-    views = fmt.views(buffer)
-    ids = views.v_pattern_id if side else views.k_pattern_id
-    return ids[slots // fmt.page_size, :, slots % fmt.page_size].long()
-
-
 def weighted_distances(
     x: torch.Tensor, tables: LayerTables, table_ids: torch.Tensor, side: int
 ) -> torch.Tensor:
@@ -91,32 +84,6 @@ def weighted_errors(
     """Squared errors by channel weight, float64 ``[n, h_kv]``."""
     weight = tables.channel_weight[table_ids.long(), side].double()
     return ((back.double() - x.double()) * weight).square().sum(2)
-
-
-def formula(
-    fmt: SlotFormat,
-    buffer: torch.Tensor,
-    slots: torch.Tensor,
-    tables: LayerTables,
-    table_ids: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition in ``SlotFormat`` in float64."""
-    views = fmt.views(buffer)
-    page, offset = slots // fmt.page_size, slots % fmt.page_size
-    heads = torch.arange(fmt.h_kv, device=buffer.device)
-    table = table_ids.long().unsqueeze(1)
-    sides = []
-    for side, (codes, scale, bits) in enumerate(
-        ((views.k_codes, views.k_scale, fmt.k_bits), (views.v_codes, views.v_scale, fmt.v_bits))
-    ):
-        packed = codes[page, :, offset].int().unsqueeze(3)
-        shifts = torch.arange(0, 8, bits, device=buffer.device)
-        level = (packed >> shifts & 2**bits - 1).flatten(2).double() - (2**bits - 1) / 2
-        step = scale[page, :, offset].double().unsqueeze(2)
-        step = step * tables.channel_scale[table, side, heads].double()
-        pattern = tables.patterns[table, side, heads, chosen(fmt, buffer, slots, side)]
-        sides.append(pattern.double() + step * level)
-    return sides[0], sides[1]
 
 
 @pytest.mark.parametrize("num_patterns", [5, 64, 256])
