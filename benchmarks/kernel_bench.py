@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.baselines import FP8, Decode, FlashInfer
-from benchmarks.kernel_cases import BITS, H_KV, HEAD_DIM, Case, flat
+from benchmarks.kernel_cases import BITS, H_KV, H_Q, HEAD_DIM, Case, flat
 from benchmarks.kernel_inputs import (
     KV,
     Tree,
@@ -23,7 +23,15 @@ from benchmarks.kernel_inputs import (
 )
 from benchmarks.roofline import packed_bytes, unpacked_bytes
 from benchmarks.timing import Timing, copies_beyond_l2, measure
-from patternkv_kernels import LayerTables, SlotFormat, dequantize, tree_decode
+from patternkv_kernels import (
+    DecodeShape,
+    DecodeWorkspace,
+    LayerTables,
+    SlotFormat,
+    dequantize,
+    lower,
+    tree_decode,
+)
 from patternkv_sgl.config import default_patterns
 
 SMOKE = flat(2, 64, 64)
@@ -46,6 +54,7 @@ class PackedCache:
     fmt: SlotFormat
     pool: torch.Tensor
     tables: LayerTables
+    workspace: DecodeWorkspace | None
 
 
 class KernelBench:
@@ -158,7 +167,18 @@ class KernelBench:
         fmt = SlotFormat(*bits, HEAD_DIM, self._page_size, h_kv=H_KV)
         patterns = default_patterns(fmt.k_bits)
         pool = random_pool(fmt, tree, patterns)
-        return PackedCache(fmt, pool, random_tables(tree.case, patterns, self._device))
+        tables = random_tables(tree.case, patterns, self._device)
+        return PackedCache(fmt, pool, tables, self._workspace(tree, fmt, patterns))
+
+    def _workspace(self, tree: Tree, fmt: SlotFormat, patterns: int) -> DecodeWorkspace | None:
+        """The work list of ``tree``, which serving makes once for all layers of a step."""
+        if self._impl != "cuda":
+            return None
+        b, nnz = tree.case.branches, len(tree.plan.rows)
+        shape = DecodeShape(fmt, patterns, H_Q, b, nnz, b * tree.case.context)
+        workspace = DecodeWorkspace.allocate(shape, self._device)
+        lower(tree.plan, workspace, b)
+        return workspace
 
     def _decode(self, tree: Tree, q: torch.Tensor, cache: PackedCache, impl: Impl) -> torch.Tensor:
         return tree_decode(
@@ -169,6 +189,7 @@ class KernelBench:
             tree.plan,
             window=None,
             sm_scale=HEAD_DIM**-0.5,
+            workspace=cache.workspace,
             impl=impl,
         )
 

@@ -5,57 +5,40 @@ CPU and CUDA tensors take the same path through ``patternkv_kernels``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 
 from patternkv_kernels import (
-    DecodePlan,
+    DecodeWorkspace,
+    RaggedAttention,
     Window,
     dequantize,
-    extend_attention,
+    lower,
+    merge_states,
     mine_kv,
     store_kv,
     tree_decode,
+    tree_decode_with_lse,
 )
 from patternkv_sgl.batch import CurrentBatch, DecodeBatch, ExtendBatch
+from patternkv_sgl.metadata import DecodeBuffers, TreePlan
+from patternkv_sgl.prefill import ExtendPlan, PrefixTree, plan_pieces, token_index
 from patternkv_sgl.requests import Extend
+from patternkv_sgl.scratch import Scratch
 from patternkv_sgl.segments import Reader, Segments, build_segments
 from patternkv_sgl.tables import ZERO_TABLE, TableRuns
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
     from patternkv_sgl.pool import PatternKVPool
     from patternkv_sgl.stats import Stats
-
-
-@dataclass(frozen=True)
-class ExtendPlan:
-    """Metadata of an extend batch, shared by all layers."""
-
-    extends: list[Extend]
-    qo_indptr: list[int]  # [b + 1], new tokens
-    prefix_indptr: list[int]  # [b + 1], stored tokens
-    prefix_slots: torch.Tensor  # int64 [prefix_indptr[-1]]
-    prefix_tables: torch.Tensor  # int32 [prefix_indptr[-1]]
-    token_tables: torch.Tensor  # int32 [qo_indptr[-1]]
-
-
-@dataclass(frozen=True)
-class TreePlan:
-    """Metadata of a decode batch, shared by all layers."""
-
-    decode: DecodePlan
-    token_tables: torch.Tensor  # int32 [b]
-    ring: torch.Tensor  # int64 [b], the request row
-    position: torch.Tensor  # int64 [b], of the token being decoded
-    window_start: torch.Tensor  # int64 [b]
 
 
 class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
@@ -66,6 +49,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         req_to_token: int32 [num_request_rows, max_context_len], SGLang's slot of each position.
         current: slot that holds the requests of the batch about to run.
         stats: counters that decode advances.
+        scratch: device memory for kernels.
     """
 
     def __init__(
@@ -74,18 +58,60 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         req_to_token: torch.Tensor,
         current: CurrentBatch,
         stats: Stats,
+        scratch: Scratch,
     ) -> None:
         super().__init__()
         assert pool.num_windows >= len(req_to_token), (
             f"{pool.num_windows} windows for {len(req_to_token)} request rows"
         )
         self.pool, self.req_to_token = pool, req_to_token
-        self.current, self.stats = current, stats
+        self.current, self.stats, self.scratch = current, stats, scratch
         self.config = pool.geometry.config
+        shape = scratch.shape
+        self.buffers = DecodeBuffers(req_to_token, shape.max_rows, shape.max_entries)
+        self.workspace: DecodeWorkspace | None = None  # of the decode batch that runs
         self.forward_metadata: ExtendPlan | TreePlan | None = None
 
     def support_triton(self) -> bool:
         return bool(self.req_to_token.is_cuda)
+
+    def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
+        """Every layer of a captured decode graph reads ``req_to_token``."""
+        return SharedReadEnds.POST_REPLAY if fm.is_decode() else SharedReadEnds.UNKNOWN
+
+    # CUDA graphs: a captured decode forward reads its plan, work list and states from memory that
+    # every batch writes again before the replay.
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Raises ``RuntimeError`` where decode could not be captured."""
+        if self.scratch.decode is None:
+            raise RuntimeError(
+                "--kv-quant patternkv decodes by torch operators here, which no CUDA graph can "
+                f"hold: {self.scratch.decode_missing}; remedy that, or add --disable-cuda-graph"
+            )
+        if max_bs > self.buffers.max_rows:
+            raise RuntimeError(
+                f"CUDA graphs of {max_bs} requests, but at most {self.buffers.max_rows} run: lower "
+                "--cuda-graph-max-bs or raise --max-running-requests"
+            )
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def can_replay(self) -> bool:
+        """Whether the batch about to run fits what decode graphs were captured with."""
+        batch = self.current.peek()
+        return not isinstance(batch, DecodeBatch) or self.buffers.fits(
+            len(batch.tables), batch.segments
+        )
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        batch = self.current.take()
+        assert batch is None or isinstance(batch, DecodeBatch), f"{batch=} in a decode forward"
+        assert (batch is None) == in_capture, f"{batch=}, {in_capture=}"
+        self.forward_metadata = self._plan_decode(batch, forward_batch, forward_batch.batch_size)
 
     # Planning, once per batch
 
@@ -95,11 +121,8 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             self.forward_metadata = None
         elif mode.is_decode():
             assert batch is None or isinstance(batch, DecodeBatch), f"{batch=} in a decode forward"
-            self.forward_metadata = self._plan_decode(
-                batch or self._dummy_decode(forward_batch), forward_batch
-            )
-            if batch is not None:
-                self._count(batch)
+            num_rows = len(forward_batch.req_pool_indices)
+            self.forward_metadata = self._plan_decode(batch, forward_batch, num_rows)
         else:
             assert batch is None or isinstance(batch, ExtendBatch), f"{batch=} in an extend forward"
             self.forward_metadata = self._plan_extend(
@@ -107,54 +130,77 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             )
 
     def _plan_extend(self, batch: ExtendBatch, forward_batch: ForwardBatch) -> ExtendPlan:
-        extends, rows = batch.extends, forward_batch.req_pool_indices.tolist()
-        slots = [
-            self.req_to_token[row, : extend.prefix_len]
-            for row, extend in zip(rows, extends, strict=True)
-        ]
-        prefix_slots = torch.cat(slots).long()
-        lengths = torch.tensor([extend.num_tokens for extend in extends])
-        token_tables = self._int32([extend.table for extend in extends]).repeat_interleave(
-            lengths.to(self.req_to_token.device)
-        )
+        extends, device = batch.extends, self.req_to_token.device
+        starts = list(accumulate((extend.num_tokens for extend in extends), initial=0))
+        token_tables = torch.from_numpy(
+            np.repeat(
+                np.array([extend.table for extend in extends], dtype=np.int32),
+                [extend.num_tokens for extend in extends],
+            )
+        ).to(device)
         self.pool.slot_table[forward_batch.out_cache_loc] = token_tables
+        workspace = self.scratch.ragged
+        if workspace is not None:
+            workspace.begin()
         return ExtendPlan(
             extends,
-            list(accumulate((extend.num_tokens for extend in extends), initial=0)),
-            list(accumulate((extend.prefix_len for extend in extends), initial=0)),
-            prefix_slots,
-            self.pool.slot_table[prefix_slots],
+            starts,
             token_tables,
+            RaggedAttention(starts, starts, causal=True, workspace=workspace),
+            self._plan_tree(batch, starts),
+            plan_pieces(
+                batch,
+                self.req_to_token,
+                self.pool.slot_table,
+                max_tokens=self.scratch.shape.prefix[0],
+                workspace=workspace,
+            ),
         )
 
-    def _plan_decode(self, batch: DecodeBatch, forward_batch: ForwardBatch) -> TreePlan:
-        token_tables = self._int32(batch.tables)
-        self.pool.slot_table[forward_batch.out_cache_loc] = token_tables
-        segments = batch.segments
+    def _plan_tree(self, batch: ExtendBatch, starts: list[int]) -> PrefixTree | None:
+        if batch.tree_segments is None:
+            return None
+        ranges = [(starts[i], starts[i + 1]) for i in sorted(batch.tree_requests)]
+        num_rows = sum(end - start for start, end in ranges)
         if self.config.check:
-            self._check_segments(segments)
-        decode = DecodePlan(
-            self.req_to_token,
-            self._int32(segments.segments),
-            self._int32(segments.row_indptr),
-            self._int32(segments.rows),
-        )
-        device = self.req_to_token.device
-        return TreePlan(
-            decode,
-            token_tables,
-            forward_batch.req_pool_indices.long(),
-            torch.tensor(batch.seq_lens, device=device) - 1,
-            torch.tensor(batch.window_starts, device=device),
-        )
+            self._check_segments(batch.tree_segments)
+        buffers, workspace = self._memory(num_rows, batch.tree_segments)
+        plan = buffers.load_segments(batch.tree_segments)
+        if workspace is not None:
+            lower(plan, workspace, num_rows)
+        return PrefixTree(token_index(ranges, self.req_to_token.device), plan, workspace)
+
+    def _plan_decode(
+        self, batch: DecodeBatch | None, forward_batch: ForwardBatch, num_rows: int
+    ) -> TreePlan:
+        if batch is None:
+            batch = self._dummy_decode(forward_batch)
+        else:
+            self._count(batch)
+        buffers, self.workspace = self._memory(num_rows, batch.segments)
+        plan = buffers.load(batch, num_rows, window=self.config.window)
+        slots = forward_batch.out_cache_loc[: len(batch.tables)]
+        self.pool.slot_table[slots] = plan.token_tables[: len(slots)]
+        if self.config.check:
+            self._check_segments(batch.segments)
+        if self.workspace is not None:
+            lower(plan.decode, self.workspace, num_rows)
+        return plan
+
+    def _memory(
+        self, num_rows: int, segments: Segments
+    ) -> tuple[DecodeBuffers, DecodeWorkspace | None]:
+        """Where a batch is planned: what was made at start-up, or its own if it is larger."""
+        if self.buffers.fits(num_rows, segments):
+            return self.buffers, self.scratch.decode
+        num_entries = len(segments.rows)
+        own = DecodeBuffers(self.req_to_token, num_rows, num_entries)
+        return own, self.scratch.larger_decode(num_rows, num_entries)
 
     def _count(self, batch: DecodeBatch) -> None:
         self.stats.kv_reads += int(batch.seq_lens.sum())
         self.stats.kv_reads_shared += batch.segments.shared_reads
         self.stats.max_branches = max(self.stats.max_branches, batch.segments.max_branches)
-
-    def _int32(self, values: Any) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.req_to_token.device)
 
     def _check_segments(self, segments: Segments) -> None:
         for row, start, end, table in segments.segments.tolist():
@@ -171,17 +217,20 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         lens = zip(
             forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
         )
-        return ExtendBatch([Extend(prefix, new, ZERO_TABLE, mine=False) for prefix, new in lens])
+        extends = [Extend(prefix, new, ZERO_TABLE, mine=False) for prefix, new in lens]
+        return ExtendBatch(extends, forward_batch.req_pool_indices.tolist())
 
     def _dummy_decode(self, forward_batch: ForwardBatch) -> DecodeBatch:
         self._assert_dummy(forward_batch)
         seq_lens = forward_batch.seq_lens.cpu().numpy().astype(np.int64)
         runs = TableRuns([(0, ZERO_TABLE)])
-        rows = forward_batch.req_pool_indices.tolist()
+        rows = forward_batch.req_pool_indices.cpu().numpy().astype(np.int64)
         starts = seq_lens - min(1, self.config.window)
-        ends = zip(rows, starts.tolist(), strict=True)
+        ends = zip(rows.tolist(), starts.tolist(), strict=True)
         segments = build_segments([Reader(row, [], runs, end) for row, end in ends])
-        return DecodeBatch(segments, np.full(len(rows), ZERO_TABLE, np.int32), starts, seq_lens)
+        return DecodeBatch(
+            segments, rows, np.full(len(rows), ZERO_TABLE, np.int32), starts, seq_lens
+        )
 
     def _assert_dummy(self, forward_batch: ForwardBatch) -> None:
         highest = int(forward_batch.out_cache_loc.max()) if len(forward_batch.out_cache_loc) else 0
@@ -206,31 +255,42 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         assert isinstance(plan, ExtendPlan) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
-        tables = self.pool.tables[index]
-        for extend, start in zip(plan.extends, plan.qo_indptr, strict=False):
+        for extend, start in zip(plan.extends, plan.starts, strict=False):
             if extend.mine:
                 self._mine(index, extend, *(x[start:][: extend.num_tokens] for x in (q, k, v)))
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables)
-        prefix_k, prefix_v = dequantize(
-            self.pool.slot_format,
-            self.pool.packed[index],
-            plan.prefix_slots,
-            tables,
-            plan.prefix_tables,
-            dtype=k.dtype,
-        )
-        out = extend_attention(
-            q,
-            k,
-            v,
-            plan.qo_indptr,
-            prefix_k,
-            prefix_v,
-            plan.prefix_indptr,
-            sm_scale=layer.scaling,
-            logit_cap=layer.logit_cap,
-        )
-        return out.reshape(len(out), -1)
+        out, lse = plan.new(q, k, v, sm_scale=layer.scaling, logit_cap=layer.logit_cap)
+        for tokens, other_out, other_lse in self._attend_prefixes(index, q, plan, layer):
+            out[tokens], lse[tokens] = merge_states(out[tokens], lse[tokens], other_out, other_lse)
+        return out.to(q.dtype).reshape(len(out), -1)
+
+    def _attend_prefixes(
+        self, index: int, q: torch.Tensor, plan: ExtendPlan, layer: RadixAttention
+    ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """``tokens, out, lse``: attention of some new tokens to some of their stored ones."""
+        pool = self.pool
+        cache = pool.slot_format, pool.packed[index]
+        tables = pool.tables[index]
+        if plan.tree is not None:
+            tokens = plan.tree.tokens
+            out, lse = tree_decode_with_lse(
+                q[tokens],
+                *cache,
+                tables,
+                plan.tree.plan,
+                window=None,
+                workspace=plan.tree.workspace,
+                sm_scale=layer.scaling,
+                logit_cap=layer.logit_cap,
+            )
+            yield tokens, out, lse
+        for piece in plan.pieces:
+            memory = self.scratch.prefix_memory(len(piece.slots))
+            k, v = dequantize(*cache, piece.slots, tables, piece.tables, dtype=q.dtype, out=memory)
+            out, lse = piece.attention(
+                q[piece.tokens], k, v, sm_scale=layer.scaling, logit_cap=layer.logit_cap
+            )
+            yield piece.tokens, out, lse
 
     def forward_decode(
         self,
@@ -256,6 +316,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             window=self._write_window(index, k, v, plan),
             sm_scale=layer.scaling,
             logit_cap=layer.logit_cap,
+            workspace=self.workspace,
         )
         return out.reshape(len(out), -1)
 
@@ -300,11 +361,9 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     def _write_window(
         self, index: int, k: torch.Tensor, v: torch.Tensor, plan: TreePlan
     ) -> Window | None:
-        size = self.config.window
-        if not size:
+        if not self.config.window:
             return None
         ring_k, ring_v = self.pool.window_k[index], self.pool.window_v[index]
-        slot = plan.position % size
-        ring_k[plan.ring, slot] = k.to(ring_k.dtype)
-        ring_v[plan.ring, slot] = v.to(ring_v.dtype)
-        return Window(ring_k, ring_v, plan.ring, plan.window_start, plan.position + 1)
+        for ring, x in ((ring_k, k), (ring_v, v)):
+            ring.flatten(0, 1).index_copy_(0, plan.window_index, x.to(ring.dtype))
+        return Window(ring_k, ring_v, plan.ring, plan.window_start, plan.window_end)

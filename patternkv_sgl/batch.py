@@ -7,7 +7,7 @@ before the forward and emptied by the backend. An empty slot means a dummy batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,27 @@ if TYPE_CHECKING:
     from patternkv_sgl.radix import PatternRadixCache
 
 
+MAX_TREE_TOKENS = 16
+"""Most new tokens of a request that read its prefix packed. More of them share its dequantized copy
+at less cost."""
+
+
 @dataclass(frozen=True)
 class ExtendBatch:
-    """Requests that store and attend new tokens (prefill, chunked or mixed)."""
+    """Requests that store and attend new tokens (prefill, chunked or mixed).
+
+    Attributes:
+        extends: the requests in order.
+        req_pool_indices: their rows of ``req_to_token``.
+        tree_requests: indices of those whose tokens read the stored prefix as rows of a decode
+            batch, without dequantizing it: best-of-N branches over one prompt read it once.
+        tree_segments: what these rows read; None where there are none.
+    """
 
     extends: list[Extend]
+    req_pool_indices: list[int]
+    tree_requests: frozenset[int] = frozenset()
+    tree_segments: Segments | None = None
 
 
 @dataclass(frozen=True)
@@ -35,12 +51,14 @@ class DecodeBatch:
 
     Attributes:
         segments: what the rows read from the pool. The next batch of the same requests changes it.
+        req_pool_indices: int64 [b], rows of ``req_to_token``.
         tables: int32 [b], table that each row's new token is quantized with.
         window_starts, seq_lens: int64 [b]; row ``i`` reads positions ``[window_starts[i],
             seq_lens[i])`` from its window.
     """
 
     segments: Segments
+    req_pool_indices: np.ndarray
     tables: np.ndarray
     window_starts: np.ndarray
     seq_lens: np.ndarray
@@ -58,6 +76,9 @@ class CurrentBatch:
     def put(self, batch: Batch | None) -> None:
         self._batch = batch
 
+    def peek(self) -> Batch | None:
+        return self._batch
+
     def take(self) -> Batch | None:
         batch, self._batch = self._batch, None
         return batch
@@ -73,7 +94,7 @@ class DecodePlanner:
     def __init__(self, tree: PatternRadixCache) -> None:
         self._tree = tree
         self._key: tuple[int, ...] | None = None
-        self._batch = DecodeBatch(build_segments([]), *(np.zeros(0, dtype=int) for _ in range(3)))
+        self._batch = DecodeBatch(build_segments([]), *(np.zeros(0, dtype=int) for _ in range(4)))
         self._first_starts = np.zeros(0, dtype=int)
 
     def plan(self, reqs: Sequence[Req], seq_lens: np.ndarray) -> DecodeBatch:
@@ -91,16 +112,42 @@ class DecodePlanner:
                 for req, state, end in zip(reqs, states, starts, strict=True)
             ]
             segments = build_segments(readers)
+            rows = np.array([reader.req_pool_idx for reader in readers], dtype=np.int64)
             tables = np.array([state.runs.last for state in states], dtype=np.int32)
         else:
-            segments, tables = self._batch.segments, self._batch.tables
+            segments, rows = self._batch.segments, self._batch.req_pool_indices
+            tables = self._batch.tables
             segments.grow(starts)
-        self._key, self._batch = key, DecodeBatch(segments, tables, starts, seq_lens)
+        self._key, self._batch = key, DecodeBatch(segments, rows, tables, starts, seq_lens)
         return self._batch
 
 
+def plan_extend(
+    tree: PatternRadixCache, reqs: Sequence[Req], extends: list[Extend], max_tree_rows: int
+) -> ExtendBatch:
+    """Choose how the tokens of ``extends`` read their prefixes."""
+    req_pool_indices = [req.kv.req_pool_idx for req in reqs]
+    chosen: set[int] = set()
+    readers: list[Reader] = []
+    for index, (req, extend) in enumerate(zip(reqs, extends, strict=True)):
+        few = 0 < extend.num_tokens <= MAX_TREE_TOKENS and extend.prefix_len > 0
+        if not few or len(readers) + extend.num_tokens > max_tree_rows:
+            continue
+        chosen.add(index)
+        row, end = req_pool_indices[index], extend.prefix_len
+        path: list[tuple[int, int, Hashable]] = [*tree.path(req.last_node)]
+        depth = path[-1][1] if path else 0
+        if depth < end:
+            # Stored by this request alone, for all of its tokens.
+            path.append((depth, end, ("request", row)))
+        runs = getattr(req, ATTRIBUTE).runs
+        readers += [Reader(row, path, runs, end)] * extend.num_tokens
+    segments = build_segments(readers) if readers else None
+    return ExtendBatch(extends, req_pool_indices, frozenset(chosen), segments)
+
+
 def read_batch(
-    tree: PatternRadixCache, planner: DecodePlanner, batch: ScheduleBatch
+    tree: PatternRadixCache, planner: DecodePlanner, batch: ScheduleBatch, max_tree_rows: int
 ) -> Batch | None:
     """What the backend must know of ``batch``; advances the tree's requests for an extend.
 
@@ -113,5 +160,6 @@ def read_batch(
     if mode.is_decode():
         return planner.plan(batch.reqs, batch.seq_lens_cpu.numpy())
     if mode.is_extend_without_speculative():
-        return ExtendBatch(tree.begin_extends(batch.reqs, batch.prefix_lens, batch.extend_lens))
+        extends = tree.begin_extends(batch.reqs, batch.prefix_lens, batch.extend_lens)
+        return plan_extend(tree, batch.reqs, extends, max_tree_rows)
     raise RuntimeError(f"forward mode {mode.name} is not available with --kv-quant patternkv")

@@ -38,7 +38,7 @@ class PatternCache:
 
     def begin(self, batch: ScheduleBatch) -> None:
         """Hand ``batch`` to the backend; called just before its forward."""
-        current = read_batch(self.tree, self.planner, batch)
+        current = read_batch(self.tree, self.planner, batch, self.pool.num_windows - 1)
         CURRENT.put(current)
         if self.gauges is not None and isinstance(current, ExtendBatch):
             self.gauges.set(self.numbers())

@@ -16,6 +16,9 @@ CELL_SIZE = _SIZING + "_compute_cell_size"
 POOL_SIZES = _SIZING + "calculate_pool_sizes"
 FUSED_STORE = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
 INIT_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
+CAN_RUN_GRAPH = (
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph"
+)
 INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
 VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
@@ -27,6 +30,7 @@ PARAMETERS = {
     POOL_SIZES: ("self", "available_bytes", "page_size"),
     FUSED_STORE: ("forward_batch",),
     INIT_FORWARD_BATCH: ("batch", "model_runner"),
+    CAN_RUN_GRAPH: ("self", "forward_batch"),
     INTERNAL_STATE: ("self", "recv_req"),
     BEAM_SEARCH: ("self", "req", "recv_req"),
     VALIDATE_REQUEST: ("self", "obj", "input_ids"),

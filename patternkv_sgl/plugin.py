@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from patternkv_sgl.cache import PatternCache
     from patternkv_sgl.pool import PoolGeometry
+    from patternkv_sgl.scratch import ScratchShape
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 # that is built from them, and the tree's factory leaves the cache for the hooks.
 _geometry: PoolGeometry | None = None
 _num_tables = 0
+_scratch: ScratchShape | None = None
+_scratch_bytes = 0
 _cache: PatternCache | None = None
 
 
@@ -67,6 +70,7 @@ def load() -> None:
     HookRegistry.register(hooks.POOL_SIZES, _reserve, HookType.BEFORE)
     HookRegistry.register(hooks.FUSED_STORE, _no_fused_store, HookType.AROUND)
     HookRegistry.register(hooks.INIT_FORWARD_BATCH, _init_forward_batch, HookType.AROUND)
+    HookRegistry.register(hooks.CAN_RUN_GRAPH, _can_run_graph, HookType.AROUND)
     HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
     HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
     HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
@@ -79,24 +83,36 @@ def _enabled() -> bool:
 
 
 def _cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
-    global _geometry
+    global _geometry, _scratch, _scratch_bytes
     if not _enabled():
         return original(self, kvc, num_layers)
-    from sglang.srt.runtime_context import get_memory, get_parallel
+    import torch
+    from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
     from patternkv_sgl.pool import PoolGeometry
     from patternkv_sgl.refusals import refuse_kv_dtype
+    from patternkv_sgl.scratch import ScratchShape
     from patternkv_sgl.server_args import config_of
 
     refuse_kv_dtype(kvc.kv_cache_dtype)
+    model, tp_size = kvc.model_config, get_parallel().attn_tp_size
     _geometry = PoolGeometry(
         config_of(get_memory()),
         num_layers,
-        kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size),
-        kvc.model_config.head_dim,
+        model.get_num_kv_heads(tp_size),
+        model.head_dim,
         kvc.pool_page_size,
         kvc.kv_cache_dtype,
     )
+    _scratch = ScratchShape(
+        _geometry.slot_format,
+        _geometry.config.patterns,
+        model.get_num_attention_heads(tp_size),
+        get_schedule().max_running_requests,
+        model.context_len,
+        kvc.kv_cache_dtype,
+    )
+    _scratch_bytes = _scratch.nbytes(torch.device(kvc.device, kvc.gpu_id))
     return _geometry.bytes_per_token
 
 
@@ -110,7 +126,7 @@ def _reserve(
 
     _num_tables = _geometry.num_tables(available_bytes)
     windows = get_schedule().max_running_requests + 1
-    reserved = _geometry.reserved_bytes(available_bytes, windows)
+    reserved = _geometry.reserved_bytes(available_bytes, windows, _scratch_bytes)
     return (self, available_bytes - reserved, page_size), {}
 
 
@@ -148,13 +164,17 @@ def _build_backend(runner: Any) -> AttentionBackend:
     from patternkv_sgl.cache import CURRENT, STATS
     from patternkv_sgl.pool import PatternKVPool
     from patternkv_sgl.refusals import refuse_layers
+    from patternkv_sgl.scratch import Scratch
 
     missing = set(hooks.PARAMETERS) - HookRegistry._patched
     assert not missing, f"hooks of --kv-quant patternkv are not in force: {sorted(missing)}"
     pool = runner.token_to_kv_pool
     assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
     refuse_layers(runner.model)
-    return PatternKVBackend(pool, runner.req_to_token_pool.req_to_token, CURRENT, STATS)
+    assert _scratch is not None
+    req_to_token = runner.req_to_token_pool.req_to_token
+    scratch = Scratch(_scratch, req_to_token.device)
+    return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch)
 
 
 def _no_fused_store(original: Callable[..., bool], forward_batch: Any) -> bool:
@@ -168,6 +188,12 @@ def _init_forward_batch(
     if _cache is not None:
         _cache.begin(batch)
     return forward_batch
+
+
+def _can_run_graph(original: Callable[..., bool], self: Any, forward_batch: Any) -> bool:
+    if not original(self, forward_batch):
+        return False
+    return not _enabled() or bool(self.attn_backend.can_replay())
 
 
 def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:

@@ -70,22 +70,23 @@ class PoolGeometry:
         affordable = int(kv_bytes * TABLE_MEMORY_SHARE) // self.bytes_per_table
         return max(MIN_TABLES, min(MAX_TABLES, affordable))
 
-    def reserved_bytes(self, kv_bytes: int, num_windows: int) -> int:
-        """Bytes of ``kv_bytes`` that tables and windows take away from slots.
+    def reserved_bytes(self, kv_bytes: int, num_windows: int, scratch_bytes: int = 0) -> int:
+        """Bytes of ``kv_bytes`` that tables, windows and the backend's scratch take from slots.
 
         Raises:
             ValueError: nothing would be left for slots.
         """
         tables = self.num_tables(kv_bytes) * self.bytes_per_table
         windows = num_windows * self.bytes_per_window
-        if tables + windows >= kv_bytes:
+        if tables + windows + scratch_bytes >= kv_bytes:
             raise ValueError(
-                f"{self.num_tables(kv_bytes)} pattern tables ({tables / 2**20:.0f} MiB) and "
-                f"{num_windows} windows ({windows / 2**20:.0f} MiB) leave nothing of the KV memory "
+                f"{self.num_tables(kv_bytes)} pattern tables ({tables / 2**20:.0f} MiB), "
+                f"{num_windows} windows ({windows / 2**20:.0f} MiB) and kernel scratch "
+                f"({scratch_bytes / 2**20:.0f} MiB) leave nothing of the KV memory "
                 f"of {kv_bytes / 2**20:.0f} MiB: lower --kv-quant-patterns, --kv-quant-tables, "
                 "--kv-quant-window or --max-running-requests, or raise --mem-fraction-static"
             )
-        return tables + windows
+        return tables + windows + scratch_bytes
 
 
 class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]

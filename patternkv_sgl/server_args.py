@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import sglang.srt.server_args as sglang_server_args
+import torch
 from sglang.srt.arg_groups.arg_utils import A, Arg
 
 from patternkv_sgl.config import PatternKVConfig, default_patterns, parse_bits
@@ -116,8 +117,9 @@ def _prepare(args: Any) -> None:
     config_of(args)
     refuse_options(args)
     args.attention_backend = args.radix_cache_backend = BACKEND
-    # The reference operators read the batch's plan on the host, which a captured graph cannot.
-    args.disable_cuda_graph = True
+    if args.device == "cpu" or not torch.cuda.is_available():
+        # The torch operators read the batch's plan on the host, which a captured graph cannot.
+        args.disable_cuda_graph = True
     if args.max_running_requests is None:
         # Every request slot reserves a bf16 window; stock's default of 2048 to 4096 slots would
         # spend gigabytes on windows that are never filled.

@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.common import (
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from patternkv_sgl.batch import Batch, DecodeBatch, DecodePlanner, ExtendBatch
+from patternkv_sgl.batch import Batch, DecodeBatch, DecodePlanner, ExtendBatch, plan_extend
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.pool import PatternKVPool, PoolGeometry
 from patternkv_sgl.radix import PatternRadixCache
@@ -153,7 +153,7 @@ class Scheduler:
             self.rows.write((req.kv.req_pool_idx, slice(0, len(row))), row.int())
             req.kv.kv_allocated_len = req.kv.kv_committed_len = len(row)
         extends = self.tree.begin_extends(reqs, prefix_lens, extend_lens)
-        self.forward(ExtendBatch(extends), reqs, new_slots)
+        self.forward(plan_extend(self.tree, reqs, extends, 64), reqs, new_slots)
         return extends
 
     def decode(self, reqs: Sequence[Req], tokens: Sequence[int]) -> DecodeBatch | None:

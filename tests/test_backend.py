@@ -18,6 +18,7 @@ from patternkv_kernels import dequantize
 from patternkv_sgl.backend import PatternKVBackend
 from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, read_batch
 from patternkv_sgl.config import PatternKVConfig
+from patternkv_sgl.scratch import Scratch, ScratchShape
 from patternkv_sgl.segments import build_segments
 from patternkv_sgl.tables import ZERO_TABLE
 from tests.fakes import Scheduler
@@ -75,7 +76,18 @@ class Model(Scheduler):
             **shape,
         )
         self.current = CurrentBatch()
-        self.backend = PatternKVBackend(self.pool, self.rows.req_to_token, self.current, self.stats)
+        geometry = self.pool.geometry
+        rows, context = self.rows.req_to_token.shape
+        self.scratch_shape = ScratchShape(
+            geometry.slot_format, options.patterns, H_Q, rows - 1, context, dtype
+        )
+        self.backend = PatternKVBackend(
+            self.pool,
+            self.rows.req_to_token,
+            self.current,
+            self.stats,
+            Scratch(self.scratch_shape, torch.device("cpu")),
+        )
         self.dtype, self.logit_cap = dtype, logit_cap
         self.random = torch.Generator().manual_seed(5)
         # Clustered, with an outlier channel, as K is.
@@ -332,19 +344,19 @@ def test_the_same_requests_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(patternkv_sgl.batch, "build_segments", count)
     model = Model(config())
-    built.clear()
     reqs = model.prefill(tokens(0, 64), tokens(0, 64))
-    for step in range(4):
+
+    def built_by_decoding(reqs: list[Req], step: int) -> int:
+        built.clear()
         model.decode(reqs, sampled(reqs, step))
-    assert len(built) == 1
-    model.decode(reqs[:1], [7])
-    assert len(built) == 2
+        return len(built)
+
+    assert [built_by_decoding(reqs, step) for step in range(4)] == [1, 0, 0, 0]
+    assert built_by_decoding(reqs[:1], 4) == 1
     model.admit([*tokens(0, 32), 999])  # splits the node of the prompt
-    model.decode(reqs[:1], [8])
-    assert len(built) == 3
+    assert built_by_decoding(reqs[:1], 5) == 1
     (other,) = model.prefill(tokens(200, 40))
-    model.decode([*reqs, other], [9, 9, 9])
-    assert len(built) == 4
+    assert built_by_decoding([*reqs, other], 6) == 1
 
 
 def test_decode_counts_reads() -> None:
@@ -505,7 +517,7 @@ def test_requests_of_another_kind_of_batch_are_an_error(mode: ForwardMode) -> No
     model = Model(config())
     (req,) = model.prefill(tokens(0, 40))
     batch = model.decode([req], [1])
-    model.current.put(batch if mode == ForwardMode.EXTEND else ExtendBatch([]))
+    model.current.put(batch if mode == ForwardMode.EXTEND else ExtendBatch([], []))
     with pytest.raises(AssertionError, match=r"in an? (decode|extend) forward"):
         model.backend.init_forward_metadata(dummy(mode, [0]))
 
@@ -514,13 +526,13 @@ def test_requests_of_another_kind_of_batch_are_an_error(mode: ForwardMode) -> No
 def test_a_speculative_batch_is_refused(mode: ForwardMode) -> None:
     model = Model(config())
     with pytest.raises(RuntimeError, match=f"{mode.name} is not available with --kv-quant"):
-        read_batch(model.tree, model.planner, SimpleNamespace(forward_mode=mode))
+        read_batch(model.tree, model.planner, SimpleNamespace(forward_mode=mode), 8)
 
 
 def test_an_idle_batch_has_no_plan() -> None:
     model = Model(config())
     idle = SimpleNamespace(forward_mode=ForwardMode.IDLE)
-    assert read_batch(model.tree, model.planner, idle) is None
+    assert read_batch(model.tree, model.planner, idle, 8) is None
     model.backend.init_forward_metadata(dummy(ForwardMode.IDLE, []))
     assert model.backend.forward_metadata is None
     with pytest.raises(AssertionError, match="plan=None"):
@@ -549,7 +561,7 @@ def test_a_pool_with_too_few_windows_is_an_error() -> None:
     model = Model(config(), num_rows=4)
     rows = torch.zeros(6, 8, dtype=torch.int32)
     with pytest.raises(AssertionError, match="5 windows for 6 request rows"):
-        PatternKVBackend(model.pool, rows, CurrentBatch(), model.stats)
+        PatternKVBackend(model.pool, rows, CurrentBatch(), model.stats, model.backend.scratch)
 
 
 @pytest.mark.parametrize(

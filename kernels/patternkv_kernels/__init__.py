@@ -1,26 +1,44 @@
 """Pattern-quantized KV cache: the slot format and its reference ops (tensors in, tensors out)."""
 
 from patternkv_kernels.decode import tree_decode, tree_decode_with_lse
+from patternkv_kernels.decode_cuda import (
+    DecodeShape,
+    DecodeWorkspace,
+    decode_unavailable,
+    lower,
+)
 from patternkv_kernels.dequantize import dequantize
-from patternkv_kernels.extend import extend_attention
 from patternkv_kernels.format import SlotFormat, SlotViews
 from patternkv_kernels.mining import MinedTable, mine_kv, mine_table, query_weight
 from patternkv_kernels.plan import DecodePlan, Window
+from patternkv_kernels.ragged import (
+    RaggedAttention,
+    RaggedWorkspace,
+    merge_states,
+    ragged_workspace,
+)
 from patternkv_kernels.store import store_kv
 from patternkv_kernels.tables import LayerTables
 
 __all__ = [
     "DecodePlan",
+    "DecodeShape",
+    "DecodeWorkspace",
     "LayerTables",
     "MinedTable",
+    "RaggedAttention",
+    "RaggedWorkspace",
     "SlotFormat",
     "SlotViews",
     "Window",
+    "decode_unavailable",
     "dequantize",
-    "extend_attention",
+    "lower",
+    "merge_states",
     "mine_kv",
     "mine_table",
     "query_weight",
+    "ragged_workspace",
     "store_kv",
     "tree_decode",
     "tree_decode_with_lse",

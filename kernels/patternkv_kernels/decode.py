@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from patternkv_kernels.decode_cuda import tree_decode_cuda, unsupported
+from patternkv_kernels.decode_cuda import DecodeWorkspace, tree_decode_cuda, unsupported
 from patternkv_kernels.decode_reference import tree_decode_reference
 from patternkv_kernels.dispatch import Impl, use_cuda
 from patternkv_kernels.format import SlotFormat
@@ -22,6 +22,7 @@ def tree_decode(
     window: Window | None,
     sm_scale: float,
     logit_cap: float = 0.0,
+    workspace: DecodeWorkspace | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
     """Attention output of every row, ``[b, h_q, d]`` in ``q.dtype``; see
@@ -35,6 +36,7 @@ def tree_decode(
         window=window,
         sm_scale=sm_scale,
         logit_cap=logit_cap,
+        workspace=workspace,
         impl=impl,
     )[0]
 
@@ -49,6 +51,7 @@ def tree_decode_with_lse(
     window: Window | None,
     sm_scale: float,
     logit_cap: float = 0.0,
+    workspace: DecodeWorkspace | None = None,
     impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode attention over the segments of ``plan`` and the exact tokens of ``window``.
@@ -59,8 +62,10 @@ def tree_decode_with_lse(
     buffer: uint8 ``[num_pages, page_bytes]``.
     sm_scale: factor on ``q @ k``.
     logit_cap: ``cap * tanh(logit / cap)`` when positive, as SGLang's attention backends do.
-    impl: the CUDA kernels round queries and probabilities to float16 and work out the plan on the
-        device at its first use (:func:`~patternkv_kernels.decode_cuda.lower`).
+    workspace: holds the work list of ``plan``, written by
+        :func:`~patternkv_kernels.decode_cuda.lower` once for all layers; None allocates and writes
+        one for this call. The torch reference needs none.
+    impl: the CUDA kernels round queries and probabilities to float16.
 
     Returns ``out [b, h_q, d]`` in ``q.dtype`` and ``lse [b, h_q]`` float32, natural logarithm. A
     row without any token has ``out = 0`` and ``lse = -inf``.
@@ -72,7 +77,7 @@ def tree_decode_with_lse(
     tables.check(h_kv, d)
     if q.dim() != 3 or q.shape[1] % h_kv or q.shape[2] != d:
         raise ValueError(f"q is {list(q.shape)}: needs head_dim={d} and a multiple of {h_kv} heads")
-    decode = tree_decode_reference
+    arguments = (q, fmt, buffer, tables, plan, window, sm_scale, logit_cap)
     if use_cuda(impl, "decode", fmt, q.device, unsupported(q, fmt, window, plan)):
-        decode = tree_decode_cuda
-    return decode(q, fmt, buffer, tables, plan, window, sm_scale, logit_cap)
+        return tree_decode_cuda(*arguments, workspace)
+    return tree_decode_reference(*arguments)

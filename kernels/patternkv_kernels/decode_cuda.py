@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 
 import patternkv_kernels.jit as jit
+from patternkv_kernels.dispatch import missing
 from patternkv_kernels.format import SlotFormat
 from patternkv_kernels.plan import DecodePlan, Window
 from patternkv_kernels.tables import LayerTables
@@ -16,28 +17,36 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_GROUP = 16
 """Most query heads per KV head."""
 
+_GROUP_LIMIT = f"{{}} query heads per KV head: the kernels take at most {MAX_GROUP}"
 _CHUNK = 8192
 """Longest chunk of a segment in one work item, kMaxChunk of decode_params.cuh."""
 _WORK_ITEM_WORDS = 8
 _HEADER_WORDS = 4
 
 
-class _Shape(NamedTuple):
-    """What a plan's work list depends on besides its tensors."""
+@dataclass(frozen=True)
+class DecodeShape:
+    """The batches that a workspace is for."""
 
-    b: int
-    h_q: int
-    h_kv: int
+    fmt: SlotFormat
     num_patterns: int
-    k_bits: int
-    v_bits: int
-    head_dim: int
+    h_q: int
+    max_rows: int
+    max_entries: int
+    """segments, each counted once for every row that reads it, the empty ones too"""
+    max_tokens: int
+    """tokens that all rows read together, shared ones counted for each row"""
 
 
-class _Work(NamedTuple):
-    """Device memory of one plan: its work list and the attention states that layers leave in it."""
+@dataclass(frozen=True, eq=False)
+class DecodeWorkspace:
+    """Device memory for the work list of one step and the attention states that a layer leaves.
 
-    shape: _Shape
+    Its addresses and sizes never change, so captured CUDA graphs of any batch size share one, as
+    long as they run one after the other.
+    """
+
+    shape: DecodeShape
     items: torch.Tensor
     """int32: header, work items, state runs"""
     states: torch.Tensor
@@ -46,8 +55,51 @@ class _Work(NamedTuple):
     max_wide: int
     max_states: int
 
+    @classmethod
+    def allocate(cls, shape: DecodeShape, device: torch.device) -> DecodeWorkspace:
+        """Memory for every batch within ``shape``, on a CUDA ``device``."""
+        sizes = _sizes(shape, device)
+        return cls(
+            shape,
+            torch.empty(sizes.words, dtype=torch.int32, device=device),
+            torch.empty(sizes.floats, device=device),
+            sizes.max_narrow,
+            sizes.max_wide,
+            sizes.max_states,
+        )
 
-_works: WeakKeyDictionary[DecodePlan, _Work] = WeakKeyDictionary()
+    @staticmethod
+    def nbytes(shape: DecodeShape, device: torch.device) -> int:
+        """Bytes that :meth:`allocate` takes."""
+        sizes = _sizes(shape, device)
+        return 4 * (sizes.words + sizes.floats)
+
+    @property
+    def capacities(self) -> tuple[int, int, int, int]:
+        return self.shape.max_rows, self.shape.max_entries, self.max_narrow, self.max_wide
+
+
+class _Sizes(NamedTuple):
+    words: int
+    floats: int
+    max_narrow: int
+    max_wide: int
+    max_states: int
+
+
+def _sizes(shape: DecodeShape, device: torch.device) -> _Sizes:
+    fmt = shape.fmt
+    narrow_extra, narrow_branches, wide_extra, wide_branches = jit.load("decode", fmt).limits(
+        shape.num_patterns, shape.h_q // fmt.h_kv, fmt.h_kv, device.index or 0
+    )
+    # Chunks that the longest chunk forces.
+    forced = shape.max_entries + shape.max_tokens // _CHUNK
+    max_narrow, max_wide = forced + narrow_extra, forced + wide_extra
+    max_states = forced + narrow_extra * narrow_branches + wide_extra * wide_branches
+    words = _HEADER_WORDS + _WORK_ITEM_WORDS * (max_narrow + max_wide)
+    words += 4 * shape.max_entries + shape.max_rows + 1
+    floats = max_states * shape.h_q * (fmt.head_dim + 2)
+    return _Sizes(words, floats, max_narrow, max_wide, max_states)
 
 
 def unsupported(
@@ -58,7 +110,7 @@ def unsupported(
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}: the kernels take bfloat16 and float16"
     if group > MAX_GROUP:
-        return f"{group} query heads per KV head: the kernels take at most {MAX_GROUP}"
+        return _GROUP_LIMIT.format(group)
     if window is not None and window.k.dtype != q.dtype:
         return f"the window is {window.k.dtype} and q {q.dtype}: they must be alike"
     if plan.req_to_token.device != q.device:
@@ -66,51 +118,35 @@ def unsupported(
     return None
 
 
-def lower(plan: DecodePlan, fmt: SlotFormat, num_patterns: int, b: int, h_q: int) -> None:
-    """Write the plan's work list with the present contents of its tensors, on the current stream.
+def decode_unavailable(shape: DecodeShape, device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot decode batches of ``shape`` on ``device``, or None.
 
-    The memory is made at the first call and stays, so a captured CUDA graph that holds this call
-    and layers after it follows whatever the plan's tensors contain when it is replayed.
+    Builds them at the first use.
     """
-    shape = _Shape(b, h_q, fmt.h_kv, num_patterns, fmt.k_bits, fmt.v_bits, fmt.head_dim)
-    module = jit.load("decode", fmt)
-    work = _works.get(plan)
-    if work is None or work.shape != shape:
-        work = _works[plan] = _allocate(plan, shape, module)
-    module.plan(
+    group = shape.h_q // shape.fmt.h_kv
+    if group > MAX_GROUP:
+        return _GROUP_LIMIT.format(group)
+    return missing("decode", shape.fmt, device)
+
+
+def lower(plan: DecodePlan, workspace: DecodeWorkspace, b: int) -> None:
+    """Write the work list of a batch of ``b`` rows into ``workspace``, on the current stream.
+
+    Layers that follow with this workspace read what the plan's tensors contain now. No memory is
+    allocated and nothing is read on the host, so a CUDA graph may capture it.
+    """
+    shape = workspace.shape
+    jit.load("decode", shape.fmt).plan(
         plan.segments,
         plan.row_indptr,
         plan.rows,
-        work.items,
+        workspace.items,
         b,
-        h_q // fmt.h_kv,
-        fmt.h_kv,
-        num_patterns,
-        work.max_narrow,
-        work.max_wide,
-        work.max_states,
-    )
-
-
-def _allocate(plan: DecodePlan, shape: _Shape, module: jit.Module) -> _Work:
-    device = plan.segments.device
-    nnz = plan.rows.numel()
-    narrow_extra, narrow_branches, wide_extra, wide_branches = module.limits(
-        shape.num_patterns, shape.h_q // shape.h_kv, shape.h_kv, device.index or 0
-    )
-    # Branches' positions never overlap, so the tokens that all of them read bound the chunks that
-    # the longest chunk forces.
-    forced = shape.b * plan.req_to_token.shape[1] // _CHUNK
-    max_narrow, max_wide = (nnz + forced + extra for extra in (narrow_extra, wide_extra))
-    max_states = nnz + forced + narrow_extra * narrow_branches + wide_extra * wide_branches
-    words = _HEADER_WORDS + _WORK_ITEM_WORDS * (max_narrow + max_wide) + 4 * nnz + shape.b + 1
-    return _Work(
-        shape,
-        torch.empty(words, dtype=torch.int32, device=device),
-        torch.empty(max_states * shape.h_q * (shape.head_dim + 2), device=device),
-        max_narrow,
-        max_wide,
-        max_states,
+        shape.h_q // shape.fmt.h_kv,
+        shape.fmt.h_kv,
+        shape.num_patterns,
+        *workspace.capacities,
+        workspace.max_states,
     )
 
 
@@ -123,24 +159,22 @@ def tree_decode_cuda(
     window: Window | None,
     sm_scale: float,
     logit_cap: float,
+    workspace: DecodeWorkspace | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`~patternkv_kernels.decode.tree_decode_with_lse` of arguments that it has checked.
-
-    A plan is lowered at its first use; :func:`lower` does it again.
-    """
+    """:func:`~patternkv_kernels.decode.tree_decode_with_lse` of arguments that it has checked."""
     b, h_q, d = q.shape
     # The kernels load up to 16 bytes of a query at once.
     aligned = q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0
     q = q if aligned and q.stride()[1:] == (d, 1) else q.contiguous()
-    shape = _Shape(b, h_q, fmt.h_kv, tables.num_patterns, fmt.k_bits, fmt.v_bits, d)
-    work = _works.get(plan)
-    if work is None or work.shape != shape:
-        lower(plan, fmt, tables.num_patterns, b, h_q)
-        work = _works[plan]
     out = torch.empty(b, h_q, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h_q, dtype=torch.float32, device=q.device)
     if b == 0:
         return out, lse
+    if workspace is None:
+        nnz, context = plan.rows.numel(), plan.req_to_token.shape[1]
+        shape = DecodeShape(fmt, tables.num_patterns, h_q, b, nnz, b * context)
+        workspace = DecodeWorkspace.allocate(shape, q.device)
+        lower(plan, workspace, b)
     exact: tuple[torch.Tensor | None, ...] = (None,) * 5
     if window is not None and window.k.shape[1] > 0:
         exact = (window.k, window.v, window.ring, window.start, window.end)
@@ -152,11 +186,10 @@ def tree_decode_cuda(
         tables.channel_scale,
         plan.req_to_token,
         plan.rows,
-        work.items,
-        work.max_narrow,
-        work.max_wide,
-        work.states,
-        work.max_states,
+        workspace.items,
+        *workspace.capacities,
+        workspace.states,
+        workspace.max_states,
         out,
         lse,
         *exact,

@@ -153,7 +153,7 @@ def _merge(states: list[_State], index: torch.Tensor) -> tuple[torch.Tensor, tor
 def _lower(plan: DecodePlan) -> _Work:
     """Cut segments into work items, batch items alike, and list each row's partials."""
     row_indptr = plan.row_indptr.tolist()
-    rows = plan.rows.tolist()
+    rows = plan.rows[: row_indptr[-1]].tolist()
     alike: dict[tuple[int, int], list[tuple[int, int, int, int, list[int]]]] = defaultdict(list)
     for i, (req, start, end, table_id) in enumerate(plan.segments.tolist()):
         readers = rows[row_indptr[i] : row_indptr[i + 1]]

@@ -18,6 +18,7 @@ def dequantize(
     tables: LayerTables,
     table_ids: torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored K and V vectors of ``slots``.
@@ -28,6 +29,7 @@ def dequantize(
     slots: integer ``[n]``.
     table_ids: integer ``[n]``, the table each slot was stored with.
     dtype: of the result; the arithmetic is float32.
+    out: contiguous memory for ``k`` and ``v``, of their shape and ``dtype``; None allocates it.
 
     Returns ``k, v``, both ``[n, h_kv, d]``.
 
@@ -40,7 +42,19 @@ def dequantize(
             f"slots is {list(slots.shape)}, table_ids {list(table_ids.shape)}: "
             "both need to be [n], one table for each slot"
         )
-    convert = dequantize_reference
+    shape = (len(slots), fmt.h_kv, fmt.head_dim)
+    if out is None:
+        k, v = (torch.empty(shape, dtype=dtype, device=buffer.device) for _ in range(2))
+        out = k, v
+    for x in out:
+        if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+            raise ValueError(
+                f"out is {x.dtype} {list(x.shape)}: needs contiguous {dtype} {list(shape)}"
+            )
     if use_cuda(impl, "dequantize", fmt, buffer.device, unsupported(tables, dtype)):
-        convert = dequantize_cuda
-    return convert(fmt, buffer, slots, tables, table_ids, dtype)
+        dequantize_cuda(fmt, buffer, slots, tables, table_ids, out)
+    else:
+        k, v = dequantize_reference(fmt, buffer, slots, tables, table_ids, dtype)
+        out[0].copy_(k)
+        out[1].copy_(v)
+    return out

@@ -27,11 +27,9 @@ def dequantize_cuda(
     slots: torch.Tensor,
     tables: LayerTables,
     table_ids: torch.Tensor,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     """:func:`~patternkv_kernels.dequantize.dequantize` of arguments that it has checked."""
-    shape = (len(slots), fmt.h_kv, fmt.head_dim)
-    k, v = (torch.empty(shape, dtype=dtype, device=buffer.device) for _ in range(2))
     jit.load("dequantize", fmt).dequantize(
         buffer,
         fmt.page_size,
@@ -39,7 +37,5 @@ def dequantize_cuda(
         tables.patterns,
         tables.channel_scale,
         table_ids.int(),
-        k,
-        v,
+        *out,
     )
-    return k, v

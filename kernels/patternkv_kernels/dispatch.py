@@ -29,16 +29,20 @@ def use_cuda(
         raise ValueError(f"impl={impl!r}: choose one of {get_args(Impl)}")
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
-    reason: str | None
-    if device.type != "cuda":
-        reason = f"the tensors are on {device}"
-    else:
-        reason = unsupported or _failure(op, fmt.k_bits, fmt.v_bits, fmt.head_dim, device.index)
+    reason = unsupported or missing(op, fmt, device)
     if impl == "cuda" and reason is not None:
         raise ValueError(f"impl='cuda' cannot run {op}: {reason}")
     if reason is not None:
         _warn(op, reason)
     return reason is None
+
+
+def missing(op: jit.Op, fmt: SlotFormat, device: torch.device) -> str | None:
+    """Why there are no CUDA kernels of ``op`` for ``device``, or None; builds them at the first
+    use."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    return _failure(op, fmt.k_bits, fmt.v_bits, fmt.head_dim, device.index)
 
 
 # Failures are remembered too: a build that fails takes as long as one that works.

@@ -13,7 +13,7 @@ class DecodePlan:
 
     A segment is a run of positions whose slots were all quantized with one table. Shared segments
     list several rows (branches), private ones a single row; a segment without tokens or rows is
-    legal. A plan is its own identity, so implementations may keep what they make of it.
+    legal.
     """
 
     req_to_token: torch.Tensor
@@ -25,8 +25,8 @@ class DecodePlan:
     row_indptr: torch.Tensor
     """int32 ``[num_segments + 1]``"""
     rows: torch.Tensor
-    """int32 ``[nnz]``: the batch rows that read segment ``i`` are ``rows[row_indptr[i]:row_indptr[i
-    + 1]]``"""
+    """int32 ``[>= row_indptr[-1]]``: the batch rows that read segment ``i`` are
+    ``rows[row_indptr[i]:row_indptr[i + 1]]``"""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ void check(cudaError_t error, const char* what) {
   TVM_FFI_ICHECK(error == cudaSuccess) << what << ": " << cudaGetErrorString(error);
 }
 
-// Capacities of a work list and the places of its parts in one int32 tensor.
+// Capacities of a workspace and the places of the parts of its work list in one int32 tensor: the
+// same ones for every batch, so a captured graph finds them where it left them.
 struct WorkSizes {
-  int64_t b, nnz, max_narrow, max_wide;
+  int64_t max_rows, max_entries, max_narrow, max_wide;
 
   int64_t words() const {
-    return (sizeof(WorkHeader) + (max_narrow + max_wide) * sizeof(WorkItem)) / sizeof(int) + b + 1 +
-           4 * nnz;
+    return (sizeof(WorkHeader) + (max_narrow + max_wide) * sizeof(WorkItem)) / sizeof(int) +
+           max_rows + 1 + 4 * max_entries;
   }
 };
 
@@ -32,7 +33,7 @@ struct WorkParts {
 
 WorkParts work_parts(const TensorView& work, const WorkSizes& sizes) {
   CHECK_INPUT_AND_TYPE(work, dl_int32);
-  TVM_FFI_ICHECK_GE(work.numel(), sizes.words()) << "work list of the plan is too small";
+  TVM_FFI_ICHECK_GE(work.numel(), sizes.words()) << "work list is too small";
   auto* at = static_cast<int*>(work.data_ptr());
   WorkParts parts;
   const auto take = [&](auto*& part, int64_t count) {
@@ -42,9 +43,9 @@ WorkParts work_parts(const TensorView& work, const WorkSizes& sizes) {
   take(parts.list.header, 1);
   take(parts.list.narrow_items, sizes.max_narrow);
   take(parts.list.wide_items, sizes.max_wide);
-  take(parts.list.runs, sizes.nnz);
-  take(parts.entry_runs, sizes.nnz);
-  take(parts.list.run_indptr, sizes.b + 1);
+  take(parts.list.runs, sizes.max_entries);
+  take(parts.entry_runs, sizes.max_entries);
+  take(parts.list.run_indptr, sizes.max_rows + 1);
   return parts;
 }
 
@@ -136,8 +137,8 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.
 void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, TensorView work,
-               int64_t b, int64_t group, int64_t h_kv, int64_t num_patterns, int64_t max_narrow,
-               int64_t max_wide, int64_t max_states) {
+               int64_t b, int64_t group, int64_t h_kv, int64_t num_patterns, int64_t max_rows,
+               int64_t max_entries, int64_t max_narrow, int64_t max_wide, int64_t max_states) {
   CHECK_INPUT_AND_TYPE(segments, dl_int32);
   CHECK_INPUT_AND_TYPE(row_indptr, dl_int32);
   CHECK_INPUT_AND_TYPE(rows, dl_int32);
@@ -146,8 +147,8 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   const int device = segments.device().device_id;
   ffi::CUDADeviceGuard guard(device);
   const LaunchConfig& config = launch_config(num_patterns, group, device);
-  const WorkSizes sizes = {b, rows.numel(), max_narrow, max_wide};
-  const WorkParts parts = work_parts(work, sizes);
+  TVM_FFI_ICHECK_LE(b, max_rows) << "rows of a batch";
+  const WorkParts parts = work_parts(work, {max_rows, max_entries, max_narrow, max_wide});
   plan::PlanParams params = {};
   params.segments = static_cast<const int4*>(segments.data_ptr());
   params.row_indptr = static_cast<const int*>(row_indptr.data_ptr());
@@ -162,7 +163,7 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.max_narrow = max_narrow;
   params.max_wide = max_wide;
   params.max_states = max_states;
-  params.max_runs = rows.numel();
+  params.max_runs = max_entries;
   params.work = parts.list;
   params.entry_runs = parts.entry_runs;
   launch(plan::plan_kernel, dim3(1), plan::kPlanThreads, 0, get_stream(segments.device()), false,
@@ -172,18 +173,20 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
 // One layer: `states` is float32 [max_states * h_q * (d + 2)].
 void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView patterns,
                   TensorView channel_scale, TensorView req_to_token, TensorView rows,
-                  TensorView work, int64_t max_narrow, int64_t max_wide, TensorView states,
-                  int64_t max_states, TensorView out, TensorView lse,
-                  ffi::Optional<TensorView> window_k, ffi::Optional<TensorView> window_v,
-                  ffi::Optional<TensorView> ring, ffi::Optional<TensorView> start,
-                  ffi::Optional<TensorView> end, double sm_scale, double logit_cap) {
+                  TensorView work, int64_t max_rows, int64_t max_entries, int64_t max_narrow,
+                  int64_t max_wide, TensorView states, int64_t max_states, TensorView out,
+                  TensorView lse, ffi::Optional<TensorView> window_k,
+                  ffi::Optional<TensorView> window_v, ffi::Optional<TensorView> ring,
+                  ffi::Optional<TensorView> start, ffi::Optional<TensorView> end, double sm_scale,
+                  double logit_cap) {
   const int device = q.device().device_id;
   ffi::CUDADeviceGuard guard(device);
   const cudaStream_t stream = get_stream(q.device());
   const int b = q.size(0), h_q = q.size(1), h_kv = patterns.size(2), group = h_q / h_kv;
   const int num_patterns = patterns.size(3);
   const LaunchConfig& config = launch_config(num_patterns, group, device);
-  const WorkParts parts = work_parts(work, {b, rows.numel(), max_narrow, max_wide});
+  TVM_FFI_ICHECK_LE(b, max_rows) << "rows of a batch";
+  const WorkParts parts = work_parts(work, {max_rows, max_entries, max_narrow, max_wide});
   CHECK_INPUT_AND_TYPE(states, dl_float32);
   TVM_FFI_ICHECK_GE(states.numel(), max_states * h_q * (HEAD_DIM + 2)) << "states of the plan";
 
