@@ -54,7 +54,7 @@ class PackedCache:
     fmt: SlotFormat
     pool: torch.Tensor
     tables: LayerTables
-    workspace: DecodeWorkspace | None
+    workspace: DecodeWorkspace | None = None
 
 
 class KernelBench:
