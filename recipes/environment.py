@@ -41,8 +41,10 @@ def hardware() -> dict[str, str | int | None]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this file is in, with ``-dirty`` if files differ from it. Where files
-    travel without their history, ``PATTERNKV_COMMIT`` names it; None if that is not set."""
+    """Commit of the checkout this file is in, with ``-dirty`` if files differ from it; None without
+    a checkout. ``PATTERNKV_COMMIT`` names it for files that travelled without their history."""
+    if named := os.environ.get("PATTERNKV_COMMIT"):
+        return named
 
     def git(*words: str) -> str:
         where = Path(__file__).resolve().parent
@@ -54,7 +56,7 @@ def git_commit() -> str | None:
         commit = git("rev-parse", "HEAD")
         return f"{commit}-dirty" if git("status", "--porcelain", "-uno") else commit
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PATTERNKV_COMMIT")
+        return None
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,150 @@
+"""One engine in a process of its own: cells in on standard input, rows out, a JSON object a line.
+
+    python -m benchmarks.serving_worker '{"kv": "4/4", "engine_args": {…}}'
+
+The parent is ``bench_serving``. Standard output belongs to rows, so the engine's own goes to
+standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from benchmarks.serving_cases import Cell
+
+T = TypeVar("T")
+Row = dict[str, Any]
+READY = "ready"
+WARM_TOKENS = 8
+STREAMED_TOKENS = 64
+"""Most tokens per branch in the run whose latencies are measured: streaming costs host time, so
+throughput comes from a run without it."""
+
+
+class Worker:
+    """Measures cells with one engine.
+
+    Args:
+        engine_args: keyword arguments of ``sglang.Engine``.
+        vocab_size: prompts are random ids below it.
+    """
+
+    def __init__(self, engine_args: dict[str, Any], vocab_size: int) -> None:
+        import sglang
+
+        self._engine = sglang.Engine(**engine_args)
+        self._random = random.Random(0)
+        self._vocab_size = vocab_size
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+    def kv_tokens(self) -> int:
+        return int(self._engine.get_server_info()["max_total_num_tokens"])
+
+    def measure(self, cell: Cell) -> Row:
+        """Latency of a fresh prompt, then throughput and token latencies over cached ones."""
+        self._engine.flush_cache()
+        shared = self._tokens(cell.prompt)
+        ttft = self._run(self._stream(shared, 1))[1]
+        prompts = [shared]
+        if cell.prompts > 1:
+            # A tree's second level goes on from one prompt, several prompts share nothing.
+            prompts = [
+                shared + self._tokens(cell.own) if cell.own else self._tokens(cell.prompt)
+                for _ in range(cell.prompts)
+            ]
+        self._timed(prompts, 1, 1)
+        each = cell.branches // cell.prompts
+        self._timed(prompts, each, min(WARM_TOKENS, cell.new_tokens))
+        seconds = self._timed(prompts, each, cell.new_tokens)
+        new_tokens = min(STREAMED_TOKENS, cell.new_tokens)
+        streams = self._run(
+            _gather([self._stream(ids, new_tokens) for ids in prompts for _ in range(each)])
+        )
+        gaps = [1e3 * gap for times in streams for gap in np.diff(times[1:])]
+        return {
+            "workload": cell.workload,
+            "case": cell.name,
+            "prompt": cell.prompt,
+            "prompts": cell.prompts,
+            "own": cell.own,
+            "branches": cell.branches,
+            "new_tokens": cell.new_tokens,
+            "tok_s": cell.branches * cell.new_tokens / seconds,
+            "step_ms": 1e3 * seconds / cell.new_tokens,
+            "ttft_ms": 1e3 * ttft,
+            "itl_ms_p50": float(np.percentile(gaps, 50)) if gaps else None,
+            "itl_ms_p99": float(np.percentile(gaps, 99)) if gaps else None,
+            "peak_running": _peak(
+                [(times[0] + times[1], times[0] + times[-1]) for times in streams]
+            ),
+        }
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(self._vocab_size) for _ in range(count)]
+
+    def _timed(self, prompts: list[list[int]], n: int, new_tokens: int) -> float:
+        """Seconds until ``n`` branches of every prompt have ``new_tokens`` each."""
+        params = {"n": n, "max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 1.0}
+        start = time.perf_counter()
+        generate = partial(self._engine.async_generate, sampling_params=params)
+        answers = self._run(_gather([generate(input_ids=ids) for ids in prompts]))
+        seconds = time.perf_counter() - start
+        for answer in answers:
+            for branch in answer if isinstance(answer, list) else [answer]:
+                done = branch["meta_info"]["completion_tokens"]
+                assert done == new_tokens, f"{done} of {new_tokens} tokens: {branch['meta_info']}"
+        return seconds
+
+    async def _stream(self, ids: list[int], new_tokens: int) -> list[float]:
+        """When the request was sent (absolute), then each answer, in seconds after that."""
+        params = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 1.0}
+        start = time.perf_counter()
+        times = [start]
+        chunks = await self._engine.async_generate(
+            input_ids=ids, sampling_params=params, stream=True
+        )
+        async for _ in chunks:
+            times.append(time.perf_counter() - start)
+        return times
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        # The engine's sockets are bound to the loop it was made with.
+        result: T = self._engine.loop.run_until_complete(work)
+        return result
+
+
+async def _gather(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+    return await asyncio.gather(*work)
+
+
+def _peak(spans: list[tuple[float, float]]) -> int:
+    """Most spans that overlap at one time."""
+    events = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    return int(np.cumsum([change for _, change in events]).max())
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    rows = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    worker = Worker(options["engine_args"], options["vocab_size"])
+    print(json.dumps({READY: worker.kv_tokens()}), file=rows)
+    for text in sys.stdin:
+        print(json.dumps(worker.measure(Cell(**json.loads(text)))), file=rows)
+    worker.close()
+
+
+if __name__ == "__main__":
+    main()
