@@ -17,6 +17,7 @@ from patternkv_kernels import (
     DecodeWorkspace,
     RaggedAttention,
     Window,
+    WindowWrite,
     dequantize,
     lower,
     merge_states,
@@ -306,14 +307,15 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         assert isinstance(plan, TreePlan) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
-        self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables)
+        window, write = self._window(index, plan)
+        self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables, write)
         out = tree_decode(
             q,
             self.pool.slot_format,
             self.pool.packed[index],
             self.pool.tables[index],
             plan.decode,
-            window=self._write_window(index, k, v, plan),
+            window=window,
             sm_scale=layer.scaling,
             logit_cap=layer.logit_cap,
             workspace=self.workspace,
@@ -353,17 +355,26 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         k: torch.Tensor,
         v: torch.Tensor,
         token_tables: torch.Tensor,
+        window: WindowWrite | None = None,
     ) -> None:
         pool = self.pool
-        tables = pool.tables[index]
-        store_kv(pool.slot_format, pool.packed[index], slots.long(), k, v, tables, token_tables)
+        store_kv(
+            pool.slot_format,
+            pool.packed[index],
+            slots.long(),
+            k,
+            v,
+            pool.tables[index],
+            token_tables,
+            window=window,
+        )
 
-    def _write_window(
-        self, index: int, k: torch.Tensor, v: torch.Tensor, plan: TreePlan
-    ) -> Window | None:
+    def _window(self, index: int, plan: TreePlan) -> tuple[Window | None, WindowWrite | None]:
+        """Where decode reads the latest tokens exactly, and where the new ones go for that."""
         if not self.config.window:
-            return None
-        ring_k, ring_v = self.pool.window_k[index], self.pool.window_v[index]
-        for ring, x in ((ring_k, k), (ring_v, v)):
-            ring.flatten(0, 1).index_copy_(0, plan.window_index, x.to(ring.dtype))
-        return Window(ring_k, ring_v, plan.ring, plan.window_start, plan.window_end)
+            return None, None
+        k, v = self.pool.window_k[index], self.pool.window_v[index]
+        return (
+            Window(k, v, plan.ring, plan.window_start, plan.window_end),
+            WindowWrite(k, v, plan.window_index),
+        )

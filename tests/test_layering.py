@@ -17,7 +17,7 @@ PACKAGES = {
 
 # A module imports modules of earlier ranks only. A package's own name is its `__init__`.
 LAYERS = [
-    ["patternkv_kernels.format", "patternkv_kernels.plan"],
+    ["patternkv_kernels.format", "patternkv_kernels.plan", "patternkv_kernels.window"],
     ["patternkv_kernels.jit", "patternkv_kernels.mining"],
     ["patternkv_kernels.build", "patternkv_kernels.dispatch", "patternkv_kernels.tables"],
     [

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patternkv_kernels import LayerTables, MinedTable, SlotFormat, dequantize, mine_table, store_kv
+from patternkv_kernels import (
+    LayerTables,
+    MinedTable,
+    SlotFormat,
+    WindowWrite,
+    dequantize,
+    mine_table,
+    store_kv,
+)
 from patternkv_kernels.format import HEAD_DIMS
 from patternkv_kernels.store_reference import fit, nearest_pattern
 from tests.cases import BITS_KV, DEVICES, NUM_TABLES, PAGE_SIZES, formula, random_tables
@@ -210,6 +218,68 @@ def test_the_padding_slot_may_be_written_many_times() -> None:
         one = slice(i, i + 1)
         store_kv(fmt, alone, slots[one], k[one], v[one], tables, torch.zeros(1).long())
     assert torch.equal(buffer[1:], alone[1:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("n", [1, 70, 9000])
+def test_windows_keep_tokens_bit_by_bit(n: int, index_dtype: torch.dtype, device: str) -> None:
+    """Every other token, also what a slot cannot hold; nothing but its own rows changes."""
+    fmt = SlotFormat(4, 4, 64, h_kv=2)
+    tables = random_tables(2, 64, seed=0).to(device)
+    k, v = random_kv(n, 2, 64)
+    k[0, 0], v[0, 1, 3] = torch.nan, torch.inf
+    k, v = k.to(device), v.to(device)
+    slots = torch.arange(n, device=device)
+    table_ids = torch.arange(n, device=device) % NUM_TABLES
+    num_rings, size = -(-2 * n // 16), 16
+    rows = torch.randperm(num_rings * size, generator=torch.Generator().manual_seed(1))[:n]
+    index = torch.where(torch.arange(n) % 2 == 0, rows, -1 - rows)
+    before = torch.full((2, num_rings, size, 2, 64), 7.0, dtype=k.dtype)
+    window_k, window_v = before.to(device)
+    window = WindowWrite(window_k, window_v, index.to(device, index_dtype))
+    buffer, plain = fmt.allocate(n, device), fmt.allocate(n, device)
+    store_kv(fmt, buffer, slots, k, v, tables, table_ids, window=window)
+    store_kv(fmt, plain, slots, k, v, tables, table_ids)
+    assert torch.equal(buffer, plain)
+    for ring, x, expected in zip((window_k, window_v), (k, v), before, strict=True):
+        expected.flatten(0, 1)[rows[::2]] = x.cpu()[::2]
+        assert torch.equal(ring.cpu().view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_padding_rows_may_share_a_row_of_a_window(device: str) -> None:
+    """It holds parts of theirs; the rest is as without them."""
+    fmt = SlotFormat(4, 4, 64, h_kv=2)
+    tables = random_tables(2, 64, seed=0).to(device)
+    k, v = (x.to(device) for x in random_kv(40, 2, 64))
+    slots = table_ids = torch.zeros(40, dtype=torch.int64, device=device)
+    index = torch.arange(40, device=device).clamp_max(24)
+    window = WindowWrite(*torch.zeros(2, 4, 8, 2, 64, dtype=k.dtype, device=device), index)
+    store_kv(fmt, fmt.allocate(1, device), slots, k, v, tables, table_ids, window=window)
+    for ring, x in ((window.k.flatten(0, 1), k), (window.v.flatten(0, 1), v)):
+        assert torch.equal(ring[:24], x[:24])
+        assert (ring[24] == x[24:]).any(0).all()
+        assert not ring[25:].any()
+
+
+def test_windows_that_do_not_fit_the_tokens_are_refused() -> None:
+    fmt = SlotFormat(4, 4, 64, h_kv=2)
+    tables = random_tables(2, 64, seed=0)
+    k, v = random_kv(3, 2, 64)
+    slots = table_ids = torch.zeros(3, dtype=torch.int64)
+    ring = torch.zeros(2, 8, 2, 64, dtype=k.dtype)
+    for window, message in (
+        (WindowWrite(ring.float(), ring.float(), slots), "rings are torch.float32 and tokens"),
+        (WindowWrite(ring[..., :32], ring[..., :32], slots), r"need \[num_rings, window, 2, 64\]"),
+        (WindowWrite(ring, ring[:1], slots), "both alike"),
+        (WindowWrite(ring[:, ::2], ring[:, ::2], slots), "must be contiguous"),
+        (WindowWrite(ring, ring, slots[:2]), r"index is torch.int64 \[2\]"),
+        (WindowWrite(ring, ring, slots.float()), "index is torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store_kv(fmt, fmt.allocate(1, "cpu"), slots, k, v, tables, table_ids, window=window)
+    assert not ring.any()
 
 
 def test_zero_vectors_and_patterns_come_back_exactly() -> None:

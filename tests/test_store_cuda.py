@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from patternkv_kernels import LayerTables, SlotFormat, dequantize, store_kv
+from patternkv_kernels import LayerTables, SlotFormat, WindowWrite, dequantize, store_kv
 from patternkv_kernels.format import HEAD_DIMS
 from tests.cases import BITS_KV, PAGE_SIZES, chosen, formula
 
@@ -333,6 +333,34 @@ def test_a_captured_store_follows_its_inputs() -> None:
     graph.replay()
     store_kv(fmt, expected, slots, k, v, tables, table_ids, impl="cuda")
     assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("n", [64, MANY])
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_windows_keep_strided_tokens(d: int, n: int, dtype: torch.dtype) -> None:
+    """Also where several tables meet in a block, and in a captured graph."""
+    h_kv, size = 3, 32
+    fmt = SlotFormat(4, 2, d, 16, h_kv=h_kv)
+    tables = random_tables(h_kv, 64, d)
+    k, v = random_kv(n, h_kv, d, dtype)
+    table_ids = random_table_ids(n)
+    buffer, slots = random_slots(fmt, n)
+    expected = buffer.clone()
+    num_rings = -(-n // size) + 1
+    rows = torch.randperm(num_rings * size, generator=torch.Generator().manual_seed(1))[:n]
+    rings = torch.zeros(2, num_rings, size, h_kv, d, dtype=dtype, device=DEVICE)
+    window = WindowWrite(rings[0], rings[1], rows.to(DEVICE))
+    store_kv(fmt, expected, slots, k, v, tables, table_ids, impl="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        store_kv(fmt, buffer, slots, k, v, tables, table_ids, impl="cuda", window=window)
+    graph.replay()
+    assert torch.equal(buffer, expected)
+    for ring, x in zip(rings.flatten(1, 2), (k, v), strict=True):
+        assert torch.equal(ring[rows], x)
+        ring[rows] = 0
+        assert not ring.any()
 
 
 def test_other_dtypes_go_to_the_torch_ops() -> None:

@@ -19,6 +19,7 @@ from patternkv_kernels.ragged import (
 )
 from patternkv_kernels.store import store_kv
 from patternkv_kernels.tables import LayerTables
+from patternkv_kernels.window import WindowWrite
 
 __all__ = [
     "DecodePlan",
@@ -31,6 +32,7 @@ __all__ = [
     "SlotFormat",
     "SlotViews",
     "Window",
+    "WindowWrite",
     "decode_unavailable",
     "dequantize",
     "lower",

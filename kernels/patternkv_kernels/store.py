@@ -9,6 +9,7 @@ from patternkv_kernels.format import SlotFormat
 from patternkv_kernels.store_cuda import store_kv_cuda, unsupported
 from patternkv_kernels.store_reference import store_kv_reference
 from patternkv_kernels.tables import LayerTables
+from patternkv_kernels.window import WindowWrite
 
 
 def store_kv(
@@ -20,6 +21,8 @@ def store_kv(
     tables: LayerTables,
     table_ids: torch.Tensor,
     impl: Impl = "auto",
+    *,
+    window: WindowWrite | None = None,
 ) -> None:
     """Quantize the ``n`` tokens ``k``, ``v`` and write them to ``slots``.
 
@@ -34,8 +37,9 @@ def store_kv(
     k, v: ``[n, h_kv, d]``, any float dtype. NaN is stored as 0, and values beyond the float16 range
         are clamped to it.
     table_ids: integer ``[n]``, the table of each token.
+    window: where the tokens are also kept as they are; None: nowhere.
 
-    Raises ``ValueError`` for arguments whose shapes do not fit the format and each other.
+    Raises ``ValueError`` for arguments that do not fit the format and each other.
     """
     n, h_kv, d = len(slots), fmt.h_kv, fmt.head_dim
     fmt.check(buffer)
@@ -45,7 +49,9 @@ def store_kv(
             f"k is {list(k.shape)}, v {list(v.shape)}, table_ids {list(table_ids.shape)}: "
             f"{n} slots of this pool need [{n}, {h_kv}, {d}], the same, and [{n}]"
         )
+    if window is not None:
+        window.check(k, v)
     store = store_kv_reference
     if use_cuda(impl, "store", fmt, buffer.device, unsupported(k, v, tables)):
         store = store_kv_cuda
-    store(fmt, buffer, slots, k, v, tables, table_ids)
+    store(fmt, buffer, slots, k, v, tables, table_ids, window)

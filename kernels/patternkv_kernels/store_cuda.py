@@ -7,6 +7,7 @@ import torch
 import patternkv_kernels.jit as jit
 from patternkv_kernels.format import SlotFormat
 from patternkv_kernels.tables import LayerTables
+from patternkv_kernels.window import WindowWrite
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -28,6 +29,7 @@ def store_kv_cuda(
     v: torch.Tensor,
     tables: LayerTables,
     table_ids: torch.Tensor,
+    window: WindowWrite | None,
 ) -> None:
     """:func:`~patternkv_kernels.store.store_kv` of arguments that it has checked.
 
@@ -44,6 +46,9 @@ def store_kv_cuda(
         tables.channel_scale,
         tables.channel_weight,
         table_ids.int(),
+        None if window is None else window.k,
+        None if window is None else window.v,
+        None if window is None else window.index.contiguous(),
     )
 
 

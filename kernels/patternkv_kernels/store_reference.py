@@ -14,6 +14,7 @@ import torch
 from patternkv_kernels.format import SlotFormat, centre, pack, write_slots
 from patternkv_kernels.mining import FLOAT16_MAX, sanitize
 from patternkv_kernels.tables import LayerTables
+from patternkv_kernels.window import WindowWrite
 
 _SCALE_TRIALS = {4: (0.65, 0.75, 0.9, 1.0), 2: (0.4, 0.55, 0.7, 0.9)}
 """Tried scales, in units of the one that just covers the largest residual."""
@@ -32,12 +33,18 @@ def store_kv_reference(
     v: torch.Tensor,
     tables: LayerTables,
     table_ids: torch.Tensor,
+    window: WindowWrite | None,
 ) -> None:
     """:func:`~patternkv_kernels.store.store_kv` of arguments that it has checked."""
     for first in range(0, len(slots), _BLOCK_TOKENS):
         block = slice(first, first + _BLOCK_TOKENS)
         rows = _quantize(fmt, k[block], v[block], tables, table_ids[block].long())
         write_slots(fmt, buffer, slots[block], rows)
+    if window is not None:
+        kept = (window.index >= 0).nonzero().squeeze(1)
+        rows = window.index[kept].long()
+        for ring, x in ((window.k, k), (window.v, v)):
+            ring.flatten(0, 1)[rows] = x[kept]
 
 
 def _quantize(

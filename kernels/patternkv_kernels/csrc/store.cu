@@ -40,13 +40,18 @@ void launch(const StoreParams& params, int device, cudaStream_t stream) {
   TVM_FFI_ICHECK(error == cudaSuccess) << "launch of the store: " << cudaGetErrorString(error);
 }
 
+Indices indices(const TensorView& x) {
+  return {x.data_ptr(), encode_dlpack_dtype(x.dtype()) == int64_code};
+}
+
 }  // namespace
 
 // Shapes are the caller's to check; k and v are [n, h_kv, HEAD_DIM] with contiguous, 16-byte
-// aligned vectors.
+// aligned vectors. The window is all there or not at all.
 void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView k, TensorView v,
               TensorView patterns, TensorView channel_scale, TensorView channel_weight,
-              TensorView table_ids) {
+              TensorView table_ids, ffi::Optional<TensorView> window_k,
+              ffi::Optional<TensorView> window_v, ffi::Optional<TensorView> window_rows) {
   CHECK_INPUT_TYPE(table_ids, dl_int32);
   for (const TensorView* x : {&slots, &k, &v, &patterns, &table_ids}) {
     check_same_device(*x, buffer, "an argument of the store", "the buffer");
@@ -65,8 +70,16 @@ void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView
     params.token_stride[side] = x.stride(0);
     params.head_stride[side] = x.stride(1);
   }
-  params.slots = slots.data_ptr();
-  params.slots_are_int64 = encode_dlpack_dtype(slots.dtype()) == int64_code;
+  params.slots = indices(slots);
+  if (window_rows.has_value()) {
+    params.window[0] = window_k.value().data_ptr();
+    params.window[1] = window_v.value().data_ptr();
+    params.window_rows = indices(window_rows.value());
+    for (const void* window : params.window) {
+      TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(window) % 16 == 0)
+          << "windows must be 16-byte aligned";
+    }
+  }
   params.table_ids = static_cast<const int*>(table_ids.data_ptr());
   params.patterns = static_cast<const __half*>(patterns.data_ptr());
   params.channel_scale = static_cast<const __half*>(channel_scale.data_ptr());

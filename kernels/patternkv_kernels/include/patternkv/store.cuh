@@ -19,14 +19,16 @@ constexpr int kManyBlocksPerSm = HEAD_DIM <= 128 ? 3 : 2;
 // Tiles of 8 tokens that a warp of store_many scores together, so that a pattern is loaded once.
 constexpr int kGroups = HEAD_DIM <= 128 ? 2 : 1;
 
-// The lane's share of a vector in float16: NaN as 0, clamped to the float16 range.
+// The lane's share of a vector in float16: NaN as 0, clamped to the float16 range. Copies it as it
+// is to `copy` unless that is null.
 template <typename T>
-__device__ __forceinline__ void load_token(const T* vector, Share& out) {
+__device__ __forceinline__ void load_token(const T* vector, T* copy, Share& out) {
   const uint4* share = share_of(vector);
   __half2 finite = __float2half2_rn(0.0f);
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const uint4 chunk = load_streaming(share + 4 * i);
+    if (copy != nullptr) reinterpret_cast<uint4*>(copy)[4 * i + threadIdx.x % 4] = chunk;
     const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -61,19 +63,22 @@ struct Token {
   int table, slot;
 };
 
+// Also puts the tokens into the window, if there is one and this warp `keeps` it.
 template <typename T>
 __device__ __forceinline__ Token load_tile(const StoreParams& p, int side, int head, int first,
-                                           Share& x) {
+                                           bool keeps, Share& x) {
   const int wanted = first + threadIdx.x % 32 / 4, index = min(wanted, p.n - 1);
+  T* copy = nullptr;
+  if (keeps && p.window[side] != nullptr && wanted < p.n) {
+    const int64_t row = p.window_rows[index];
+    if (row >= 0) {
+      copy = static_cast<T*>(p.window[side]) + (row * p.pool.h_kv + head) * HEAD_DIM;
+    }
+  }
   load_token(
       static_cast<const T*>(p.x[side]) + index * p.token_stride[side] + head * p.head_stride[side],
-      x);
-  int slot = -1;
-  if (wanted < p.n) {
-    slot = p.slots_are_int64 ? static_cast<int>(static_cast<const int64_t*>(p.slots)[index])
-                             : static_cast<const int*>(p.slots)[index];
-  }
-  return {p.table_ids[index], slot};
+      copy, x);
+  return {p.table_ids[index], wanted < p.n ? static_cast<int>(p.slots[index]) : -1};
 }
 
 template <int kSide>
@@ -125,7 +130,7 @@ template <typename T, int kSide>
 __device__ __forceinline__ void store_few_side(const StoreParams& p, int head, FewShared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   Share x[1];
-  const Token token = load_tile<T>(p, kSide, head, blockIdx.x * kTileTokens, x[0]);
+  const Token token = load_tile<T>(p, kSide, head, blockIdx.x * kTileTokens, warp == 0, x[0]);
   const uint32_t firsts = first_lanes(token.table);
 
   // Every warp meets the same tables in the same order.
@@ -200,7 +205,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int head,
     bool done[kGroups];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      token[group] = load_tile<T>(p, kSide, head, first + group * kTileTokens, x[group]);
+      token[group] = load_tile<T>(p, kSide, head, first + group * kTileTokens, true, x[group]);
       done[group] = false;
     }
     // Once per table among the tokens.

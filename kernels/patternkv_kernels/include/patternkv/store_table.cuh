@@ -20,12 +20,23 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 // A lane's share of a vector: pair j holds dims 32 (j / 4) + 8 part + 2 (j % 4) and the next.
 using Share = __half2[kPairs];
 
+// int64 or int32.
+struct Indices {
+  const void* data;
+  bool are_int64;
+
+  __device__ int64_t operator[](int i) const {
+    return are_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];
+  }
+};
+
 struct StoreParams {
   SlotPool pool;
   const void* x[2];  // K and V, bf16 or fp16 [n, h_kv, HEAD_DIM]
   int64_t token_stride[2], head_stride[2];
-  const void* slots;  // int64 or int32 [n]
-  bool slots_are_int64;
+  Indices slots;        // [n]
+  void* window[2];      // of K and V, [rows, h_kv, HEAD_DIM] in their dtype; null: none
+  Indices window_rows;  // [n], negative: not kept
   const int* table_ids;          // [n]
   const __half* patterns;        // [num_tables, 2, h_kv, num_patterns, HEAD_DIM]
   const __half* channel_scale;   // [num_tables, 2, h_kv, HEAD_DIM]
