@@ -139,7 +139,8 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
                 [extend.num_tokens for extend in extends],
             )
         ).to(device)
-        self.pool.slot_table[forward_batch.out_cache_loc] = token_tables
+        # A prefill graph pads its batch.
+        self.pool.slot_table[forward_batch.out_cache_loc[: len(token_tables)]] = token_tables
         workspace = self.scratch.ragged
         if workspace is not None:
             workspace.begin()

@@ -65,6 +65,11 @@ CONFLICTS = (
     Conflict("enable_two_batch_overlap", (False,), "a split batch has no requests of its own"),
     Conflict("enable_single_batch_overlap", (False,), "a split batch has no requests of its own"),
     Conflict("enable_deterministic_inference", (False,), "its kernels read dense K and V"),
+    Conflict(
+        "cuda_graph_backend_prefill",
+        (None, "breakable", "disabled"),
+        "prefill attention plans each batch on the host",
+    ),
     Conflict("dllm_algorithm", (None,), "block diffusion rewrites stored tokens"),
     Conflict("kv_canary", ("none",), "its checks know only dense pools"),
     Conflict("dcp_size", (1,), "a sequence must be whole on its rank"),

@@ -18,6 +18,7 @@ from patternkv_kernels import dequantize
 from patternkv_sgl.backend import PatternKVBackend
 from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, read_batch
 from patternkv_sgl.config import PatternKVConfig
+from patternkv_sgl.metadata import DecodeBuffers
 from patternkv_sgl.scratch import Scratch, ScratchShape
 from patternkv_sgl.segments import build_segments
 from patternkv_sgl.tables import ZERO_TABLE
@@ -277,6 +278,66 @@ def test_decode_with_a_logit_cap() -> None:
     for step in range(6):
         model.decode(reqs, sampled(reqs, step))
         model.check()
+
+
+def test_a_batch_padded_for_a_graph_decodes_the_same() -> None:
+    """What a CUDA graph of four rows replays for two requests, run eagerly."""
+    model = Model(config(4))
+    reqs = model.prefill(tokens(0, 64), [*tokens(0, 64), 5])
+    for step in range(5):
+        batch = model.decode(reqs, sampled(reqs, step))
+    assert batch is not None
+    slots = torch.stack([model.row(req)[-1] for req in reqs])
+    view = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=4, out_cache_loc=slots)
+    model.current.put(batch)
+    assert model.backend.can_replay()
+    model.backend.init_forward_metadata_out_graph(view)
+    padded = SimpleNamespace(out_cache_loc=torch.cat([slots, torch.zeros(2, dtype=torch.int64)]))
+    for index in range(LAYERS):
+        k, v = torch.cat(
+            [model.exact(index, req, [req.kv.kv_allocated_len - 1]) for req in reqs], dim=1
+        )
+        at = [model.index(req, [req.kv.kv_allocated_len - 1])[0] for req in reqs]
+        q = model.queries[index][at]
+        q, k, v = (torch.cat([x, torch.full_like(x, 7.0)]) for x in (q, k, v))
+        out = model.backend.forward_decode(
+            q.flatten(1), k.flatten(1), v.flatten(1), model.layer(index), padded
+        )
+        assert torch.equal(out[:2].view(2, H_Q, D), model.outputs[index])
+        assert (out[2:] == 0).all()
+    model.tree.check_integrity(model.slot_table)
+
+
+def test_a_capture_batch_reads_and_writes_only_padding() -> None:
+    model = Model(config(4))
+    before = [packed.clone() for packed in model.pool.packed]
+    batch = dummy(ForwardMode.DECODE, [0, 0])
+    batch.batch_size = 2
+    model.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    q, kv = torch.ones(2, H_Q * D), torch.ones(2, H_KV * D)
+    out = model.backend.forward_decode(q, kv, kv, model.layer(0), batch)
+    assert out.isfinite().all()
+    page = model.pool.page_size
+    assert all(
+        torch.equal(a[page:], b[page:]) for a, b in zip(before, model.pool.packed, strict=True)
+    )
+
+
+def test_a_batch_larger_than_the_prepared_memory_decodes_outside_of_graphs() -> None:
+    model = Model(config(4))
+    reqs = model.prefill(tokens(0, 64), [*tokens(0, 64), 5], [*tokens(0, 64), 6])
+    model.backend.buffers = DecodeBuffers(model.rows.req_to_token, 2, 100)
+    for step in range(3):
+        batch = model.decode(reqs, sampled(reqs, step))
+        model.check()
+    model.current.put(batch)
+    assert not model.backend.can_replay()
+
+
+def test_graphs_without_kernels_are_refused() -> None:
+    model = Model(config(4))
+    with pytest.raises(RuntimeError, match=r"the tensors are on cpu.*--disable-cuda-graph"):
+        model.backend.init_cuda_graph_state(4, 4)
 
 
 def test_a_request_joins_and_another_leaves_between_steps() -> None:

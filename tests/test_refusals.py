@@ -35,7 +35,8 @@ FLAGS = tuple("--" + name.replace("_", "-") for name in FIELDS)
 
 
 def serve(**options: Any) -> Any:
-    return KVQuantServerArgs(model_path="m", kv_quant="patternkv", device="cpu", **options)
+    options = {"device": "cpu"} | options
+    return KVQuantServerArgs(model_path="m", kv_quant="patternkv", **options)
 
 
 # Options
@@ -65,6 +66,7 @@ REFUSED = {
     "enable_two_batch_overlap": True,
     "enable_single_batch_overlap": True,
     "enable_deterministic_inference": True,
+    "cuda_graph_backend_prefill": "full",
     "dllm_algorithm": "LowConfidence",
     "kv_canary": "log",
     "dcp_size": 2,
@@ -431,6 +433,14 @@ def test_acceptance_selects_backend_tree_and_request_limit() -> None:
     assert args.max_running_requests == DEFAULT_MAX_RUNNING_REQUESTS
     assert args.disable_cuda_graph
     assert serve(max_running_requests=7).max_running_requests == 7
+
+
+@pytest.mark.parametrize(("device", "disabled"), [(None, False), ("cuda", False), ("cpu", True)])
+def test_cuda_graphs_stay_on_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, disabled: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert bool(serve(device=device).disable_cuda_graph) == disabled
 
 
 @pytest.mark.parametrize("options", [{}, CHOSEN])
