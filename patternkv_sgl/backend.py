@@ -27,7 +27,7 @@ from patternkv_kernels import (
     tree_decode_with_lse,
 )
 from patternkv_sgl.batch import CurrentBatch, DecodeBatch, ExtendBatch
-from patternkv_sgl.metadata import DecodeBuffers, TreePlan
+from patternkv_sgl.metadata import DecodeBuffers, TreePlan, most_tokens
 from patternkv_sgl.prefill import ExtendPlan, PrefixTree, plan_pieces, token_index
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.scratch import Scratch
@@ -69,7 +69,9 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self.current, self.stats, self.scratch = current, stats, scratch
         self.config = pool.geometry.config
         shape = scratch.shape
-        self.buffers = DecodeBuffers(req_to_token, shape.max_rows, shape.max_entries)
+        self.buffers = DecodeBuffers(
+            req_to_token, shape.max_rows, shape.max_entries, most_tokens(pool.size, shape.max_rows)
+        )
         self.workspace: DecodeWorkspace | None = None  # of the decode batch that runs
         self.forward_metadata: ExtendPlan | TreePlan | None = None
 
@@ -77,8 +79,8 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         return bool(self.req_to_token.is_cuda)
 
     def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
-        """Every layer of a captured decode graph reads ``req_to_token``."""
-        return SharedReadEnds.POST_REPLAY if fm.is_decode() else SharedReadEnds.UNKNOWN
+        """A captured decode graph reads its own copy of the slots."""
+        return SharedReadEnds.PRE_REPLAY if fm.is_decode() else SharedReadEnds.UNKNOWN
 
     # CUDA graphs: a captured decode forward reads its plan, work list and states from memory that
     # every batch writes again before the replay.
@@ -196,7 +198,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         if self.buffers.fits(num_rows, segments):
             return self.buffers, self.scratch.decode
         num_entries = len(segments.rows)
-        own = DecodeBuffers(self.req_to_token, num_rows, num_entries)
+        own = DecodeBuffers(self.req_to_token, num_rows, num_entries, segments.num_tokens)
         return own, self.scratch.larger_decode(num_rows, num_entries)
 
     def _count(self, batch: DecodeBatch) -> None:

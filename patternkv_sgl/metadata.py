@@ -9,7 +9,7 @@ import torch
 
 from patternkv_kernels import DecodePlan
 from patternkv_sgl.batch import DecodeBatch
-from patternkv_sgl.segments import Segments
+from patternkv_sgl.segments import MIN_SHARED_TOKENS, Segments
 
 
 @dataclass(frozen=True)
@@ -25,36 +25,60 @@ class TreePlan:
     window_index: torch.Tensor  # int64 [b], that token's entry of the flattened rings
 
 
+def most_tokens(pool_tokens: int, max_rows: int) -> int:
+    """Most tokens that the segments of a batch have: those of the pool, and runs too short to be
+    shared, which each row lists for itself."""
+    return pool_tokens + MIN_SHARED_TOKENS * max_rows
+
+
 class DecodeBuffers:
-    """Host to device in one copy a step.
+    """Host to device in one copy a step, and the slots that the step reads in one list.
+
+    Segments index that list, not SGLang's ``req_to_token``: layers of a captured graph read nothing
+    that the scheduler may already write for the next batch.
 
     Args:
         req_to_token: int32 [num_request_rows, max_context_len], SGLang's slot of each position.
         max_rows: most rows of a batch.
         max_entries: most segments, each counted once for every row that reads it.
+        max_tokens: most tokens of all segments.
     """
 
-    def __init__(self, req_to_token: torch.Tensor, max_rows: int, max_entries: int) -> None:
+    def __init__(
+        self, req_to_token: torch.Tensor, max_rows: int, max_entries: int, max_tokens: int
+    ) -> None:
+        device = req_to_token.device
         self._req_to_token = req_to_token
-        self.max_rows, self.max_entries = max_rows, max_entries
-        self._pinned = req_to_token.is_cuda
-        size = sum(words * 4 for words in self._words())
-        self._device = torch.zeros(size, dtype=torch.uint8, device=req_to_token.device)
+        self.max_rows, self.max_entries, self.max_tokens = max_rows, max_entries, max_tokens
+        self._device = torch.zeros(4 * sum(self._words()), dtype=torch.uint8, device=device)
         self._views = self._split(self._device)
+        self._slots = torch.zeros(1, max_tokens, dtype=torch.int32, device=device)
+        self._count = torch.arange(max_tokens, device=device)
+
+    @staticmethod
+    def nbytes(max_rows: int, max_entries: int, max_tokens: int) -> int:
+        """Bytes of device memory; the list of slots is nearly all of it."""
+        return 4 * sum(_words(max_rows, max_entries)) + 12 * max_tokens
 
     def fits(self, num_rows: int, segments: Segments) -> bool:
-        return num_rows <= self.max_rows and len(segments.rows) <= self.max_entries
+        return (
+            num_rows <= self.max_rows
+            and len(segments.rows) <= self.max_entries
+            and segments.num_tokens <= self.max_tokens
+        )
 
     def _words(self) -> tuple[int, ...]:
-        rows, entries = self.max_rows, self.max_entries
-        # The planner loads a segment as 16 bytes, so segments come before what is not a multiple.
-        return 8 * rows, 4 * entries, entries, entries + 1, rows
+        return _words(self.max_rows, self.max_entries)
 
     def _split(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """int64 ``[4, max_rows]``, then int32: segments, rows, row_indptr, token tables."""
-        per_row, segments, rows, indptr, tables = memory.view(torch.int32).split(self._words())
+        """int64 ``[4, max_rows]`` and ``[2, max_entries]``, then int32: segments, rows, row_indptr,
+        token tables."""
+        per_row, copies, segments, rows, indptr, tables = memory.view(torch.int32).split(
+            self._words()
+        )
         per_row = per_row.view(torch.int64).view(4, self.max_rows)
-        return per_row, segments.view(-1, 4), rows, indptr, tables
+        copies = copies.view(torch.int64).view(2, self.max_entries)
+        return per_row, copies, segments.view(-1, 4), rows, indptr, tables
 
     def load_segments(self, segments: Segments) -> DecodePlan:
         """The reading plan alone, of rows without window or new tokens."""
@@ -68,24 +92,42 @@ class DecodeBuffers:
         reads; PyTorch's host allocator keeps it until the copy is done.
         """
         segments, n = batch.segments, len(batch.tables)
-        host = torch.empty(len(self._device), dtype=torch.uint8, pin_memory=self._pinned)
-        views = tuple(view.numpy() for view in self._split(host))
-        per_row, segment_view, row_view, indptr_view, table_view = views
+        pinned = self._device.is_cuda
+        host = torch.empty(len(self._device), dtype=torch.uint8, pin_memory=pinned)
+        per_row, copies, fields, rows, indptr, tables = (x.numpy() for x in self._split(host))
         per_row[:] = 0
         ends = batch.seq_lens
         per_row[:3, :n] = batch.req_pool_indices, batch.window_starts, ends
         if window:
             per_row[3, :n] = batch.req_pool_indices * window + (ends - 1) % window
-        num_segments = len(segments.segments)
-        segment_view[:num_segments] = segments.segments
-        row_view[: len(segments.rows)] = segments.rows
-        indptr_view[: num_segments + 1] = segments.row_indptr
-        table_view[:num_rows] = 0
-        table_view[:n] = batch.tables
+        s = len(segments.segments)
+        req, start, end, table = segments.segments.T.astype(np.int64)
+        # Where a segment's tokens end in the list of slots, and what a place in the list is ahead
+        # of the token's place in ``req_to_token``.
+        ends_in_list = np.cumsum(end - start)
+        starts_in_list = ends_in_list - (end - start)
+        copies[0, :s] = ends_in_list
+        copies[1, :s] = req * self._req_to_token.stride(0) + start - starts_in_list
+        fields[:s] = np.stack([np.zeros(s, np.int64), starts_in_list, ends_in_list, table], axis=1)
+        rows[: len(segments.rows)] = segments.rows
+        indptr[: s + 1] = segments.row_indptr
+        tables[:num_rows] = 0
+        tables[:n] = batch.tables
         self._device.copy_(host, non_blocking=True)
-        on_device, device_segments, rows, indptr, tables = self._views
-        ring, start, end, index = on_device[:, :num_rows]
-        plan = DecodePlan(
-            self._req_to_token, device_segments[:num_segments], indptr[: num_segments + 1], rows
-        )
+        return self._plan(s, int(ends_in_list[-1]) if s else 0, num_rows)
+
+    def _plan(self, num_segments: int, num_tokens: int, num_rows: int) -> TreePlan:
+        """List the slots, and view what a batch of this size uses."""
+        per_row, copies, segments, rows, indptr, tables = self._views
+        place = self._count[:num_tokens]
+        ends, ahead = copies[:, :num_segments]
+        at = ahead[torch.searchsorted(ends, place, right=True)].add_(place)
+        self._slots[0, :num_tokens] = self._req_to_token.view(-1)[at]
+        ring, start, end, index = per_row[:, :num_rows]
+        plan = DecodePlan(self._slots, segments[:num_segments], indptr[: num_segments + 1], rows)
         return TreePlan(plan, tables[:num_rows], ring, start, end, index)
+
+
+def _words(max_rows: int, max_entries: int) -> tuple[int, ...]:
+    # The planner loads a segment as 16 bytes, so segments come before what is not a multiple.
+    return 8 * max_rows, 4 * max_entries, 4 * max_entries, max_entries, max_entries + 1, max_rows

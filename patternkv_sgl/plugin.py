@@ -120,13 +120,17 @@ def _reserve(
     self: Any, available_bytes: int, page_size: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     global _num_tables
-    if _geometry is None:
+    if _geometry is None or _scratch is None:
         return None
     from sglang.srt.runtime_context import get_schedule
 
+    from patternkv_sgl.metadata import DecodeBuffers, most_tokens
+
     _num_tables = _geometry.num_tables(available_bytes)
     windows = get_schedule().max_running_requests + 1
-    reserved = _geometry.reserved_bytes(available_bytes, windows, _scratch_bytes)
+    tokens = most_tokens(available_bytes // _geometry.bytes_per_token, _scratch.max_rows)
+    buffers = DecodeBuffers.nbytes(_scratch.max_rows, _scratch.max_entries, tokens)
+    reserved = _geometry.reserved_bytes(available_bytes, windows, _scratch_bytes + buffers)
     return (self, available_bytes - reserved, page_size), {}
 
 

@@ -84,6 +84,11 @@ class Segments:
         self.shared_reads = int((lengths * (branches - 1)).sum())
         self.max_branches = int(branches[lengths > 0].max(initial=0))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all segments, shared ones counted once."""
+        return int((self.segments[:, 2] - self.segments[:, 1]).sum())
+
     def grow(self, ends: np.ndarray) -> None:
         """Let row ``i`` read ``[0, ends[i])``; ends never go back."""
         assert self._growable, "a row ends before its last table begins"

@@ -35,11 +35,15 @@ def decode_batch(*ends: int) -> DecodeBatch:
 
 
 def test_a_batch_is_loaded_as_it_is_and_padded() -> None:
-    buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows=5, max_entries=20)
+    buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows=5, max_entries=20, max_tokens=200)
     batch = decode_batch(33, 40, 27)
     plan = buffers.load(batch, 5, window=8)
     loaded = plan.decode
-    assert torch.equal(loaded.segments, torch.from_numpy(batch.segments.segments))
+    for (_, start, end, table), (req, first, last, expected) in zip(
+        loaded.segments.tolist(), batch.segments.segments.tolist(), strict=True
+    ):
+        assert table == expected
+        assert torch.equal(loaded.req_to_token[0, start:end], REQ_TO_TOKEN[req, first:last])
     assert loaded.row_indptr.tolist() == batch.segments.row_indptr.tolist()
     nnz = len(batch.segments.rows)
     assert loaded.rows[:nnz].tolist() == batch.segments.rows.tolist()
@@ -52,7 +56,7 @@ def test_a_batch_is_loaded_as_it_is_and_padded() -> None:
 
 
 def test_addresses_stay_from_batch_to_batch() -> None:
-    buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows=5, max_entries=20)
+    buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows=5, max_entries=20, max_tokens=200)
     first = buffers.load(decode_batch(33, 40, 27), 4, window=8)
     second = buffers.load(decode_batch(21), 4, window=8)
     for name in ("token_tables", "ring", "window_start", "window_end", "window_index"):
@@ -64,7 +68,7 @@ def test_addresses_stay_from_batch_to_batch() -> None:
 
 @pytest.mark.parametrize(("max_rows", "max_entries"), [(3, 9), (8, 8), (7, 20), (1, 3)])
 def test_segments_are_aligned_as_the_planner_loads_them(max_rows: int, max_entries: int) -> None:
-    buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows, max_entries)
+    buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows, max_entries, 20)
     plan = buffers.load_segments(segments(20))
     start = buffers._device.data_ptr()
     assert (plan.segments.data_ptr() - start) % 16 == 0
@@ -72,10 +76,19 @@ def test_segments_are_aligned_as_the_planner_loads_them(max_rows: int, max_entri
 
 def test_what_fits() -> None:
     batch = segments(33, 40)
-    nnz = len(batch.rows)
-    assert DecodeBuffers(REQ_TO_TOKEN, 2, nnz).fits(2, batch)
-    assert not DecodeBuffers(REQ_TO_TOKEN, 2, nnz - 1).fits(2, batch)
-    assert not DecodeBuffers(REQ_TO_TOKEN, 2, nnz).fits(3, batch)
+    nnz, tokens = len(batch.rows), 20 + 13 + 20
+    assert batch.num_tokens == tokens
+    assert DecodeBuffers(REQ_TO_TOKEN, 2, nnz, tokens).fits(2, batch)
+    assert not DecodeBuffers(REQ_TO_TOKEN, 2, nnz - 1, tokens).fits(2, batch)
+    assert not DecodeBuffers(REQ_TO_TOKEN, 2, nnz, tokens - 1).fits(2, batch)
+    assert not DecodeBuffers(REQ_TO_TOKEN, 2, nnz, tokens).fits(3, batch)
+
+
+def test_the_stated_bytes_are_those_allocated() -> None:
+    buffers = DecodeBuffers(REQ_TO_TOKEN, 3, 9, 50)
+    held = [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]
+    allocated = sum(value.nbytes for value in held if value is not REQ_TO_TOKEN)
+    assert allocated == DecodeBuffers.nbytes(3, 9, 50)
 
 
 def extend_batch(*lens: tuple[int, int], tree: frozenset[int] = frozenset()) -> ExtendBatch:
