@@ -1,4 +1,7 @@
 // Launcher of the store.
+#include <algorithm>
+#include <climits>
+
 #include "patternkv/store.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -40,6 +43,14 @@ void launch(const StoreParams& params, int device, cudaStream_t stream) {
   TVM_FFI_ICHECK(error == cudaSuccess) << "launch of the store: " << cudaGetErrorString(error);
 }
 
+Vectors vectors(const TensorView& x) {
+  TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
+                 x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
+      << "vectors of K and V must be contiguous and 16-byte aligned";
+  TVM_FFI_ICHECK(x.stride(0) <= INT_MAX && x.stride(1) <= INT_MAX) << "strides beyond 2^31";
+  return {x.data_ptr(), static_cast<int>(x.stride(0)), static_cast<int>(x.stride(1))};
+}
+
 Indices indices(const TensorView& x) {
   return {x.data_ptr(), encode_dlpack_dtype(x.dtype()) == int64_code};
 }
@@ -60,22 +71,14 @@ void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView
   ffi::CUDADeviceGuard guard(device);
   StoreParams params = {};
   params.pool = SlotPool::make(buffer.data_ptr(), page_size, k.size(1));
-  const TensorView* sides[2] = {&k, &v};
-  for (int side = 0; side < 2; ++side) {
-    const TensorView& x = *sides[side];
-    TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
-                   x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
-        << "vectors of K and V must be contiguous and 16-byte aligned";
-    params.x[side] = x.data_ptr();
-    params.token_stride[side] = x.stride(0);
-    params.head_stride[side] = x.stride(1);
-  }
+  params.k = vectors(k);
+  params.v = vectors(v);
   params.slots = indices(slots);
   if (window_rows.has_value()) {
-    params.window[0] = window_k.value().data_ptr();
-    params.window[1] = window_v.value().data_ptr();
+    params.window_k = window_k.value().data_ptr();
+    params.window_v = window_v.value().data_ptr();
     params.window_rows = indices(window_rows.value());
-    for (const void* window : params.window) {
+    for (const void* window : {params.window_k, params.window_v}) {
       TVM_FFI_ICHECK(reinterpret_cast<uintptr_t>(window) % 16 == 0)
           << "windows must be 16-byte aligned";
     }

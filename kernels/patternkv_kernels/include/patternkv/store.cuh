@@ -3,7 +3,7 @@
 // A warp works on 8 tokens (or twice 8) of one side, K or V, of one head. Two kernels differ in how
 // warps share the work, not in what is computed for a token: `store_few` spreads the patterns of 8
 // tokens over the warps of a block, for decode batches; in `store_many` every warp has its own
-// tokens, for prefill. Bound by instruction issue: about 1000 warp instructions per 8 vectors of
+// tokens, for prefill. Bound by instruction issue: about 1070 warp instructions per 8 vectors of
 // 128 dims with 64 patterns.
 #pragma once
 
@@ -24,7 +24,7 @@ constexpr int kGroups = HEAD_DIM <= 128 ? 2 : 1;
 template <typename T>
 __device__ __forceinline__ void load_token(const T* vector, T* copy, Share& out) {
   const uint4* share = share_of(vector);
-  __half2 finite = __float2half2_rn(0.0f);
+  __half2 largest = __float2half2_rn(0.0f);
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const uint4 chunk = load_streaming(share + 4 * i);
@@ -40,12 +40,11 @@ __device__ __forceinline__ void load_token(const T* vector, T* copy, Share& out)
         x = as_half2(words[j]);
       }
       out[4 * i + j] = x;
-      // Stays 0 unless some x is infinite or NaN.
-      finite = __hfma2(x, __float2half2_rn(0.0f), finite);
+      largest = __hmax2_nan(largest, __habs2(x));
     }
   }
-  const float2 halves = __half22float2(finite);
-  if (halves.x != 0.0f || halves.y != 0.0f) {
+  const float2 halves = __half22float2(largest);
+  if (!isfinite(halves.x) || !isfinite(halves.y)) {
     const auto clean = [](float x) {
       return isnan(x) ? 0.0f : fminf(fmaxf(x, -65504.0f), 65504.0f);
     };
@@ -69,50 +68,57 @@ __device__ __forceinline__ Token load_tile(const StoreParams& p, int side, int h
                                            bool keeps, Share& x) {
   const int wanted = first + threadIdx.x % 32 / 4, index = min(wanted, p.n - 1);
   T* copy = nullptr;
-  if (keeps && p.window[side] != nullptr && wanted < p.n) {
+  if (T* window = static_cast<T*>(side == 0 ? p.window_k : p.window_v);
+      keeps && window != nullptr && wanted < p.n) {
     const int64_t row = p.window_rows[index];
-    if (row >= 0) {
-      copy = static_cast<T*>(p.window[side]) + (row * p.pool.h_kv + head) * HEAD_DIM;
-    }
+    if (row >= 0) copy = window + (row * p.pool.h_kv + head) * HEAD_DIM;
   }
-  load_token(
-      static_cast<const T*>(p.x[side]) + index * p.token_stride[side] + head * p.head_stride[side],
-      copy, x);
+  const Vectors vectors = side == 0 ? p.k : p.v;
+  const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
+  load_token(of_head + int64_t{index} * vectors.token_stride, copy, x);
   return {p.table_ids[index], wanted < p.n ? static_cast<int>(p.slots[index]) : -1};
 }
 
-template <int kSide>
-__device__ __forceinline__ void write_vector(const SlotPool& pool, int head, int slot, int id,
-                                             const StoredVector& vector) {
-  constexpr int kBits = kSide == 0 ? K_BITS : V_BITS;
+template <int kBits>
+__device__ __forceinline__ void write_vector(const SlotPool& pool, int side, int head, int slot,
+                                             int id, const StoredVector& vector) {
   const int part = threadIdx.x % 4;
   const SlotPlace place = pool.locate(slot);
-  uint8_t* codes = kSide == 0 ? pool.k_row(place, head) : pool.v_row(place, head);
+  uint8_t* codes = (side == 0 ? pool.k_row(place, head) : pool.v_row(place, head)) + part * kBits;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    uint8_t* at = codes + (4 * i + part) * kBits;
     if constexpr (kBits == 4) {
-      *reinterpret_cast<uint32_t*>(at) = vector.codes[i];
+      *reinterpret_cast<uint32_t*>(codes + 4 * i * kBits) = vector.codes[i];
     } else {
-      *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(vector.codes[i]);
+      *reinterpret_cast<uint16_t*>(codes + 4 * i * kBits) = static_cast<uint16_t>(vector.codes[i]);
     }
   }
   if (part == 0) {
     Metadata* metadata = pool.metadata(place, head);
-    reinterpret_cast<uint8_t*>(&metadata->pattern_ids)[kSide] = static_cast<uint8_t>(id);
-    (kSide == 0 ? metadata->k_scale : metadata->v_scale) = vector.scale;
+    reinterpret_cast<uint8_t*>(&metadata->pattern_ids)[side] = static_cast<uint8_t>(id);
+    (side == 0 ? metadata->k_scale : metadata->v_scale) = vector.scale;
   }
 }
 
 // Quantizes the tile's tokens as if all of them had this table, and writes those that do.
-template <int kSide>
+template <int kBits>
 __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreTable& table,
-                                           const __half* patterns, int head, const Share& x,
-                                           Nearest nearest, int slot) {
-  Residual residual;
-  settle(table, patterns, p.num_patterns, x, slot >= 0, nearest, residual);
-  const StoredVector vector = fit<kSide == 0 ? K_BITS : V_BITS>(table, residual);
-  if (slot >= 0) write_vector<kSide>(p.pool, head, slot, nearest.id, vector);
+                                           const __half* patterns, int side, int head,
+                                           const Share& x, Nearest nearest, int slot) {
+  const StoredVector vector = fit<kBits>(table, patterns, p.num_patterns, x, slot >= 0, nearest);
+  if (slot >= 0) write_vector<kBits>(p.pool, side, head, slot, nearest.id, vector);
+}
+
+// Calls `body` with the bits of the side, K or V, and with the side itself.
+template <typename Body>
+__device__ __forceinline__ void with_bits(int side, Body body) {
+  if constexpr (K_BITS == V_BITS) {
+    body(std::integral_constant<int, K_BITS>{}, side);
+  } else if (side == 0) {
+    body(std::integral_constant<int, K_BITS>{}, 0);
+  } else {
+    body(std::integral_constant<int, V_BITS>{}, 1);
+  }
 }
 
 // Lanes of a warp that hold the first token of each table.
@@ -126,11 +132,12 @@ struct FewShared {
   Nearest nearest[kFewWarps][kTileTokens];
 };
 
-template <typename T, int kSide>
-__device__ __forceinline__ void store_few_side(const StoreParams& p, int head, FewShared& shared) {
+template <typename T, int kBits>
+__device__ __forceinline__ void store_few_side(const StoreParams& p, int side, int head,
+                                               FewShared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   Share x[1];
-  const Token token = load_tile<T>(p, kSide, head, blockIdx.x * kTileTokens, warp == 0, x[0]);
+  const Token token = load_tile<T>(p, side, head, blockIdx.x * kTileTokens, warp == 0, x[0]);
   const uint32_t firsts = first_lanes(token.table);
 
   // Every warp meets the same tables in the same order.
@@ -138,7 +145,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int head, F
   for (uint32_t rest = firsts; rest != 0; rest &= rest - 1, ++count) {
     const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
     // The warp that works out the channels takes turns.
-    fill_table(shared.tables[count], p, p.table_head(table, kSide, head),
+    fill_table(shared.tables[count], p, p.table_head(table, side, head),
                (warp + kFewWarps - count) % kFewWarps, kFewWarps);
   }
   __syncthreads();
@@ -148,7 +155,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int head, F
   for (uint32_t rest = firsts; rest != 0; rest &= rest - 1, ++count) {
     const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
     Nearest nearest[1];
-    nearest_patterns<1>(shared.tables[count], p.patterns_of(p.table_head(table, kSide, head)),
+    nearest_patterns<1>(shared.tables[count], p.patterns_of(p.table_head(table, side, head)),
                         p.num_patterns, x, warp, kFewWarps, nearest);
     if (token.table == table) {
       mine = count;
@@ -168,20 +175,17 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int head, F
   const int leader = __ffs(__ballot_sync(kAllLanes, mine == warp)) - 1;
   const int table = __shfl_sync(kAllLanes, token.table, leader);
   const int slot = mine == warp ? token.slot : -1;
-  store_tile<kSide>(p, shared.tables[warp], p.patterns_of(p.table_head(table, kSide, head)), head,
-                    x[0], nearest, slot);
+  store_tile<kBits>(p, shared.tables[warp], p.patterns_of(p.table_head(table, side, head)), side,
+                    head, x[0], nearest, slot);
 }
 
 // Grid: tiles of 8 tokens, 2 * h_kv.
 template <typename T>
-__global__ void __launch_bounds__(32 * kFewWarps) store_few(const StoreParams p) {
+__global__ void __launch_bounds__(32 * kFewWarps, 1) store_few(const StoreParams p) {
   __shared__ FewShared shared;
   const int head = blockIdx.y % p.pool.h_kv;
-  if (blockIdx.y < p.pool.h_kv) {
-    store_few_side<T, 0>(p, head, shared);
-  } else {
-    store_few_side<T, 1>(p, head, shared);
-  }
+  with_bits(blockIdx.y / p.pool.h_kv,
+            [&](auto bits, int side) { store_few_side<T, bits()>(p, side, head, shared); });
 }
 
 struct ManyShared {
@@ -189,14 +193,14 @@ struct ManyShared {
   StoreTable others[kManyWarps];  // of whatever other table a warp meets
 };
 
-template <typename T, int kSide>
-__device__ __forceinline__ void store_many_side(const StoreParams& p, int head,
+template <typename T, int kBits>
+__device__ __forceinline__ void store_many_side(const StoreParams& p, int side, int head,
                                                 int tokens_per_block, ManyShared& shared) {
   constexpr int kTokens = kGroups * kTileTokens;
   const int warp = threadIdx.x / 32;
   const int begin = blockIdx.x * tokens_per_block, end = min(begin + tokens_per_block, p.n);
   const int common = p.table_ids[begin];
-  fill_table(shared.common, p, p.table_head(common, kSide, head), warp, kManyWarps);
+  fill_table(shared.common, p, p.table_head(common, side, head), warp, kManyWarps);
   __syncthreads();
 
   for (int first = begin + warp * kTokens; first < end; first += kManyWarps * kTokens) {
@@ -205,7 +209,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int head,
     bool done[kGroups];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      token[group] = load_tile<T>(p, kSide, head, first + group * kTileTokens, true, x[group]);
+      token[group] = load_tile<T>(p, side, head, first + group * kTileTokens, true, x[group]);
       done[group] = false;
     }
     // Once per table among the tokens.
@@ -218,7 +222,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int head,
         if (left != 0) table = candidate;
       }
       if (table < 0) break;
-      const int64_t table_head = p.table_head(table, kSide, head);
+      const int table_head = p.table_head(table, side, head);
       const __half* patterns = p.patterns_of(table_head);
       const StoreTable* prepared = &shared.common;
       if (table != common) {
@@ -233,7 +237,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int head,
       for (int group = 0; group < kGroups; ++group) {
         const bool now = token[group].table == table;
         done[group] |= now;
-        store_tile<kSide>(p, *prepared, patterns, head, x[group], nearest[group],
+        store_tile<kBits>(p, *prepared, patterns, side, head, x[group], nearest[group],
                           now ? token[group].slot : -1);
       }
     }
@@ -246,11 +250,9 @@ __global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm)
     store_many(const StoreParams p, int tokens_per_block) {
   __shared__ ManyShared shared;
   const int head = blockIdx.y % p.pool.h_kv;
-  if (blockIdx.y < p.pool.h_kv) {
-    store_many_side<T, 0>(p, head, tokens_per_block, shared);
-  } else {
-    store_many_side<T, 1>(p, head, tokens_per_block, shared);
-  }
+  with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
+    store_many_side<T, bits()>(p, side, head, tokens_per_block, shared);
+  });
 }
 
 }  // namespace patternkv::store

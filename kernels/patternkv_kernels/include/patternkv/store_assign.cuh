@@ -66,15 +66,17 @@ __device__ __forceinline__ void score_patterns(const StoreTable& table, const __
   const TokenOperand<kPlainWeight, kGroups> tokens(table, x);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) best[group] = {-INFINITY, 0};
+  const uint4* row_of_first_tile = share_of(patterns + row * HEAD_DIM);
   for (int tile = first * kTilePatterns; tile < num_patterns; tile += step * kTilePatterns) {
     // Rows past the end repeat the last pattern, which then wins with its own, lower id.
-    const uint4* pattern = share_of(patterns + min(tile + row, num_patterns - 1) * HEAD_DIM);
-    const float2 norm = *reinterpret_cast<const float2*>(&table.half_norm[tile + 2 * part]);
+    const int64_t ahead = min(tile, num_patterns - 1 - row);
+    const uint4* pattern = row_of_first_tile + ahead * (HEAD_DIM / 8);
+    const float2 bias = *reinterpret_cast<const float2*>(&table.score_bias[tile + 2 * part]);
     float sums[tokens.kCount][4];
 #pragma unroll
     for (int k = 0; k < tokens.kCount; ++k) {
-      sums[k][0] = -norm.x, sums[k][1] = -norm.y;
-      sums[k][2] = kPlainWeight ? -norm.x : 0.0f, sums[k][3] = kPlainWeight ? -norm.y : 0.0f;
+      sums[k][0] = bias.x, sums[k][1] = bias.y;
+      sums[k][2] = kPlainWeight ? bias.x : 0.0f, sums[k][3] = kPlainWeight ? bias.y : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {

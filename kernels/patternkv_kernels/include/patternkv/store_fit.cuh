@@ -22,14 +22,13 @@ __device__ __forceinline__ constexpr float trial_scale(int trial) {
   return scales[trial];
 }
 
-// A residual in levels: residual = level * 2^exponent * channel_scale / scale_unit.
+// A residual in levels: residual = level * power * channel_scale / scale_unit.
 struct Residual {
   Share level;
   Share weighted;      // level * fit_weight
-  float power;         // 2^exponent
+  float power;         // of two
   float largest;       // magnitude of the levels
   float weighted_sum;  // of `weighted`
-  float distance;      // of the token from its pattern, by the table's weight
   bool zero;
 };
 
@@ -42,7 +41,8 @@ __device__ __forceinline__ float diagonal(float column0, float column1) {
 __device__ __forceinline__ void take_residual(const StoreTable& table, const Share& x,
                                               const __half* pattern, Residual& out) {
   const uint4* share = share_of(pattern);
-  const __half2 zero = __float2half2_rn(0.0f), one = __float2half2_rn(1.0f);
+  const __half2 zero = __float2half2_rn(0.0f);
+  const uint32_t ones = as_u32(__float2half2_rn(1.0f));
   __half2 largest = zero;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
@@ -65,13 +65,18 @@ __device__ __forceinline__ void take_residual(const StoreTable& table, const Sha
     top = 65504.0f;
   }
   out.zero = top == 0.0f;
-  // Brings the largest residual to [1, 2), as far as float16 has such powers.
-  out.power = __uint_as_float(__float_as_uint(fminf(fmaxf(top, 0x1p-14f), 0x1p14f)) & 0x7f800000);
-  const __half2 by_power = __float2half2_rn(inverse_power_of_two(out.power));
+  // Residuals that are not near 1 are brought to [1, 2), as far as float16 has such powers.
+  const bool extreme = top >= 16.0f || (top < 0x1p-6f && !out.zero);
+  const float clamped = fminf(fmaxf(top, 0x1p-14f), 0x1p14f);
+  out.power = extreme ? __uint_as_float(__float_as_uint(clamped) & 0x7f800000) : 1.0f;
+  if (__any_sync(kAllLanes, extreme)) {
+    const __half2 by_power = __float2half2_rn(inverse_power_of_two(out.power));
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) out.level[j] = __hmul2_rn(out.level[j], by_power);
+  }
 
   largest = zero;
-  // A holds pairs 0 and 1 of a chunk in its upper rows, 2 and 3 in its lower ones.
-  float upper[4] = {}, lower[4] = {}, sum[4] = {};
+  float sum[4] = {};
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     __half2 inverse[4], weight[4];
@@ -80,27 +85,19 @@ __device__ __forceinline__ void take_residual(const StoreTable& table, const Sha
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int at = 4 * i + j;
-      out.level[at] = __hmul2_rn(__hmul2_rn(out.level[at], by_power), inverse[j]);
+      out.level[at] = __hmul2_rn(out.level[at], inverse[j]);
       out.weighted[at] = __hmul2_rn(out.level[at], weight[j]);
       largest = __hmax2(largest, __habs2(out.level[at]));
     }
-    const __half2* level = out.level + 4 * i;
-    const uint32_t b0 = as_u32(out.weighted[4 * i]), b1 = as_u32(out.weighted[4 * i + 1]);
-    const uint32_t b2 = as_u32(out.weighted[4 * i + 2]), b3 = as_u32(out.weighted[4 * i + 3]);
-    const uint32_t ones = as_u32(one);
-    mma_m16n8k16(upper, as_u32(level[0]), as_u32(level[2]), as_u32(level[1]), as_u32(level[3]), b0,
-                 b1);
-    mma_m16n8k16(lower, as_u32(level[0]), as_u32(level[2]), as_u32(level[1]), as_u32(level[3]), b2,
-                 b3);
-    mma_m16n8k16(sum, ones, ones, ones, ones, b0, b1);
-    mma_m16n8k16(sum, ones, ones, ones, ones, b2, b3);
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      mma_m16n8k16(sum, ones, ones, ones, ones, as_u32(out.weighted[4 * i + j]),
+                   as_u32(out.weighted[4 * i + j + 1]));
+    }
   }
   const float2 level_halves = __half22float2(largest);
   out.largest = quad_max(fmaxf(level_halves.x, level_halves.y));
   out.weighted_sum = diagonal(sum[0], sum[1]);
-  const float unit = __fmul_rn(table.distance_unit, __fmul_rn(out.power, out.power));
-  const float squares = diagonal(__fadd_rn(upper[0], lower[2]), __fadd_rn(upper[1], lower[3]));
-  out.distance = __fmul_rn(squares, unit);
 }
 
 // 1024 + code of levels, as float16: rounding to the nearest integer is what adding 1024 does.
@@ -112,22 +109,29 @@ __device__ __forceinline__ __half2 biased_codes(__half2 level, __half2 inverse_r
   return __hfma2(place, top, __float2half2_rn(1024.0f));
 }
 
-// Scale of levels in float32, near the least squares.
+// The best scale of levels, and how much of their weighted square it explains.
+struct Scale {
+  float scale, explained;
+};
+
 template <int kBits>
-__device__ __forceinline__ float search_scale(const StoreTable& table, const Residual& r) {
+__device__ __forceinline__ Scale search_scale(const StoreTable& table, const Residual& r) {
   constexpr float kTop = (1 << kBits) - 1, kCentre = kTop / 2;
   const __half2 bias = __float2half2_rn(1024.0f);
-  // Half the range that the codes of a scale span is kCentre scales.
-  const float cover = fmaxf(r.largest, 0x1p-13f);
-  float best_scale = 0.0f, best_value = -INFINITY;
+  // The codes of a scale span kTop scales, which are two covers of the levels times the trial.
+  const float by_cover = __fdividef(1.0f, fmaxf(r.largest, 0x1p-13f));
+  __half2 inverse_ranges[kTrials / 2];
 #pragma unroll
+  for (int k = 0; k < kTrials / 2; ++k) {
+    inverse_ranges[k] =
+        __floats2half2_rn(__fmul_rn(0.5f / trial_scale<kBits>(2 * k), by_cover),
+                          __fmul_rn(0.5f / trial_scale<kBits>(2 * k + 1), by_cover));
+  }
+  Scale best = {0.0f, -INFINITY};
+#pragma unroll 1
   for (int trial = 0; trial < kTrials; trial += 2) {
-    __half2 inverse_range[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float range = __fmul_rn(2 * trial_scale<kBits>(trial + k), cover);
-      inverse_range[k] = __float2half2_rn(__fdividef(1.0f, range));
-    }
+    const __half2 both = trial == 0 ? inverse_ranges[0] : inverse_ranges[1];
+    const __half2 inverse_range[2] = {__low2half2(both), __high2half2(both)};
     // Of both trials: sum of weighted level * code, of weight * code, of weight * code^2.
     float dot[4] = {}, linear[4] = {}, square[4] = {};
 #pragma unroll
@@ -161,32 +165,26 @@ __device__ __forceinline__ float search_scale(const StoreTable& table, const Res
       const float norm = __fmaf_rn(kCentre * kCentre, table.fit_weight_sum,
                                    __fmaf_rn(-kTop, linear[2 * k], square[2 * k]));
       const float scale = __fdividef(product, norm);
-      const float value = __fmul_rn(scale, product);
-      if (value > best_value) {
-        best_value = value;
-        best_scale = scale;
-      }
+      const float explained = __fmul_rn(scale, product);
+      if (explained > best.explained) best = {scale, explained};
     }
   }
-  return best_scale;
+  return best;
 }
 
 // Codes of 8 consecutive dims, of four pairs of `biased_codes`, packed little end first.
 template <int kBits>
 __device__ __forceinline__ uint32_t pack_codes(const __half2 (&biased)[4]) {
-  const uint32_t b0 = as_u32(biased[0]), b1 = as_u32(biased[1]);
-  const uint32_t b2 = as_u32(biased[2]), b3 = as_u32(biased[3]);
-  constexpr uint32_t kBias = 0x64006400;  // half2(1024, 1024)
+  // A code is the low byte of its half: bytes of codes 0-3 and 4-7.
+  const uint32_t first = __byte_perm(as_u32(biased[0]), as_u32(biased[1]), 0x6420);
+  const uint32_t second = __byte_perm(as_u32(biased[2]), as_u32(biased[3]), 0x6420);
   if constexpr (kBits == 4) {
-    // Bytes: codes 0, 2 | 1, 3 and 4, 6 | 5, 7 of low | high halves.
-    const uint32_t first = b0 + (b1 << 8) - (kBias + (kBias << 8));
-    const uint32_t second = b2 + (b3 << 8) - (kBias + (kBias << 8));
-    return __byte_perm(first, second, 0x5410) + (__byte_perm(first, second, 0x7632) << 4);
+    // Bytes 0 and 2 now hold two codes each.
+    return __byte_perm(first + (first >> 4), second + (second >> 4), 0x6420);
   } else {
-    // 4-bit fields: codes 0, 2, 4, 6 | 1, 3, 5, 7 of the low | high half.
-    const uint32_t fields = b0 + (b1 << 4) + (b2 << 8) + (b3 << 12) -
-                            (kBias + (kBias << 4) + (kBias << 8) + (kBias << 12));
-    return (fields & 0xffff) + (fields >> 16 << 2);
+    // Shifts the bytes by 24, 18, 12 and 6 and adds them: the last byte holds four codes.
+    constexpr uint32_t kShifts = 1u << 24 | 1u << 18 | 1u << 12 | 1u << 6;
+    return __byte_perm(first * kShifts, second * kShifts, 0x0073);
   }
 }
 
@@ -197,14 +195,16 @@ struct StoredVector {
 };
 
 template <int kBits>
-__device__ __forceinline__ StoredVector fit(const StoreTable& table, const Residual& r) {
+__device__ __forceinline__ StoredVector encode(const StoreTable& table, const Residual& r,
+                                               float scale_of_levels) {
   constexpr float kTop = (1 << kBits) - 1, kFloat16Max = 65504.0f;
   StoredVector out;
   const float unit = __fmul_rn(r.power, table.scale_unit);  // of slot scales, a power of two
-  const float scale = __fmul_rn(search_scale<kBits>(table, r), unit);
+  const float scale = __fmul_rn(scale_of_levels, unit);
   out.scale = __float2half_rn(fminf(fmaxf(scale, 0.0f), kFloat16Max));
-  const float stored = __fdividef(__half2float(out.scale), unit);
-  const float inverse = stored > 0.0f ? __fdividef(1.0f, __fmul_rn(kTop, stored)) : 1.0f;
+  // Of a scale of 0 the codes do not matter.
+  const float stored = __fmul_rn(kTop, __half2float(out.scale));
+  const float inverse = stored > 0.0f ? __fdividef(unit, stored) : 1.0f;
   const __half2 inverse_range = __float2half2_rn(fminf(inverse, kFloat16Max));
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
@@ -216,18 +216,27 @@ __device__ __forceinline__ StoredVector fit(const StoreTable& table, const Resid
   return out;
 }
 
-// Residual of token `row` from its pattern; corrects `nearest` where scores cannot tell patterns
-// apart and the token is `wanted`.
-__device__ __forceinline__ void settle(const StoreTable& table, const __half* patterns,
-                                       int num_patterns, const Share& x, bool wanted,
-                                       Nearest& nearest, Residual& out) {
-  take_residual(table, x, patterns + nearest.id * HEAD_DIM, out);
-  // A score is half of what the pattern explains, so this is a relative distance of 2^-16.
-  const bool unclear = wanted && !out.zero && out.distance <= __fmul_rn(0x1p-15f, nearest.score);
-  if (__any_sync(kAllLanes, unclear)) {
+// What is stored of token `row`. Corrects `nearest` where scores cannot tell patterns apart and the
+// token is `wanted`.
+template <int kBits>
+__device__ __forceinline__ StoredVector fit(const StoreTable& table, const __half* patterns,
+                                            int num_patterns, const Share& x, bool wanted,
+                                            Nearest& nearest) {
+#pragma unroll 1
+  for (bool settled = false;; settled = true) {
+    Residual residual;
+    take_residual(table, x, patterns + nearest.id * HEAD_DIM, residual);
+    const Scale best = search_scale<kBits>(table, residual);
+    // No more than the square of the residual can be explained, and a score is half of what the
+    // pattern explains: true of every residual below 2^-16 of that, and of few others.
+    const float unit = __fmul_rn(table.distance_unit, __fmul_rn(residual.power, residual.power));
+    const bool unclear = wanted && !residual.zero &&
+                         __fmul_rn(best.explained, unit) <= __fmul_rn(0x1p-15f, nearest.score);
+    if (settled || !__any_sync(kAllLanes, unclear)) {
+      return encode<kBits>(table, residual, best.scale);
+    }
     const int id = nearest_by_difference(table, patterns, num_patterns, x);
     if (unclear) nearest.id = id;
-    take_residual(table, x, patterns + nearest.id * HEAD_DIM, out);
   }
 }
 

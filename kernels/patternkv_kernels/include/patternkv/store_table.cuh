@@ -20,6 +20,12 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 // A lane's share of a vector: pair j holds dims 32 (j / 4) + 8 part + 2 (j % 4) and the next.
 using Share = __half2[kPairs];
 
+// K or V: bf16 or fp16 [n, h_kv, HEAD_DIM], strides in elements.
+struct Vectors {
+  const void* data;
+  int token_stride, head_stride;
+};
+
 // int64 or int32.
 struct Indices {
   const void* data;
@@ -32,22 +38,21 @@ struct Indices {
 
 struct StoreParams {
   SlotPool pool;
-  const void* x[2];  // K and V, bf16 or fp16 [n, h_kv, HEAD_DIM]
-  int64_t token_stride[2], head_stride[2];
-  Indices slots;        // [n]
-  void* window[2];      // of K and V, [rows, h_kv, HEAD_DIM] in their dtype; null: none
-  Indices window_rows;  // [n], negative: not kept
+  Vectors k, v;
+  Indices slots;                 // [n]
+  void *window_k, *window_v;     // [rows, h_kv, HEAD_DIM] as k and v; null: none
+  Indices window_rows;           // [n], negative: not kept
   const int* table_ids;          // [n]
   const __half* patterns;        // [num_tables, 2, h_kv, num_patterns, HEAD_DIM]
   const __half* channel_scale;   // [num_tables, 2, h_kv, HEAD_DIM]
   const __half* channel_weight;  // [num_tables, 2, h_kv, HEAD_DIM]
   int n, num_patterns;
 
-  __device__ int64_t table_head(int table, int side, int head) const {
-    return (int64_t{table} * 2 + side) * pool.h_kv + head;
+  __device__ int table_head(int table, int side, int head) const {
+    return (table * 2 + side) * pool.h_kv + head;
   }
-  __device__ const __half* patterns_of(int64_t table_head) const {
-    return patterns + table_head * num_patterns * HEAD_DIM;
+  __device__ const __half* patterns_of(int table_head) const {
+    return patterns + int64_t{table_head} * (num_patterns * HEAD_DIM);
   }
 };
 
@@ -56,7 +61,7 @@ struct alignas(16) StoreTable {
   __half2 weight[HEAD_DIM / 2];         // channel_weight^2, at most 1: distances count by it
   __half2 inverse_scale[HEAD_DIM / 2];  // 1 / channel_scale, at least 1
   __half2 fit_weight[HEAD_DIM / 2];     // (channel_weight * channel_scale)^2, at most 1
-  float half_norm[kMaxPatterns];        // |pattern|^2 / 2 by `weight`
+  float score_bias[kMaxPatterns];       // -|pattern|^2 / 2 by `weight`
   float fit_weight_sum;
   float scale_unit;     // slot scale per scale of levels of residual * inverse_scale
   float distance_unit;  // distance by `weight` per squared level by `fit_weight`
@@ -104,10 +109,9 @@ __device__ __forceinline__ float inverse_power_of_two(float power) {
   return __uint_as_float(0x7f000000 - __float_as_uint(power));
 }
 
-// Half the squared norms of the tile of patterns that starts at `first`; all lanes of a warp.
-__device__ __forceinline__ void fill_half_norms(StoreTable& table, const Share& weight,
-                                                const __half* patterns, int num_patterns,
-                                                int first) {
+// Biases of the tile of patterns that starts at `first`; all lanes of a warp.
+__device__ __forceinline__ void fill_biases(StoreTable& table, const Share& weight,
+                                            const __half* patterns, int num_patterns, int first) {
   const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
   const uint4* pattern = share_of(patterns + min(first + row, num_patterns - 1) * HEAD_DIM);
   float sum = 0.0f;
@@ -123,15 +127,15 @@ __device__ __forceinline__ void fill_half_norms(StoreTable& table, const Share& 
     }
   }
   sum = quad_sum(sum);
-  if (part == 0) table.half_norm[first + row] = 0.5f * sum;
+  if (part == 0) table.score_bias[first + row] = -0.5f * sum;
 }
 
 // Fills `table`; warp `rank` of `count` warps does its share.
 __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams& params,
-                                           int64_t table_head, int rank, int count) {
+                                           int table_head, int rank, int count) {
   const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const uint4* weights = share_of(params.channel_weight + table_head * HEAD_DIM);
-  const uint4* scales = share_of(params.channel_scale + table_head * HEAD_DIM);
+  const uint4* weights = share_of(params.channel_weight + int64_t{table_head} * HEAD_DIM);
+  const uint4* scales = share_of(params.channel_scale + int64_t{table_head} * HEAD_DIM);
 
   // Vectors are read again where they are needed: the cache has them, and registers are scarce.
   float largest = 0.0f, largest_scale = 0.0f, largest_product = 0.0f;
@@ -176,9 +180,9 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
         const int at = 16 * i + 4 * part + j;
         table.weight[at] = weight[4 * i + j];
         table.fit_weight[at] = fit_weight;
-        // Levels are taken of residuals below 4: larger inverses would leave the float16 range.
+        // Levels are taken of residuals below 16: larger inverses would leave the float16 range.
         // Such channels weigh next to nothing.
-        constexpr float kMaxInverse = 8192.0f;
+        constexpr float kMaxInverse = 2048.0f;
         table.inverse_scale[at] =
             __floats2half2_rn(fminf(__fdividef(scale_power, y.x), kMaxInverse),
                               fminf(__fdividef(scale_power, y.y), kMaxInverse));
@@ -198,7 +202,7 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
   const __half* patterns = params.patterns_of(table_head);
   for (int first = rank * kTilePatterns; first < params.num_patterns;
        first += count * kTilePatterns) {
-    fill_half_norms(table, weight, patterns, params.num_patterns, first);
+    fill_biases(table, weight, patterns, params.num_patterns, first);
   }
 }
 
