@@ -10,6 +10,7 @@ from patternkv_kernels import (
     MinedTable,
     SlotFormat,
     dequantize,
+    mine_kv,
     mine_table,
     query_weight,
     store_kv,
@@ -193,6 +194,55 @@ def test_weighted_channels_are_stored_better_and_sinks_stay_exact() -> None:
         return float(((k - x) * weight).square().sum())
 
     assert error(weighted) < 0.95 * error(plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [3, 40, 3000])
+def test_k_and_v_are_mined_together_as_alone(n: int, device: str) -> None:
+    k, v = clustered(n, seed=1).to(device), clustered(n, seed=2).to(device)
+    q = torch.randn(n, 6, 64).to(device) * torch.linspace(0.5, 2.0, 64).to(device)
+    together = mine_kv(q, k, v, num_patterns=32, num_sinks=2, bits=(4, 2))
+    weight = together[0].channel_weight
+    assert weight is not None and together[1].channel_weight is None
+    every = torch.arange(min(n, 2048), device=device) * n // min(n, 2048)
+    assert torch.equal(weight, query_weight(q[every], 2))
+    alone = (
+        mine_table(k, num_patterns=32, num_sinks=2, bits=4, channel_weight=weight),
+        mine_table(v, num_patterns=32, num_sinks=2, bits=2),
+    )
+    for mined, expected, x in zip(together, alone, (k, v), strict=True):
+        assert torch.equal(mined.patterns[:, :2], expected.patterns[:, :2])
+        # Products of other batches round differently, which may tip a token to another cluster.
+        torch.testing.assert_close(mined.channel_scale, expected.channel_scale, rtol=0.1, atol=0.0)
+        errors = (relative_error(x.cpu(), _on_cpu(table), 4) for table in (mined, expected))
+        assert next(errors) == pytest.approx(next(errors), rel=0.02)
+
+
+def _on_cpu(table: MinedTable) -> MinedTable:
+    return MinedTable(table.patterns.cpu(), table.channel_scale.cpu())
+
+
+def test_k_and_v_of_other_shapes_are_refused() -> None:
+    k = clustered(10)
+    with pytest.raises(ValueError, match=r"k is \[10, 2, 64\] and v \[10, 1, 64\]"):
+        mine_kv(k, k, k[:, :1], num_patterns=8, num_sinks=0, bits=(4, 4))
+
+
+def test_centres_without_tokens_move() -> None:
+    """Nearly all tokens are the same, so all centres start on one, and outliers are three."""
+    distinct = clustered(11).bfloat16()
+    x = distinct[torch.arange(1000).clamp_max(10)]
+    mined = mine_table(x, num_patterns=24, num_sinks=0, bits=4)
+    for head in range(2):
+        exact = mined.patterns[head].float().unsqueeze(0) == distinct[:, head].float().unsqueeze(1)
+        assert exact.all(2).any(1).all()
+
+
+def test_query_weights_are_finite_whatever_the_queries() -> None:
+    q = torch.randn(5, 4, 64)
+    q[0, 0, 3], q[1, 2, 5] = torch.nan, torch.inf
+    weight = query_weight(q, 2)
+    assert weight.isfinite().all() and (weight > 0).all()
 
 
 def test_query_weight_is_the_spread_of_a_group_of_query_heads() -> None:

@@ -15,6 +15,9 @@ _OUTLIER_SHARE = 8
 """One in this many of the free patterns starts as an outlier token."""
 _PRIOR_TOKENS = 16
 """Weight, in tokens, of the plain spread of the channels next to that of the residuals."""
+_MAX_SAMPLE, _ITERATIONS = 2048, 3
+_NO_SPREAD = 2.0**-20
+"""Added to relative spreads: negligible beside any but zeros."""
 _WEIGHT_FLOOR = 2.0**-4
 """Smallest channel weight, relative to the mean over a head's channels."""
 
@@ -40,12 +43,12 @@ def query_weight(q: torch.Tensor, h_kv: int) -> torch.Tensor:
 
     An error in channel ``j`` of K moves a logit by ``q[j]`` times itself, so errors count by the
     root mean square that the KV head's queries have there (relative to the mean over channels).
+    Weights are finite and positive whatever ``q`` holds, but mean nothing if that is not finite.
     """
-    grouped = sanitize(q).unflatten(1, (h_kv, -1))
-    rms = grouped.square().mean((0, 2)).sqrt()
-    mean = rms.mean(1, keepdim=True)
-    weight = torch.where(mean > 0, rms / mean.clamp_min(2.0**-100), 1.0)
-    return weight.clamp_min(_WEIGHT_FLOOR).half()
+    grouped = q.unflatten(1, (h_kv, -1))
+    norm = torch.linalg.vector_norm(grouped, dim=(0, 2), dtype=torch.float32)
+    weight = (norm / norm.mean(1, keepdim=True)).nan_to_num_(nan=1.0)
+    return weight.clamp_(_WEIGHT_FLOOR, FLOAT16_MAX).half()
 
 
 def mine_table(
@@ -55,8 +58,8 @@ def mine_table(
     num_sinks: int,
     bits: int,
     channel_weight: torch.Tensor | None = None,
-    max_sample: int = 2048,
-    iterations: int = 3,
+    max_sample: int = _MAX_SAMPLE,
+    iterations: int = _ITERATIONS,
 ) -> MinedTable:
     """Mine the table of one layer's K or V from the tokens of a segment.
 
@@ -84,30 +87,12 @@ def mine_table(
     max_sample: at most this many tokens besides the sinks, evenly spaced, are looked at.
     iterations: Lloyd steps before the outliers join; one more follows.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits={bits}: codes have 2 or 4 bits; choose one of {BITS}")
-    if not 1 <= num_patterns <= MAX_PATTERNS:
-        raise ValueError(
-            f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS} (a pattern id is one byte)"
-        )
-    if not 0 <= num_sinks <= num_patterns:
-        raise ValueError(f"num_sinks={num_sinks}: must be in 0..num_patterns={num_patterns}")
+    _check(x, num_patterns, num_sinks, (bits,))
     if max_sample < 1 or iterations < 0:
         raise ValueError(f"max_sample={max_sample}, iterations={iterations}: need >= 1 and >= 0")
-    if x.dim() != 3 or x.shape[0] == 0:
-        raise ValueError(f"x is {list(x.shape)}: needs [n, h, d] with at least one token")
-    sinks = sanitize(x[:num_sinks]).transpose(0, 1)
-    tokens = x[num_sinks:]
-    if tokens.shape[0] > max_sample:
-        picks = torch.arange(max_sample, device=x.device) * tokens.shape[0] // max_sample
-        tokens = tokens[picks]
-    tokens = sanitize(tokens).transpose(0, 1).contiguous()
-    weight = 1.0 if channel_weight is None else channel_weight.float().unsqueeze(1)
-    centres = _cluster(tokens * weight, num_patterns - sinks.shape[1], iterations) / weight
-    patterns = torch.cat([sinks, centres], dim=1).half()
-    channel_scale = _channel_scale(tokens, patterns.float(), weight)
-    padding = patterns[:, :1].expand(-1, num_patterns - patterns.shape[1], -1)
-    return MinedTable(torch.cat([patterns, padding], dim=1), channel_scale, channel_weight)
+    weights = [channel_weight]
+    patterns, channel_scale = _mine([x], weights, num_patterns, num_sinks, max_sample, iterations)
+    return MinedTable(patterns, channel_scale, channel_weight)
 
 
 def mine_kv(
@@ -120,66 +105,157 @@ def mine_kv(
     bits: tuple[int, int],
 ) -> tuple[MinedTable, MinedTable]:
     """Mine K's and V's tables of one layer from a segment's ``q [n, h_q, d]`` and ``k``, ``v [n,
-    h_kv, d]``: K's channels weighted by the queries, V's alike. ``bits`` are those of K and V; the
-    rest is as in :func:`mine_table`."""
+    h_kv, d]``: K's channels weighted by (evenly spaced) queries, V's alike. ``bits`` are those of K
+    and V; the rest is as in :func:`mine_table`, and so are the tables, but mined together."""
+    _check(k, num_patterns, num_sinks, bits)
+    if v.shape != k.shape:
+        raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: must be alike")
+    h_kv = k.shape[1]
+    weight = query_weight(q[_sample(q, 0, _MAX_SAMPLE)], h_kv)
+    patterns, channel_scale = _mine(
+        [k, v], [weight, None], num_patterns, num_sinks, _MAX_SAMPLE, _ITERATIONS
+    )
+    return (
+        MinedTable(patterns[:h_kv], channel_scale[:h_kv], weight),
+        MinedTable(patterns[h_kv:], channel_scale[h_kv:], None),
+    )
 
-    def mine(x: torch.Tensor, bits: int, weight: torch.Tensor | None) -> MinedTable:
-        return mine_table(
-            x,
-            num_patterns=num_patterns,
-            num_sinks=num_sinks,
-            bits=bits,
-            channel_weight=weight,
+
+def _check(x: torch.Tensor, num_patterns: int, num_sinks: int, bits: tuple[int, ...]) -> None:
+    for b in bits:
+        if b not in BITS:
+            raise ValueError(f"bits={b}: codes have 2 or 4 bits; choose one of {BITS}")
+    if not 1 <= num_patterns <= MAX_PATTERNS:
+        raise ValueError(
+            f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS} (a pattern id is one byte)"
         )
+    if not 0 <= num_sinks <= num_patterns:
+        raise ValueError(f"num_sinks={num_sinks}: must be in 0..num_patterns={num_patterns}")
+    if x.dim() != 3 or x.shape[0] == 0:
+        raise ValueError(f"x is {list(x.shape)}: needs [n, h, d] with at least one token")
 
-    return mine(k, bits[0], query_weight(q, k.shape[1])), mine(v, bits[1], None)
+
+def _sample(x: torch.Tensor, num_sinks: int, max_sample: int) -> slice | torch.Tensor:
+    """Which rows of ``x`` are looked at besides the sinks: all, or evenly spaced ones."""
+    n = len(x) - num_sinks
+    if n <= max_sample:
+        return slice(num_sinks, None)
+    rows = torch.arange(num_sinks * max_sample, (num_sinks + n) * max_sample, n, device=x.device)
+    return rows.div_(max_sample, rounding_mode="floor")
+
+
+def _mine(
+    sides: list[torch.Tensor],
+    weights: list[torch.Tensor | None],
+    num_patterns: int,
+    num_sinks: int,
+    max_sample: int,
+    iterations: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patterns ``[h, num_patterns, d]`` and channel scales ``[h, d]``, both float16, of all heads
+    of ``sides``, each ``[n, h_side, d]``, in one pass.
+
+    On a GPU small segments cost what their launches cost, hence the few operations.
+    """
+    rows, weight = _extended(sides, weights, num_sinks, max_sample)
+    num_sinks = min(num_sinks, rows.shape[1])
+    sinks, tokens = rows[:, :num_sinks], rows[:, num_sinks:]
+    h, n, d = *tokens.shape[:2], weight.shape[2]
+    num_centres = min(num_patterns - num_sinks, n)
+    centres = _cluster(tokens, num_centres, iterations) if 0 < num_centres < n else tokens
+    found = torch.cat([sinks, centres[:, :num_centres]], dim=1)
+    used = found.shape[1]
+    patterns = weight.new_empty(h, num_patterns, d, dtype=torch.float16)
+    torch.div(found[..., :d], weight, out=patterns[:, :used])
+    patterns[:, used:] = patterns[:, :1]
+    return patterns, _channel_scale(tokens, found, weight)
+
+
+def _extended(
+    sides: list[torch.Tensor], weights: list[torch.Tensor | None], num_sinks: int, max_sample: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks and sampled tokens of all heads, weighted, float32 ``[h, rows, d + 4]``, and the
+    weights ``[h, 1, d]``.
+
+    Column ``d`` is -1/2 and the others are 1, so that a product with centres, whose column ``d`` is
+    their squared norm, scores them (:func:`_scores`), and a product with memberships also counts.
+    (Four of them keep rows at multiples of 16 bytes.)
+    """
+    n, _, d = sides[0].shape
+    sample = _sample(sides[0], num_sinks, max_sample)
+    num_rows = min(n, num_sinks + max_sample)
+    h = sum(x.shape[1] for x in sides)
+    rows = torch.ones(num_rows, h, d + 4, device=sides[0].device)
+    weight = torch.ones(h, 1, d, device=sides[0].device)
+    rows[..., d] = -0.5
+    head = 0
+    for x, of_side in zip(sides, weights, strict=True):
+        heads = slice(head, head + x.shape[1])
+        if num_sinks:
+            rows[:num_sinks, heads, :d] = x[:num_sinks]
+        rows[num_sinks:, heads, :d] = x[sample]
+        if of_side is not None:
+            weight[heads, 0] = of_side
+        head = heads.stop
+    rows.nan_to_num_(nan=0.0).clamp_(-FLOAT16_MAX, FLOAT16_MAX)
+    rows[..., :d].mul_(weight.squeeze(1))
+    return rows.transpose(0, 1), weight
 
 
 def _cluster(tokens: torch.Tensor, num_centres: int, iterations: int) -> torch.Tensor:
-    """At most ``num_centres`` centres ``[h, m, d]`` of ``tokens [h, n, d]``; the tokens themselves
-    if they are few."""
-    n = tokens.shape[1]
-    if n <= num_centres or num_centres == 0:
-        return tokens[:, :num_centres]
+    """``num_centres`` centres ``[h, num_centres, d + 4]`` of more tokens ``[h, n, d + 4]``."""
+    n, d = tokens.shape[1], tokens.shape[2] - 4
     num_outliers = num_centres // _OUTLIER_SHARE
     num_starts = num_centres - num_outliers
-    starts = torch.arange(num_starts, device=tokens.device) * n // num_starts
-    centres = tokens[:, starts]
-    square = tokens.square().sum(-1)
+    starts = torch.arange(0, num_starts * n, n, device=tokens.device)
+    centres = tokens.index_select(1, starts.div_(num_starts, rounding_mode="floor"))
+    norm = torch.linalg.vector_norm(tokens[..., :d], dim=2)
+    number = torch.arange(num_centres, device=tokens.device)
     for _ in range(iterations):
-        centres = _lloyd_step(tokens, square, centres)
+        centres = _lloyd_step(tokens, norm, centres, number[:num_starts])
     if num_outliers:
-        distance = _nearest(tokens, square, centres)[0]
-        outliers = distance.topk(num_outliers, dim=1).indices
+        nearness = _nearest(tokens, norm, centres)[0]
+        outliers = nearness.topk(num_outliers, dim=1, largest=False).indices
         centres = torch.cat([centres, _take(tokens, outliers)], dim=1)
-    return _lloyd_step(tokens, square, centres)
+    return _lloyd_step(tokens, norm, centres, number)
 
 
-def _lloyd_step(tokens: torch.Tensor, square: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Means of the tokens nearest to each centre; a centre without tokens moves to one of the
-    farthest tokens."""
-    distance, ids = _nearest(tokens, square, centres)
-    num_centres = centres.shape[1]
-    # A product with the one-hot membership sums in a fixed order; scattered atomic additions on
-    # CUDA do not.
-    member = torch.zeros(*ids.shape, num_centres, device=ids.device)
-    member.scatter_(2, ids.unsqueeze(2), 1.0)
-    count = member.sum(1)
-    mean = member.transpose(1, 2).bmm(tokens) / count.clamp_min(1.0).unsqueeze(2)
-    empty = count == 0
-    farthest = distance.topk(num_centres, dim=1).indices
-    replacement = farthest.gather(1, empty.long().cumsum(1).sub_(1).clamp_min_(0))
-    return torch.where(empty.unsqueeze(2), _take(tokens, replacement), mean)
+def _lloyd_step(
+    tokens: torch.Tensor, norm: torch.Tensor, centres: torch.Tensor, number: torch.Tensor
+) -> torch.Tensor:
+    """Means of the tokens nearest to each of the ``m`` centres; a centre without tokens moves to
+    the farthest of every ``m``-th token, each such centre to one of others. ``number`` counts
+    the centres."""
+    nearness, ids = _nearest(tokens, norm, centres)
+    h, m, width = centres.shape
+    member = torch.eq(ids.unsqueeze(2), number, out=tokens.new_empty(*ids.shape, m))
+    # A product sums in a fixed order; scattered atomic additions on CUDA do not.
+    sums = member.transpose(1, 2).bmm(tokens)
+    count = sums[..., -1:]
+    rounds = tokens.shape[1] // m
+    farthest = nearness[:, : rounds * m].view(h, rounds, m).argmin(1)
+    moved = tokens[:, : rounds * m].unflatten(1, (rounds, m))
+    moved = moved.gather(1, farthest.view(h, 1, m, 1).expand(-1, -1, -1, width)).squeeze(1)
+    return torch.where(count > 0, sums / count, moved)
 
 
 def _nearest(
-    tokens: torch.Tensor, square: torch.Tensor, centres: torch.Tensor
+    tokens: torch.Tensor, norm: torch.Tensor, centres: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared distance to the nearest centre, and its id, both ``[h, n]``; ``square`` is the
-    tokens' own."""
-    half_norm = centres.square().sum(-1).mul_(0.5).unsqueeze(1)
-    score, ids = torch.baddbmm(half_norm, tokens, centres.transpose(1, 2), alpha=-1).min(2)
-    return score.mul_(2).add_(square), ids
+    """Half the squared distance of each token to the nearest centre, negative, and its id, both
+    ``[h, n]``; ``norm`` is the tokens' own."""
+    score, ids = _scores(tokens, centres).max(2)
+    return score.addcmul_(norm, norm, value=-0.5), ids
+
+
+def _scores(tokens: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """``x . c - |c|^2 / 2`` of all tokens and centres, ``[h, n, m]``: largest of the nearest.
+
+    Puts the squared norms into ``centres``.
+    """
+    d = tokens.shape[2] - 4
+    torch.linalg.vector_norm(centres[..., :d], dim=2, out=centres[..., d]).square_()
+    return tokens[..., : d + 1].bmm(centres[..., : d + 1].transpose(1, 2))
 
 
 def _take(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -188,30 +264,31 @@ def _take(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _channel_scale(
-    tokens: torch.Tensor, patterns: torch.Tensor, weight: torch.Tensor | float
+    tokens: torch.Tensor, patterns: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Relative spread of the channels, float16 ``[h, d]``.
+    """Relative spread of the channels, float16 ``[h, d]``, of ``tokens [h, n, d + 4]`` with
+    ``patterns [h, m, d + 4]``.
 
     Mostly that of the residuals. Where these are few (nearly every token is its own pattern) the
     spread of the tokens themselves counts too, since later tokens may be quantized with the same
     table.
     """
-    h, n, d = tokens.shape
-    if n == 0:
-        return torch.ones(h, d, dtype=torch.float16, device=tokens.device)
-    weighted = tokens * weight
-    ids = _nearest(weighted, weighted.square().sum(-1), patterns * weight)[1]
-    residual = tokens - _take(patterns, ids)
-    count = max(n - patterns.shape[1], 0)
-    spread = count * _relative_variance(residual)
-    spread += _PRIOR_TOKENS * _relative_variance(tokens - tokens.mean(1, keepdim=True))
-    relative = (spread / (count + _PRIOR_TOKENS)).sqrt()
-    return relative.clamp_min(_CHANNEL_SCALE_FLOOR).half()
+    h, n, d = *tokens.shape[:2], weight.shape[2]
+    spread = tokens.new_zeros(2, h, d)
+    free = n - patterns.shape[1]
+    if free > 0:
+        ids = _scores(tokens, patterns).argmax(2)
+        residual = tokens[..., :d] - _take(patterns[..., :d], ids)
+        torch.linalg.vector_norm(residual, dim=1, out=spread[0])
+    if n > 0:
+        torch.std(tokens[..., :d], 1, correction=0, out=spread[1])
+    of_residuals, of_tokens = _relative(spread.div_(weight.squeeze(1)))
+    share = max(free, 0) / _PRIOR_TOKENS
+    relative = torch.hypot(of_residuals.mul_(share**0.5), of_tokens)
+    # All alike where nothing is spread.
+    return _relative(relative.add_(_NO_SPREAD)).clamp_min_(_CHANNEL_SCALE_FLOOR).half()
 
 
-def _relative_variance(x: torch.Tensor) -> torch.Tensor:
-    """Mean square of each channel over that of all channels, ``[h, d]`` of ``[h, n, d]``; 1 where
-    all is 0."""
-    variance = x.square().mean(1)
-    mean = variance.mean(1, keepdim=True)
-    return torch.where(mean > 0, variance / mean.clamp_min(2.0**-100), 1.0)
+def _relative(x: torch.Tensor) -> torch.Tensor:
+    """``x`` over its root mean square along the last dim; 0 where all is 0."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-30)
