@@ -8,12 +8,13 @@ from pathlib import Path
 import orjson
 
 from .config import RunConfig
+from .environment import source_digest, versions
 from .problems import ProblemSet
 
 # Problems and template enter as prompts. What is left out changes no sample's distribution.
 SAMPLE_KEYS = (
-    "base_url", "answer_pattern", "n", "temperature", "top_p", "top_k", "max_new_tokens", "stop",
-    "seed", "mem_fraction_static", "engine_args",
+    "base_url", "grader", "answer_pattern", "n", "temperature", "top_p", "top_k", "max_new_tokens",
+    "stop", "seed", "mem_fraction_static", "engine_args", "logprob_request",
 )  # fmt: skip
 EDGE_BYTES = 1 << 20
 
@@ -21,14 +22,16 @@ EDGE_BYTES = 1 << 20
 def run_folder(config: RunConfig, problems: ProblemSet) -> Path:
     """The folder under ``config.output``: what a reader looks for, then a digest of the rest.
 
-    Runs that differ in anything a sample depends on never meet in one folder; the variants of one
-    run do.
+    Runs that differ in anything a sample depends on, versions included, never meet in one folder;
+    the variants of one run do.
     """
     digest = hashlib.sha256(
         orjson.dumps(
             {
                 **{name: getattr(config, name) for name in SAMPLE_KEYS},
                 "model": model_fingerprint(config.model or "") or config.model,
+                "versions": versions(),
+                "source": source_digest(),
                 "problems": [(p.id, problems.prompt(p), p.answer) for p in problems.problems],
             },
             option=orjson.OPT_SORT_KEYS,

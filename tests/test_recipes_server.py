@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -14,7 +14,7 @@ from recipes.best_of_n import main
 from recipes.cache import CacheInfo
 from recipes.engines import ServerClient, check_sampling, check_variant, engine_args
 from recipes.variant import Variant
-from tests.recipe_fakes import PATTERNKV, STOCK, FakeServer, config_of
+from tests.recipe_fakes import PATTERNKV, STOCK, FakeServer, config_of, serving
 
 
 def write_model_config(folder: Path) -> None:
@@ -43,7 +43,7 @@ def test_variant_bits_reach_the_engine(tmp_path: Path) -> None:
 def test_an_engine_with_another_cache_is_refused() -> None:
     check_variant(Variant.parse("bf16"), STOCK)
     check_variant(Variant.parse("4/4"), STOCK | {"internal_states": [{"patternkv": PATTERNKV}]})
-    with pytest.raises(RuntimeError, match="stores KV as the model's dtype, not as patternkv 2/2"):
+    with pytest.raises(RuntimeError, match="stores KV as bf16, not as 2/2"):
         check_variant(Variant.parse("2/2"), STOCK)
     check_sampling(STOCK, 8)
     with pytest.raises(RuntimeError, match="same random numbers"):
@@ -56,7 +56,7 @@ def test_cache_of_a_stock_engine(tmp_path: Path) -> None:
     assert (cache.variant, cache.bytes_per_token, cache.kv_tokens) == ("bf16", 512, 1000)
     assert (cache.tables_live, cache.kv_reads) == (None, None)
     fp8 = CacheInfo.parse(STOCK | {"model_path": str(tmp_path), "kv_cache_dtype": "fp8_e4m3"})
-    assert (fp8.variant, fp8.bytes_per_token, fp8.bf16_bytes_per_token) == ("fp8_e4m3", 256, 512)
+    assert (fp8.variant, fp8.bytes_per_token, fp8.bf16_bytes_per_token) == ("fp8", 256, 512)
     assert CacheInfo.parse(STOCK).bytes_per_token is None
 
 
@@ -72,12 +72,8 @@ def test_cache_of_patternkv_sums_over_data_parallel_ranks() -> None:
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        thread = threading.Thread(target=fake.serve_forever)
-        thread.start()
+    with serving() as fake:
         yield fake
-        fake.shutdown()
-        thread.join()
 
 
 def test_server_client_speaks_the_native_protocol(server: FakeServer, tmp_path: Path) -> None:
@@ -100,7 +96,7 @@ def test_server_errors_are_told(server: FakeServer, tmp_path: Path) -> None:
     server.reply = lambda body: (400, {"error": "too long"})
     with pytest.raises(RuntimeError, match=r"/generate: HTTP 400: .*too long"):
         client.run(client.generate("hello", {}, 2))
-    meta = {"completion_tokens": 0, "cached_tokens": 0}
+    meta: dict[str, Any] = {"prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 0}
     meta["finish_reason"] = {"type": "abort", "message": "out of memory"}
     server.reply = lambda body: (200, {"text": "", "meta_info": meta})
     with pytest.raises(RuntimeError, match="aborted a request: out of memory"):
@@ -138,8 +134,8 @@ def test_best_of_n_against_servers(
     assert (first["seed"], first["answer"], first["cached_tokens"]) == (7, "0", 2)
     metrics = orjson.loads((folder / "metrics.json").read_bytes())
     assert metrics["config"]["model"] == str(model)
-    assert metrics["versions"]["sglang"] == "0.5.23"
     row = metrics["variants"]["bf16"]
+    assert row["origin"]["versions"]["sglang"] == "0.5.23"
     assert set(row["maj_at_k"]) == {"1", "2", "4"}
     assert (row["kv_tokens"], row["decoded_tokens"], row["partial"]) == (1000, 48, False)
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
