@@ -34,7 +34,8 @@ class Scorer(Protocol):
 
 
 class Verifier:
-    """A function ``(problem: Problem, text: str) -> float`` or ``bool``, named by dotted path.
+    """A function ``(problem: Problem, text: str) -> float`` or ``bool``, named by dotted path; a
+    leading dot is this package.
 
     ``problem.answer`` is there for tests of verifiers; one that reads it measures pass@k.
 
@@ -46,7 +47,7 @@ class Verifier:
         module, _, name = path.rpartition(".")
         try:
             self._function: Callable[[Problem, str], float] = getattr(
-                importlib.import_module(module), name
+                importlib.import_module(module, __package__), name
             )
             source = Path(inspect.getfile(self._function)).read_bytes()
         except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -55,8 +56,11 @@ class Verifier:
             ) from None
         self.identity = f"{path}@{hashlib.sha256(source).hexdigest()[:12]}"
 
+    def __call__(self, problem: Problem, text: str) -> float:
+        return float(self._function(problem, text))
+
     def score(self, items: Sequence[tuple[Problem, Sample]]) -> list[float]:
-        return [float(self._function(problem, sample.text)) for problem, sample in items]
+        return [self(problem, sample.text) for problem, sample in items]
 
 
 class RewardModel:
