@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from .cache import CacheInfo
@@ -43,6 +44,18 @@ class Client(Protocol):
         """Release what the client holds. An embedded engine ends."""
 
 
+@contextmanager
+def start_environment(config: TaskConfig) -> Iterator[None]:
+    """The environment in which an engine is started; its processes inherit the variables."""
+    # What SGLang's optional kernels have to say about missing hardware, once per process.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+    if config.cpu_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
 class EngineClient:
     """An ``sglang.Engine`` of its own, whose start takes most of a minute on a small CPU.
 
@@ -51,12 +64,7 @@ class EngineClient:
     """
 
     def __init__(self, config: RunConfig, variant: Variant, seed: int) -> None:
-        # What SGLang's optional kernels have to say about missing hardware, once per process.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
-        if config.cpu_threads is not None:
-            os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with start_environment(config):
             import sglang
             from sglang.srt.utils import kill_process_tree
 

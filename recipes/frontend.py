@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from .cache import CacheInfo
 from .config import TaskConfig
 from .endpoint import Endpoint
-from .engines import check_variant, engine_args
+from .engines import check_variant, engine_args, start_environment
 from .generation import Generation
 from .problems import Problem, ProblemSet
 from .records import Sample
@@ -89,18 +90,21 @@ def frontend(config: FrontendConfig) -> Iterator[Frontend]:
     if config.base_url is not None:
         yield Frontend(config.base_url, config.timeout)
         return
-    import sglang
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()  # sglang.Runtime, unlike Engine, does not load plug-ins itself
     variant = Variant.parse(config.variant)
-    runtime = sglang.Runtime(**engine_args(config, variant, config.seed))
+    with start_environment(config):
+        import sglang
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()  # sglang.Runtime, unlike Engine, does not load plug-ins itself
+        runtime = sglang.Runtime(**engine_args(config, variant, config.seed))
     try:
         found = Frontend(runtime.url, config.timeout)
         check_variant(variant, found.info)
         yield found
     finally:
         runtime.shutdown()
+        # What it registered would keep it until the interpreter is half gone, where it complains.
+        atexit.unregister(runtime.shutdown)
 
 
 def generation(state: Any, name: str) -> Generation:

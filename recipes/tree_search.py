@@ -137,9 +137,14 @@ class TreeSearchConfig(FrontendConfig):
             raise ValueError(f"keep {self.keep}: expected at most width {self.width}")
 
 
+def parse_config(argv: Sequence[str] | None = None) -> TreeSearchConfig:
+    """The configuration that ``argv`` describes."""
+    return parse(TreeSearchConfig, "tree_search", "Search a tree of two levels.", argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what ``argv`` (default: the command line) describes; gives the exit status."""
-    config = parse(TreeSearchConfig, "tree_search", "Search a tree of two levels.", argv)
+    config = parse_config(argv)
     try:
         problems = load_problems(config)
         with frontend(config) as server:

@@ -47,6 +47,18 @@ def config_of(tmp_path: Path, **changes: Any) -> RunConfig:
     return RunConfig(**(values | {"questions_per_context": 3} | changes))
 
 
+def write_model_config(folder: Path) -> None:
+    """A model with 512 bytes of bf16 KV per token."""
+    config = {
+        "num_hidden_layers": 2,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes(orjson.dumps(config))
+
+
 def sample(problem: str, index: int, correct: bool, **changes: Any) -> Sample:
     values = {
         "problem": problem, "level": None, "variant": "bf16", "index": index, "seed": 0,

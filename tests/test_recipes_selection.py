@@ -209,11 +209,14 @@ def test_the_demo_verifier_counts_sound_steps() -> None:
     context = "ledger ; ba ko ri lu +35 ; mo ba 4 ; ri lu 83"
     problem = Problem("p", context, " ? ba ko", "18")
     right = " ; ba ko ri lu +35 35 ; ri lu 83 18 answer 18"
-    assert sound_steps(problem, right) == 1.0
-    assert sound_steps(problem, right.replace("83 18", "83 8")) == 0.5  # forgot to carry
-    assert sound_steps(problem, " ; ba ko ri lu +36 36 ; ri lu 83 19 answer 19") == 0.5
-    assert sound_steps(problem, " ; ba ko ri lu") == 0.0
-    assert sound_steps(problem, " answer 18") == sound_steps(problem, " ;") == 0.0
+    assert sound_steps(problem, right) == 1
+    # Forgot to carry, and went on from there.
+    assert sound_steps(problem, right.replace("18", "8")) == pytest.approx(2 / 3)
+    assert sound_steps(problem, right.replace("35 35", "36 36")) == pytest.approx(1 / 3)
+    assert sound_steps(problem, " ; mo ba 4 4 answer 4") == 1 / 2  # another account
+    assert sound_steps(problem, " ; ba ko ri lu +35 35 answer 35") == 1 / 2  # stopped half way
+    for nothing in ("", " ;", " answer 18", " ; ba ko ri lu"):
+        assert sound_steps(problem, nothing) == 0
     (drawn,) = make_problems(Level(48, 4), contexts=1, questions=1, seed=0)
     held = Problem(drawn.id, drawn.context, drawn.question, drawn.answer)
     assert sound_steps(held, drawn.reasoning) == 1.0

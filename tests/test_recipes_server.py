@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,7 @@ from recipes.best_of_n import main
 from recipes.cache import CacheInfo
 from recipes.engines import ServerClient, check_sampling, check_variant, engine_args
 from recipes.variant import Variant
-from tests.recipe_fakes import PATTERNKV, STOCK, FakeServer, config_of, serving
-
-
-def write_model_config(folder: Path) -> None:
-    """A model with 512 bytes of bf16 KV per token."""
-    config = {
-        "num_hidden_layers": 2,
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+from tests.recipe_fakes import PATTERNKV, STOCK, FakeServer, config_of, serving, write_model_config
 
 
 def test_variant_bits_reach_the_engine(tmp_path: Path) -> None:
