@@ -11,9 +11,18 @@ import pytest
 
 from recipes.best_of_n import main
 from recipes.cache import CacheInfo
+from recipes.config import RunConfig
 from recipes.engines import ServerClient, check_sampling, check_variant, engine_args
 from recipes.variant import Variant
-from tests.recipe_fakes import PATTERNKV, STOCK, FakeServer, config_of, serving, write_model_config
+from tests.recipe_fakes import (
+    PATTERNKV,
+    STOCK,
+    FakeClient,
+    FakeServer,
+    config_of,
+    serving,
+    write_model_config,
+)
 
 
 def test_variant_bits_reach_the_engine(tmp_path: Path) -> None:
@@ -137,3 +146,38 @@ def test_best_of_n_against_servers(
     metrics = orjson.loads((folder / "metrics.json").read_bytes())
     assert list(metrics["variants"]) == ["bf16", "4/4"]
     assert "3,500 (3.50×)" in capsys.readouterr().out
+
+
+class FakeEngine(FakeClient):
+    """Stands for ``EngineClient``; there is no fp8 on this machine, and no 2/2 either."""
+
+    def __init__(self, config: RunConfig, variant: Variant, seed: int) -> None:
+        super().__init__()
+        if variant.name in ("fp8", "2/2"):
+            raise RuntimeError(f"no {variant.name} here")
+
+
+def test_fp8_is_left_out_where_it_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("recipes.best_of_n.EngineClient", FakeEngine)
+    options = ["--model", "m", "--output", str(tmp_path), "--num-problems", "2", "--n", "2"]
+    assert main([*options, "--variants", "fp8", "4/4"]) == 0
+    assert "==> fp8: left out: no fp8 here" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    metrics = orjson.loads((folder / "metrics.json").read_bytes())
+    assert (list(metrics["variants"]), metrics["skipped"]) == (["4/4"], {"fp8": "no fp8 here"})
+    assert main([*options, "--variants", "4/4", "2/2"]) == 1
+    assert "error: no 2/2 here" in capsys.readouterr().err
+    assert main([*options, "--variants", "fp8"]) == 1
+    assert "no variant could run" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_no_other_servers(
+    server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--base-url", server.url, "--output", str(tmp_path), "--num-problems", "2"]
+    assert main([*options, "--n", "2"]) == 0
+    server.info = STOCK | {"version": "0.5.24"}
+    assert main([*options, "--n", "2"]) == 1
+    assert "version was '0.5.23' and is '0.5.24'" in capsys.readouterr().err
