@@ -4,8 +4,8 @@
     python -m recipes.compare --results results/compare/*
 
 Each cache gets a curve: maj@k of its samples over the bytes that the k branches of one problem
-occupy in it. A second table asks what the same bytes buy: with as many as bf16 takes for k
-branches, how many fit in another cache, and how often their majority is right.
+occupy in it. A second table asks what the same bytes buy in each cache: how many branches fit, and
+how often their majority is right.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from .footprint import Footprint
@@ -31,6 +32,9 @@ FREE = {
     "variants", "base_url", "concurrency", "cpu_threads", "timeout", "output", "select", "verifier",
     "reward_url", "reward_prompt", "top_logprobs", "mem_fraction_static", "engine_args", "model",
 }  # fmt: skip
+
+
+BUDGETS = 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def load(folders: Sequence[Path]) -> Comparison:
         if not path.exists():
             raise ValueError(f"{folder}: no metrics.json there; name folders of best-of-n runs")
         metrics = orjson.loads(path.read_bytes())
-        skipped |= metrics["skipped"]
+        skipped |= metrics.get("skipped", {})
         for name, row in metrics["variants"].items():
             if name in curves:
                 raise ValueError(f"{folder}: {name} is in an earlier folder already; leave one out")
@@ -155,13 +159,14 @@ def curve_rows(comparison: Comparison, parallel: int) -> list[dict[str, Any]]:
 
 
 def equal_rows(comparison: Comparison, parallel: int) -> list[dict[str, Any]]:
-    """What the bytes that the base takes for k branches buy in each cache: ``gb``, ``variant``,
-    ``k`` (None if not even one branch fits), ``capped`` (more would fit than were sampled),
-    ``maj_at_k`` and ``stderr``. The base is bf16, else the first cache."""
-    base = comparison.curves.get("bf16") or next(iter(comparison.curves.values()))
+    """What ``BUDGETS`` amounts of memory buy in each cache, from what the smallest takes for one
+    branch to what the largest takes for all: ``gb``, ``variant``, ``k`` (None if not even one
+    branch fits), ``capped`` (more would fit than were sampled), ``maj_at_k`` and ``stderr``."""
+    footprints = [curve.footprint for curve in comparison.curves.values()]
+    least = min(footprint.bytes(1) for footprint in footprints)
+    most = max(footprint.bytes(comparison.n) for footprint in footprints)
     rows = []
-    for k_base in powers_of_two(comparison.n):
-        budget = base.footprint.bytes(k_base)
+    for budget in np.geomspace(least, most, BUDGETS).tolist():
         for name, curve in comparison.curves.items():
             fits = curve.footprint.branches(budget)
             k = min(fits, comparison.n)

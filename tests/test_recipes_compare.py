@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,23 @@ def test_curves_and_equal_memory_by_hand() -> None:
     assert points["bf16", 2]["gb"] == pytest.approx((100 + 2 * 10) * 10 * 1000 / 1e9)
     assert points["4/4", 4]["maj_at_k"] == 1
     assert points["4/4", 1]["maj_at_k"] == pytest.approx(3 / 4)
-    equal = {(row["variant"], round(row["gb"] * 1e9)): row for row in equal_rows(comparison, 1)}
-    # bf16 takes 1100 bytes for one branch: 11 more of 50 fit beside 500 at 4/4, 2 of 90 at 2/2.
-    assert (equal["bf16", 1100]["k"], equal["bf16", 1100]["capped"]) == (1, False)
-    assert (equal["4/4", 1100]["k"], equal["4/4", 1100]["capped"]) == (4, True)
-    assert equal["4/4", 1100]["maj_at_k"] == 1
-    assert (equal["2/2", 1100]["k"], equal["2/2", 1100]["capped"]) == (2, False)
-    assert equal["2/2", 1100]["maj_at_k"] == pytest.approx(1 / 4)
-    dear = Comparison(4, {"bf16": curve(10, 4), "dear": curve(20, 4)}, {})
-    assert equal_rows(dear, 1)[1] | {"gb": 0} == {
-        "gb": 0, "variant": "dear", "k": None, "capped": False, "maj_at_k": None, "stderr": None,
-    }  # fmt: skip
+
+    equal = equal_rows(comparison, parallel=1)
+    budgets = [1e9 * row["gb"] for row in equal[::3]]
+    assert (budgets[0], budgets[-1]) == (pytest.approx(550), pytest.approx(1400))
+    steps = [after / before for before, after in itertools.pairwise(budgets)]
+    assert steps == pytest.approx([steps[0]] * 7)
+    first, last = equal[:3], equal[-3:]
+    # 550 bytes are one branch of 50 beside 500 at 4/4, and not even a prompt in the others.
+    assert [row["k"] for row in first] == [1, None, None]
+    assert first[0]["maj_at_k"] == pytest.approx(3 / 4)
+    assert (first[1]["maj_at_k"], first[1]["stderr"]) == (None, None)
+    # 1400 bytes are four branches in bf16 and more than that in the others.
+    assert [(row["k"], row["capped"]) for row in last] == [(4, True), (4, False), (4, True)]
+    assert [row["maj_at_k"] for row in last] == [1, 1, 0]
+    between = {row["variant"]: row for row in equal[15:18]}  # 1072 bytes
+    assert [between[name]["k"] for name in ("4/4", "bf16", "2/2")] == [4, None, 1]
+    assert between["2/2"]["maj_at_k"] == pytest.approx(1 / 4)
 
 
 def run(server: FakeServer, output: Path, *more: str) -> Path:
