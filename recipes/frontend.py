@@ -103,8 +103,9 @@ def frontend(config: FrontendConfig) -> Iterator[Frontend]:
         yield found
     finally:
         runtime.shutdown()
-        # What it registered would keep it until the interpreter is half gone, where it complains.
+        # Its __del__ imports, which fails in an interpreter that is half gone: let it run now.
         atexit.unregister(runtime.shutdown)
+        del runtime
 
 
 def generation(state: Any, name: str) -> Generation:

@@ -108,13 +108,14 @@ def test_an_interrupted_run_goes_on(server: Server, tmp_path: Path) -> None:
 def test_self_consistency(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--num-problems", "2", "--n", "6", "--output", str(tmp_path / "answers.jsonl")]
+    more = ["--num-problems", "3", "--n", "6", "--output", str(tmp_path / "answers.jsonl")]
+    more += ["--temperature", "1"]  # where four of ten answers are wrong
     assert self_consistency.main(arguments(server, "self_consistency", *more)) == 0
     samples = Records(tmp_path / "answers.jsonl", Sample).items
-    assert len(samples) == 12
+    assert len(samples) == 18
     assert all(sample.cached_tokens > 1000 for sample in samples)
-    assert len({sample.text for sample in samples if sample.problem == samples[0].problem}) > 1
-    assert sum(sample.answer is not None for sample in samples) > 6
+    assert len({sample.text for sample in samples}) > 3
+    assert sum(sample.answer is not None for sample in samples) > 9
     printed = capsys.readouterr().out
     assert "maj@6" in printed
     assert float(printed.rpartition("(")[2].partition("%")[0]) > 50
@@ -140,5 +141,6 @@ def test_tree_search_shares_at_two_depths(
         steps = {step.text for step in first.answers}
         kept = {leaf.text[: len(step)] for leaf in tree.leaves for step in steps} & steps
         assert 1 <= len(kept) <= 2
-        assert all(problems.grade(problem, leaf.text)[0] is not None for leaf in tree.leaves)
+        graded = [problems.grade(problem, leaf.text)[0] for leaf in tree.leaves]
+        assert sum(answer is not None for answer in graded) > 4
     assert len(Records(tmp_path / "leaves.jsonl", Sample).items) == 16
