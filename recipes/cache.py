@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
-from huggingface_hub import try_to_load_from_cache
+
+from .model import local_model
 
 COUNTERS = ("kv_reads", "kv_reads_shared", "tables_mined", "tables_inherited")
 
@@ -98,15 +98,10 @@ def bf16_bytes_per_token(model: str) -> int | None:
     """Bytes of K and V per token in bf16: 2 × layers × KV heads × head_dim × 2, read from the
     ``config.json`` of a model folder or of Hugging Face's local cache; None if neither is on this
     machine (a server elsewhere)."""
-    path: Any = Path(model) / "config.json"
-    if not path.is_file():
-        try:
-            path = try_to_load_from_cache(model, "config.json")
-        except ValueError:
-            return None
-        if not isinstance(path, str):
-            return None
-    config = orjson.loads(Path(path).read_bytes())
+    folder = local_model(model)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config = orjson.loads((folder / "config.json").read_bytes())
     config = config.get("text_config") or config
     q_heads: int = config["num_attention_heads"]
     kv_heads: int = config.get("num_key_value_heads") or q_heads

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from .environment import git_commit, hardware, versions
-from .folder import model_fingerprint
+from .model import fingerprint, local_model
 
 # SGLang's own arguments that a sample depends on, besides all of --kv-quant.
 SERVER_KEYS = (
@@ -25,8 +25,8 @@ class Origin:
     """Written ahead of a variant's first sample.
 
     Attributes:
-        server: arguments of the engine that samples depend on; model_fingerprint: see
-            ``folder.py``. A later session must have the same.
+        server: arguments of the engine that samples depend on; model_fingerprint: of the model's
+            files, None if they are elsewhere. A later session must have the same.
         versions, hardware, git_commit: of the first session.
     """
 
@@ -44,8 +44,9 @@ class Origin:
             for name in sorted(info)
             if name in SERVER_KEYS or name.startswith("kv_quant")
         }
-        fingerprint = model_fingerprint(info["model_path"])
-        return cls(server, fingerprint, versions(), hardware(), git_commit())
+        folder = local_model(info["model_path"])
+        model = fingerprint(folder) if folder else None
+        return cls(server, model, versions(), hardware(), git_commit())
 
     @classmethod
     def read(cls, path: Path) -> Origin:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .config import RunConfig
 from .endpoint import Endpoint
-from .folder import model_fingerprint
+from .model import fingerprint, local_model
 from .problems import Problem, ProblemSet
 from .records import Records, Sample
 from .selection import SCORED, Score, Scores
@@ -78,8 +78,12 @@ class RewardModel:
         self._problems = problems
         about = self._server.ask("model_info")
         template = hashlib.sha256(self._template.encode()).hexdigest()[:12]
-        model = model_fingerprint(about["model_path"]) or about["model_path"]
-        parts = (model, about.get("weight_version"), template)
+        folder = local_model(about["model_path"])
+        parts = (
+            fingerprint(folder) if folder else about["model_path"],
+            about.get("weight_version"),
+            template,
+        )
         self.identity = " ".join(map(str, parts))
 
     def score(self, items: Sequence[tuple[Problem, Sample]]) -> list[float]:

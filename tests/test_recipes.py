@@ -16,6 +16,7 @@ from recipes.config import RunConfig
 from recipes.environment import source_digest
 from recipes.folder import run_folder
 from recipes.grading import normal
+from recipes.model import fingerprint, local_model
 from recipes.problems import load_problems, read_problems
 from recipes.records import Records, Sample
 from recipes.report import variant_metrics
@@ -273,3 +274,22 @@ def test_the_origin_is_the_first_sessions(tmp_path: Path, monkeypatch: pytest.Mo
     resumed = Run(tmp_path, "4-4", config, problems)
     resumed.draw(FakeClient(), "4/4", seed=1)
     assert variant_metrics(resumed, {})["origin"]["git_commit"] == "first"
+
+
+def test_a_model_is_a_folder_or_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_model(str(tmp_path)) == tmp_path
+    assert local_model("nobody/nothing") is None
+    assert local_model("/not/a/name/of a model") is None
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    refs = tmp_path / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert local_model("some/model") == snapshot
+    before = fingerprint(snapshot)
+    (snapshot / "config.json").write_text("[]")
+    assert fingerprint(snapshot) != before
