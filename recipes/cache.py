@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
-from huggingface_hub import try_to_load_from_cache
+
+from .model import local_model
 
 COUNTERS = ("kv_reads", "kv_reads_shared", "tables_mined", "tables_inherited")
 
 
-# Stock caches that store no scales: SGLang's --kv-cache-dtype and its bits per element.
-STOCK_BITS = {"auto": 16, "bfloat16": 16, "bf16": 16, "fp8_e4m3": 8, "fp8_e5m2": 8}
+# Stock caches that store no scales: SGLang's --kv-cache-dtype, our name, bits per element.
+STOCK = {
+    "auto": ("bf16", 16),
+    "bfloat16": ("bf16", 16),
+    "bf16": ("bf16", 16),
+    "fp8_e4m3": ("fp8", 8),
+    "fp8_e5m2": ("fp8_e5m2", 8),
+}
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,12 @@ class CacheInfo:
     reads. With data parallelism counts are sums over the ranks.
 
     Attributes:
-        variant: name of the cache, ``bf16``, ``4/4`` …
+        variant: name of the cache, ``bf16``, ``fp8``, ``4/4`` …
         bytes_per_token, bf16_bytes_per_token: bytes of KV per token over all layers.
         kv_tokens: tokens there is room for.
         kv_bytes: what they occupy, pattern tables and windows included.
+        table_bytes: bytes of one pattern table. window_bytes: of the window of unquantized tokens
+            that a running request has besides its slots. 0 for caches that have none.
         tables_live, table_slots: pattern tables held, and room for them.
         tables_mined, tables_inherited: segments that got a table, or use their parent's.
         kv_reads: KV tokens decode would read with every branch on its own.
@@ -39,6 +47,8 @@ class CacheInfo:
     bf16_bytes_per_token: int | None
     kv_tokens: int
     kv_bytes: int | None
+    table_bytes: int = 0
+    window_bytes: int = 0
     tables_live: int | None = None
     table_slots: int | None = None
     tables_mined: int | None = None
@@ -53,11 +63,11 @@ class CacheInfo:
         if ranks[0] is None:
             dtype = info["kv_cache_dtype"]
             bf16 = bf16_bytes_per_token(info["model_path"])
-            width = STOCK_BITS.get(dtype)
+            name, width = STOCK.get(dtype, (dtype, None))
             per_token = bf16 * width // 16 if bf16 and width else None
             tokens = info["max_total_num_tokens"] * len(ranks)
             return cls(
-                variant="bf16" if width == 16 else dtype,
+                variant=name,
                 bytes_per_token=per_token,
                 bf16_bytes_per_token=bf16,
                 kv_tokens=tokens,
@@ -69,6 +79,9 @@ class CacheInfo:
             bytes_per_token=ranks[0]["bytes_per_token"],
             bf16_bytes_per_token=ranks[0]["bf16_bytes_per_token"],
             kv_bytes=sum(rank["bytes_allocated"] for rank in ranks),
+            # The pool has one more table than slots, for tokens that need none.
+            table_bytes=ranks[0]["table_bytes"] // (ranks[0]["table_slots"] + 1),
+            window_bytes=ranks[0]["window"] * ranks[0]["bf16_bytes_per_token"],
             **{name: sum(rank[name] for rank in ranks) for name in counts},
         )
 
@@ -85,15 +98,10 @@ def bf16_bytes_per_token(model: str) -> int | None:
     """Bytes of K and V per token in bf16: 2 × layers × KV heads × head_dim × 2, read from the
     ``config.json`` of a model folder or of Hugging Face's local cache; None if neither is on this
     machine (a server elsewhere)."""
-    path: Any = Path(model) / "config.json"
-    if not path.is_file():
-        try:
-            path = try_to_load_from_cache(model, "config.json")
-        except ValueError:
-            return None
-        if not isinstance(path, str):
-            return None
-    config = orjson.loads(Path(path).read_bytes())
+    folder = local_model(model)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config = orjson.loads((folder / "config.json").read_bytes())
     config = config.get("text_config") or config
     q_heads: int = config["num_attention_heads"]
     kv_heads: int = config.get("num_key_value_heads") or q_heads

@@ -5,55 +5,34 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-import requests
-
-from .config import RunConfig
+from .cache import CacheInfo
+from .config import RunConfig, TaskConfig
+from .endpoint import Endpoint
+from .generation import Generation
 from .variant import Variant
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer of SGLang's ``generate``.
-
-    Attributes:
-        text: the completion.
-        completion_tokens, cached_tokens: tokens generated; prompt tokens found in the radix cache.
-        finish_reason: ``stop`` or ``length``.
-    """
-
-    text: str
-    completion_tokens: int
-    cached_tokens: int
-    finish_reason: str
-
-    @classmethod
-    def parse(cls, answer: dict[str, Any]) -> Generation:
-        """One element of SGLang's answer.
-
-        Raises:
-            RuntimeError: SGLang gave the request up.
-        """
-        meta = answer["meta_info"]
-        reason = meta["finish_reason"]
-        if reason["type"] == "abort":
-            raise RuntimeError(f"SGLang aborted a request: {reason.get('message', reason)}")
-        return cls(answer["text"], meta["completion_tokens"], meta["cached_tokens"], reason["type"])
+NOTHING: Mapping[str, Any] = {}
 
 
 class Client(Protocol):
     """What the runner needs. Coroutines of one client run under its own ``run``."""
 
     async def generate(
-        self, prompt: str, sampling_params: dict[str, Any], n: int
+        self,
+        prompt: str,
+        sampling_params: dict[str, Any],
+        n: int,
+        request: Mapping[str, Any] = NOTHING,
     ) -> list[Generation]:
-        """``n`` branches of one prompt, which is prefilled once."""
+        """``n`` branches of one prompt, which is prefilled once; ``request`` has more fields of
+        SGLang's request."""
 
     def info(self) -> dict[str, Any]:
         """SGLang's ``server_info``; not callable from within ``run``."""
@@ -65,6 +44,18 @@ class Client(Protocol):
         """Release what the client holds. An embedded engine ends."""
 
 
+@contextmanager
+def start_environment(config: TaskConfig) -> Iterator[None]:
+    """The environment in which an engine is started; its processes inherit the variables."""
+    # What SGLang's optional kernels have to say about missing hardware, once per process.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+    if config.cpu_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
 class EngineClient:
     """An ``sglang.Engine`` of its own, whose start takes most of a minute on a small CPU.
 
@@ -73,12 +64,7 @@ class EngineClient:
     """
 
     def __init__(self, config: RunConfig, variant: Variant, seed: int) -> None:
-        # What SGLang's optional kernels have to say about missing hardware, once per process.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
-        if config.cpu_threads is not None:
-            os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with start_environment(config):
             import sglang
             from sglang.srt.utils import kill_process_tree
 
@@ -102,10 +88,14 @@ class EngineClient:
         self._engine.flush_cache()
 
     async def generate(
-        self, prompt: str, sampling_params: dict[str, Any], n: int
+        self,
+        prompt: str,
+        sampling_params: dict[str, Any],
+        n: int,
+        request: Mapping[str, Any] = NOTHING,
     ) -> list[Generation]:
         answer = await self._engine.async_generate(
-            prompt=prompt, sampling_params=sampling_params | {"n": n}
+            prompt=prompt, sampling_params=sampling_params | {"n": n}, **request
         )
         return [Generation.parse(item) for item in (answer if n > 1 else [answer])]
 
@@ -132,20 +122,23 @@ class ServerClient:
     def __init__(self, config: RunConfig) -> None:
         if config.base_url is None:
             raise ValueError("base_url is missing")
-        self._url = config.base_url.rstrip("/")
-        self._timeout = config.timeout
+        self._server = Endpoint(config.base_url, config.timeout)
         self._threads = ThreadPoolExecutor(config.concurrency + 1)
 
     async def generate(
-        self, prompt: str, sampling_params: dict[str, Any], n: int
+        self,
+        prompt: str,
+        sampling_params: dict[str, Any],
+        n: int,
+        request: Mapping[str, Any] = NOTHING,
     ) -> list[Generation]:
-        body = {"text": prompt, "sampling_params": sampling_params | {"n": n}}
+        body = {"text": prompt, "sampling_params": sampling_params | {"n": n}, **request}
         loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._threads, self._request, "generate", body)
+        answer = await loop.run_in_executor(self._threads, self._server.ask, "generate", body)
         return [Generation.parse(item) for item in (answer if n > 1 else [answer])]
 
     def info(self) -> dict[str, Any]:
-        info: dict[str, Any] = self._request("server_info")
+        info: dict[str, Any] = self._server.ask("server_info")
         return info
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -154,20 +147,8 @@ class ServerClient:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        url = f"{self._url}/{path}"
-        try:
-            response = requests.request(
-                "GET" if body is None else "POST", url, json=body, timeout=self._timeout
-            )
-        except requests.RequestException as error:
-            raise RuntimeError(f"{url}: {error}; is an SGLang server running there?") from error
-        if not response.ok:
-            raise RuntimeError(f"{url}: HTTP {response.status_code}: {response.text[:500]}")
-        return response.json()
 
-
-def engine_args(config: RunConfig, variant: Variant, seed: int) -> dict[str, Any]:
+def engine_args(config: TaskConfig, variant: Variant, seed: int) -> dict[str, Any]:
     """Keyword arguments of ``sglang.Engine``; the configuration's own have the last word."""
     import torch
 
@@ -199,12 +180,10 @@ def check_variant(variant: Variant, info: dict[str, Any]) -> None:
     Raises:
         RuntimeError: it does not; says what it stores instead.
     """
-    stats = info["internal_states"][0].get("patternkv")
-    found = "the model's dtype" if stats is None else f"patternkv {stats['bits']}"
-    wanted = "the model's dtype" if variant.bits is None else f"patternkv {variant.name}"
-    if found != wanted:
+    found = CacheInfo.parse(info).variant
+    if found != variant.name:
         raise RuntimeError(
-            f"variant {variant.name}: the engine stores KV as {found}, not as {wanted}; "
+            f"variant {variant.name}: the engine stores KV as {found}, not as {variant.name}; "
             "is patternkv_sgl installed in this environment?"
         )
 

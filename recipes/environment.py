@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import patternkv_kernels
 import patternkv_sgl
 
 PACKAGES = ("sglang", "torch", "flashinfer-python", "transformers", "triton")
+SOURCES = {".cu", ".cuh", ".h", ".py"}
 
 
 def versions() -> dict[str, str | None]:
@@ -57,6 +60,18 @@ def git_commit() -> str | None:
         return f"{commit}-dirty" if git("status", "--porcelain", "-uno") else commit
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def source_digest() -> str:
+    """Digest of this package's sources: the cache, its kernels and the recipes. It tells versions
+    apart between commits and where there is no history."""
+    digest = hashlib.sha256()
+    for file in (patternkv_kernels.__file__, patternkv_sgl.__file__, __file__):
+        folder = Path(file).parent
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
+            digest.update(f"{folder.name}/{path.relative_to(folder)}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cpu_name() -> str:

@@ -1,13 +1,14 @@
-"""pass@k and maj@k of all k from one set of samples, with standard errors over problems."""
+"""pass@k, maj@k and best@k of all k from one set of samples, with errors over problems."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .records import Sample
+from .selection import Scores, best_at_k, sample_scores
 
 
 def powers_of_two(n: int) -> list[int]:
@@ -63,15 +64,11 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def summarise(samples: Iterable[Sample], n: int) -> dict[str, Any]:
-    """Rates in [0, 1] over the problems that have all ``n`` samples.
-
-    Keys: ``n_problems``, ``n_samples``, ``pass_at_1`` and its ``stderr``, ``pass_at_k``,
-    ``maj_at_k`` and their ``_stderr`` by k, ``no_answer`` (nothing could be read from the sample),
-    ``truncated`` (the sample ran into its length limit), ``by_level`` if problems have levels.
+def whole_groups(samples: Iterable[Sample], n: int) -> list[list[Sample]]:
+    """The samples of each problem that has all ``n`` of them.
 
     Raises:
-        ValueError: no problem has all its samples.
+        ValueError: no problem has.
     """
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -79,8 +76,41 @@ def summarise(samples: Iterable[Sample], n: int) -> dict[str, Any]:
     whole = [group for group in groups.values() if len(group) == n]
     if not whole:
         raise ValueError(f"no problem has all of its {n} samples: nothing to measure")
+    return whole
+
+
+def summarise(
+    samples: Iterable[Sample],
+    n: int,
+    select: Sequence[str] = (),
+    scores: Mapping[str, Scores] | None = None,
+) -> dict[str, Any]:
+    """Rates in [0, 1] over the problems that have all ``n`` samples.
+
+    ``select`` names ways of picking one answer beside the majority, ``scores`` has what scorers
+    think of the samples, by selection.
+
+    Keys: ``n_problems``, ``n_samples``, ``pass_at_1`` and its ``stderr``, ``pass_at_k``,
+    ``maj_at_k``, ``<selection>_at_k`` and their ``_stderr`` by k, ``no_answer`` (nothing could be
+    read from the sample), ``truncated`` (the sample ran into its length limit), ``by_level`` if
+    problems have levels.
+
+    Raises:
+        ValueError: no problem has all its samples, or a selection lacks a score.
+    """
+    given = scores or {}
+    whole = whole_groups(samples, n)
+
+    def rates(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+        result = _rates(groups, n)
+        for name in select:
+            if name != "majority":
+                scored = [sample_scores(name, group, given.get(name, {})) for group in groups]
+                result |= _best(name, groups, scored, n)
+        return result
+
     flat = [sample for group in whole for sample in group]
-    result = _rates(whole, n) | {
+    result = rates(whole) | {
         "no_answer": sum(sample.answer is None for sample in flat) / len(flat),
         "truncated": sum(sample.finish_reason == "length" for sample in flat) / len(flat),
         "completion_tokens_mean": sum(sample.completion_tokens for sample in flat) / len(flat),
@@ -89,8 +119,7 @@ def summarise(samples: Iterable[Sample], n: int) -> dict[str, Any]:
     levels = sorted({group[0].level for group in whole if group[0].level is not None})
     if levels:
         result["by_level"] = {
-            level: _rates([group for group in whole if group[0].level == level], n)
-            for level in levels
+            level: rates([group for group in whole if group[0].level == level]) for level in levels
         }
     return result
 
@@ -111,3 +140,16 @@ def _rates(groups: Sequence[Sequence[Sample]], n: int) -> dict[str, Any]:
         "pass_at_1": result["pass_at_k"]["1"],
         "stderr": result["pass_at_k_stderr"]["1"],
     }
+
+
+def _best(
+    name: str, groups: Sequence[Sequence[Sample]], scored: Sequence[Sequence[float]], n: int
+) -> dict[str, dict[str, float]]:
+    means, errors = {}, {}
+    for k in powers_of_two(n):
+        rates = [
+            best_at_k(scores, [sample.correct for sample in group], k)
+            for group, scores in zip(groups, scored, strict=True)
+        ]
+        means[str(k)], errors[str(k)] = mean_and_stderr(rates)
+    return {f"{name}_at_k": means, f"{name}_at_k_stderr": errors}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import orjson
 
-from .config import RunConfig
-
-LAST_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+from .config import TaskConfig
+from .grading import LAST_NUMBER, Extract, Grader, MathGrader, TextGrader, last_match
 
 
 @dataclass(frozen=True)
@@ -39,12 +35,12 @@ class ProblemSet:
     Attributes:
         problems: those over one context follow each other.
         template: prompt template with ``{context}`` and ``{question}``.
-        extract: the answer in a model's text, None if there is none.
+        grader: reads and compares answers.
     """
 
     problems: tuple[Problem, ...]
     template: str
-    extract: Callable[[str], str | None]
+    grader: Grader
 
     def prompt(self, problem: Problem) -> str:
         """The whole prompt; it starts with ``shared_prompt``."""
@@ -57,46 +53,41 @@ class ProblemSet:
 
     def grade(self, problem: Problem, text: str) -> tuple[str | None, bool]:
         """The answer in ``text`` and whether it is the expected one."""
-        answer = self.extract(text)
-        return answer, answer is not None and normal(answer) == normal(problem.answer)
+        return self.grader(text, problem.answer)
 
     @staticmethod
     def _filled(part: str, problem: Problem) -> str:
         return part.replace("{context}", problem.context)
 
 
-def normal(answer: str) -> str:
-    """``answer`` without what does not change it: spaces, thousands separators, trailing zeros."""
-    text = answer.strip().rstrip(".")
-    try:
-        return format(Decimal(text.replace(",", "")).normalize(), "f")
-    except InvalidOperation:
-        return text
-
-
-def load_problems(config: RunConfig) -> ProblemSet:
+def load_problems(config: TaskConfig) -> ProblemSet:
     """The problems a configuration names.
 
     Raises:
-        ValueError: a line of the file is no problem, or there are fewer problems than asked for.
+        ValueError: a line of the file is no problem, an answer is none that the grader could
+            compare, or there are fewer problems than asked for.
     """
-    extract: Callable[[str], str | None]
     if config.problems == "demo":
         problems, extract = _generate(config)
     else:
-        problems = read_problems(Path(config.problems))
-        extract = _last_match(LAST_NUMBER)
+        problems, extract = read_problems(Path(config.problems)), None
     if config.answer_pattern is not None:
-        extract = _last_match(config.answer_pattern)
+        extract = last_match(config.answer_pattern)
+    grader: Grader
+    if config.grader == "math":
+        grader = MathGrader(extract)
+    else:
+        grader = TextGrader(extract or last_match(LAST_NUMBER))
     if len(problems) < config.num_problems:
         raise ValueError(
             f"num_problems {config.num_problems}: {config.problems} has only {len(problems)}"
         )
     groups: dict[str, list[Problem]] = {}
     for problem in problems[: config.num_problems]:
+        grader.check(problem.answer)
         groups.setdefault(problem.context, []).append(problem)
     ordered = tuple(problem for group in groups.values() for problem in group)
-    return ProblemSet(ordered, config.prompt, extract)
+    return ProblemSet(ordered, config.prompt, grader)
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -133,7 +124,7 @@ def read_problems(path: Path) -> list[Problem]:
     return list(problems.values())
 
 
-def _generate(config: RunConfig) -> tuple[list[Problem], Callable[[str], str | None]]:
+def _generate(config: TaskConfig) -> tuple[list[Problem], Extract | None]:
     from .demo import ledger
 
     questions = min(config.questions_per_context, config.num_problems)
@@ -145,17 +136,3 @@ def _generate(config: RunConfig) -> tuple[list[Problem], Callable[[str], str | N
     )
     problems = [Problem(p.id, p.context, p.question, p.answer, p.level) for p in drawn]
     return problems, ledger.extract_answer
-
-
-def _last_match(pattern: str) -> Callable[[str], str | None]:
-    """Reads the last match of ``pattern``, its first group if it has one."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"answer_pattern {pattern!r}: {error}") from None
-
-    def extract(text: str) -> str | None:
-        matches = list(compiled.finditer(text))
-        return matches[-1][1 if compiled.groups else 0] if matches else None
-
-    return extract

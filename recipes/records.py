@@ -21,8 +21,11 @@ class Sample:
         index: number of the sample, from 0 to n - 1.
         seed: seed of the engine's sampler in the session that drew it.
         text: what the model wrote; answer: what was read from it, None if nothing.
-        completion_tokens, cached_tokens: tokens generated; prompt tokens found in the cache.
+        prompt_tokens, cached_tokens: tokens of the prompt; those of them found in the cache.
+        completion_tokens: tokens generated.
         finish_reason: ``stop`` or ``length``.
+        mean_logprob: mean log-probability of the generated tokens, None if not asked for.
+        self_certainty: their mean confidence, see ``selection.py``, None if not asked for.
     """
 
     problem: str
@@ -33,9 +36,12 @@ class Sample:
     text: str
     answer: str | None
     correct: bool
-    completion_tokens: int
+    prompt_tokens: int
     cached_tokens: int
+    completion_tokens: int
     finish_reason: str
+    mean_logprob: float | None
+    self_certainty: float | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Session:
         bf16_bytes_per_token: the same with KV in bf16.
         kv_tokens: tokens the engine has room for. kv_bytes: what they occupy, pattern tables and
             windows included.
+        table_bytes, window_bytes: bytes of one pattern table; of the window of one running request.
         tables_live, table_slots: pattern tables held at the end, and room for them.
         tables_mined, tables_inherited: segments that got their own table, or their parent's.
         server: SGLang's own arguments of this engine.
@@ -66,6 +73,8 @@ class Session:
     bf16_bytes_per_token: int | None
     kv_tokens: int
     kv_bytes: int | None
+    table_bytes: int
+    window_bytes: int
     tables_live: int | None
     table_slots: int | None
     tables_mined: int | None

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from .cache import CacheInfo
 from .config import RunConfig
 from .engines import Client
 from .metrics import maj_at_k
+from .origin import Origin
 from .problems import Problem, ProblemSet
 from .records import Records, Sample, Session
 
@@ -60,12 +62,16 @@ class Run:
 
     Attributes:
         samples: ``samples-<variant>.jsonl``.
+        origin: file ``origin-<variant>.json``, there before the first sample.
+        scores: file ``scores-<variant>.jsonl`` of what scorers think of the samples.
         sessions: ``sessions-<variant>.jsonl``, one line per engine that came to the end.
     """
 
     def __init__(self, folder: Path, slug: str, config: RunConfig, problems: ProblemSet) -> None:
         self.config = config
         self.problems = problems
+        self.origin = folder / f"origin-{slug}.json"
+        self.scores = folder / f"scores-{slug}.jsonl"
         self.samples = Records(folder / f"samples-{slug}.jsonl", Sample)
         self.sessions = Records(folder / f"sessions-{slug}.jsonl", Session)
         self._done: dict[str, list[Sample]] = {}
@@ -83,13 +89,30 @@ class Run:
         used = [sample.seed for sample in self.samples.items if sample.seed is not None]
         return max(used, default=self.config.seed - 1) + 1
 
+    def claim(self, info: dict[str, Any]) -> None:
+        """Make sure that the engine with this ``server_info`` may add to the samples there are.
+
+        Raises:
+            ValueError: they were drawn with another engine.
+        """
+        origin = Origin.of(info)
+        if self.samples.items:
+            origin.check(self.origin)
+        else:
+            origin.write(self.origin)
+
     def draw(self, client: Client, variant: str, seed: int | None) -> None:
         """Draw all samples that are missing.
 
         Effects: appends to ``samples`` as each problem completes, so that an interruption costs
         the problems in flight, and to ``sessions`` at the end.
+
+        Raises:
+            ValueError: earlier samples were drawn with another engine.
         """
-        start = CacheInfo.parse(client.info())
+        info = client.info()
+        self.claim(info)
+        start = CacheInfo.parse(info)
         known = len(self.samples.items)
         clock = time.perf_counter()
         try:
@@ -136,7 +159,10 @@ class Run:
                 try:
                     missing = self._missing(problem)
                     generations = await client.generate(
-                        self.problems.prompt(problem), self.config.sampling_params, len(missing)
+                        self.problems.prompt(problem),
+                        self.config.sampling_params,
+                        len(missing),
+                        self.config.logprob_request,
                     )
                 finally:
                     room.release()

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """``bf16`` or PatternKV residual bits ``K/V``.
+    """A dtype of SGLang's own cache, or PatternKV residual bits ``K/V``.
 
     Attributes:
-        name: as written in tables and files, ``"bf16"``, ``"4/4"``, ``"4/2"`` …
-        bits: residual bits of K and of V; None stores KV in the model's dtype.
+        name: as written in tables and files, ``"bf16"``, ``"fp8"``, ``"4/4"``, ``"4/2"`` …
+        bits: residual bits of K and of V; None is SGLang's own cache.
     """
 
     name: str
@@ -23,13 +23,13 @@ class Variant:
         """The variant called ``text``.
 
         Raises:
-            ValueError: neither ``bf16`` nor two bit widths with a slash between them.
+            ValueError: neither a dtype nor two bit widths with a slash between them.
         """
-        if text == "bf16":
+        if text in ("bf16", "fp8"):
             return cls(text)
         match = re.fullmatch(r"(\d)/(\d)", text)
         if match is None:
-            raise ValueError(f"variant {text!r}: expected bf16 or K/V bits such as 4/4, 4/2 or 2/2")
+            raise ValueError(f"variant {text!r}: expected bf16, fp8 or K/V bits such as 4/4, 4/2")
         return cls(text, (int(match[1]), int(match[2])))
 
     @property
@@ -41,5 +41,5 @@ class Variant:
     def engine_args(self) -> dict[str, str]:
         """What ``sglang.Engine`` needs to store KV this way."""
         if self.bits is None:
-            return {}
+            return {"kv_cache_dtype": "fp8_e4m3"} if self.name == "fp8" else {}
         return {"kv_quant": "patternkv", "kv_quant_bits": f"{self.bits[0]}:{self.bits[1]}"}

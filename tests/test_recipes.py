@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
-from recipes.config import RunConfig, parse_args
+import patternkv_kernels
+import patternkv_sgl
+import recipes.environment
+from recipes.config import RunConfig
+from recipes.environment import source_digest
 from recipes.folder import run_folder
-from recipes.problems import load_problems, normal, read_problems
+from recipes.grading import normal
+from recipes.model import fingerprint, local_model
+from recipes.problems import load_problems, read_problems
 from recipes.records import Records, Sample
+from recipes.report import variant_metrics
 from recipes.runner import Run
+from recipes.settings import parse
 from tests.recipe_fakes import FakeClient, config_of, sample
+
+
+def parsed(argv: list[str]) -> RunConfig:
+    return parse(RunConfig, "best_of_n", "", argv)
 
 
 def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     path = tmp_path / "run.yaml"
     path.write_text("model: weights\nn: 4\ntemperature: 1\nengine_args: {page_size: 16}\n")
-    config = parse_args(["--config", str(path), "--n", "16", "--variants", "bf16", "2/2"])
+    config = parsed(["--config", str(path), "--n", "16", "--variants", "bf16", "2/2"])
     assert config.model == str(tmp_path / "weights")
     assert (config.n, config.temperature, config.variants) == (16, 1.0, ("bf16", "2/2"))
     assert config.engine_args == {"page_size": 16}
-    assert (
-        parse_args(["--model", "m", "--num-problems", "3", "--num_problems", "5"]).num_problems == 5
-    )
+    assert parsed(["--model", "m", "--num-problems", "3", "--num_problems", "5"]).num_problems == 5
 
 
 @pytest.mark.parametrize(
@@ -39,7 +50,7 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("model: m\nn: 0", [], "n 0: expected at least 1"),
         ("model: m\nvariants: bf16", [], "variants: 'bf16' is no list"),
         ("model: m\nvariants: [4/4, 4/4]", [], "each once"),
-        ("model: m\nvariants: [four]", [], "expected bf16 or K/V bits"),
+        ("model: m\nvariants: [four]", [], "expected bf16, fp8 or K/V bits"),
         ("model: m\ntemperature: 0", [], "greedy samples are all the same"),
         ("model: m\nmem_fraction_static: 1.5", [], "expected between 0 and 1"),
         ("model: m\nprompt: hello", [], "expected {question} in it"),
@@ -57,7 +68,7 @@ def test_bad_configuration_is_refused(
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(SystemExit) as stopped:
-        parse_args(["--config", str(path), *arguments])
+        parsed(["--config", str(path), *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -87,6 +98,35 @@ def test_folder_depends_on_the_weights(tmp_path: Path) -> None:
     first = run_folder(config, problems)
     weights.write_bytes(b"two")
     assert run_folder(config, problems) != first
+
+
+def test_folder_depends_on_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    problems = load_problems(config)
+    first = run_folder(config, problems)
+    monkeypatch.setattr("recipes.folder.source_digest", lambda: "other sources")
+    second = run_folder(config, problems)
+    monkeypatch.setattr("recipes.folder.versions", lambda: {"sglang": "0.5.24"})
+    assert len({first, second, run_folder(config, problems)}) == 3
+
+
+def test_source_digest_covers_every_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {source_digest()}
+    copies = []
+    for module in (patternkv_kernels, patternkv_sgl, recipes.environment):
+        there = Path(module.__file__ or "")
+        copy = shutil.copytree(there.parent, tmp_path / there.parent.name) / there.name
+        monkeypatch.setattr(module, "__file__", str(copy))
+        copies.append(copy)
+    seen.add(source_digest())
+    assert len(seen) == 1
+    for copy in copies:
+        with copy.open("a") as file:
+            file.write("# changed\n")
+        seen.add(source_digest())
+    assert len(seen) == 4
 
 
 def test_generated_problems_share_contexts(tmp_path: Path) -> None:
@@ -121,7 +161,8 @@ def test_problems_from_a_file_are_grouped_by_context(tmp_path: Path) -> None:
     boxed = config_of(
         tmp_path, problems=str(path), num_problems=3, answer_pattern=r"\\boxed\{([^}]*)\}"
     )
-    assert load_problems(boxed).extract(r"\boxed{5} then \boxed{6} 7") == "6"
+    found = load_problems(boxed)
+    assert found.grade(found.problems[0], r"\boxed{5} then \boxed{6} 7") == ("6", False)
 
 
 def test_bad_problem_files_are_refused(tmp_path: Path) -> None:
@@ -201,3 +242,54 @@ def test_an_interrupted_run_repeats_nothing(tmp_path: Path) -> None:
     keys = [(item.problem, item.index) for item in Records(path, Sample).items]
     assert sorted(keys) == sorted((p.id, i) for p in problems.problems for i in range(2))
     assert Run(tmp_path, "4-4", config, problems).finished
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": "0.5.24"}, {"kv_quant_window": 0}, {"model_path": "other"}]
+)
+def test_samples_of_another_engine_are_not_mixed(change: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(tmp_path, concurrency=1)
+    problems = load_problems(config)
+    with pytest.raises(RuntimeError, match="broken"):
+        Run(tmp_path, "4-4", config, problems).draw(FakeClient(breaks_after=2), "4/4", seed=0)
+    there = (tmp_path / "samples-4-4.jsonl").read_bytes()
+    (name, value) = next(iter(change.items()))
+    message = f"drawn with another engine .{name} was .* and is {value!r}"
+    with pytest.raises(ValueError, match=message):
+        Run(tmp_path, "4-4", config, problems).draw(FakeClient(info=change), "4/4", seed=1)
+    assert (tmp_path / "samples-4-4.jsonl").read_bytes() == there
+    origin = tmp_path / "origin-4-4.json"
+    origin.unlink()
+    with pytest.raises(ValueError, match=r"origin-4-4\.json is missing"):
+        Run(tmp_path, "4-4", config, problems).draw(FakeClient(), "4/4", seed=1)
+
+
+def test_the_origin_is_the_first_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, concurrency=1)
+    problems = load_problems(config)
+    monkeypatch.setattr("recipes.origin.git_commit", lambda: "first")
+    with pytest.raises(RuntimeError, match="broken"):
+        Run(tmp_path, "4-4", config, problems).draw(FakeClient(breaks_after=2), "4/4", seed=0)
+    monkeypatch.setattr("recipes.origin.git_commit", lambda: "second")
+    resumed = Run(tmp_path, "4-4", config, problems)
+    resumed.draw(FakeClient(), "4/4", seed=1)
+    assert variant_metrics(resumed, {})["origin"]["git_commit"] == "first"
+
+
+def test_a_model_is_a_folder_or_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_model(str(tmp_path)) == tmp_path
+    assert local_model("nobody/nothing") is None
+    assert local_model("/not/a/name/of a model") is None
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    refs = tmp_path / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert local_model("some/model") == snapshot
+    before = fingerprint(snapshot)
+    (snapshot / "config.json").write_text("[]")
+    assert fingerprint(snapshot) != before

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recipes.cache import CacheInfo
 from recipes.metrics import maj_at_k, mean_and_stderr, pass_at_k, powers_of_two, summarise
+from recipes.problems import load_problems
 from recipes.records import Session
 from recipes.report import plot, table, variant_metrics, with_same_memory
-from tests.recipe_fakes import PATTERNKV, sample
+from recipes.runner import Run
+from tests.recipe_fakes import PATTERNKV, STOCK, config_of, sample
 
 
-def metrics_of(name: str, **changes: Any) -> dict[str, Any]:
+def metrics_of(
+    folder: Path, name: str, select: tuple[str, ...] = ("majority",), **changes: Any
+) -> dict[str, Any]:
+    """Metrics of two problems with four samples each, and two sessions of one engine."""
     session = {"variant": name, "seconds": 2.0, "completion_tokens": 40, "server": {}}
-    numbers = {key: PATTERNKV[key] for key in PATTERNKV if key != "bits"}
-    numbers["kv_bytes"] = numbers.pop("bytes_allocated")
+    state = {} if name == "bf16" else {"patternkv": PATTERNKV}
+    numbers = asdict(CacheInfo.parse(STOCK | {"internal_states": [state]}))
     if name == "bf16":
-        numbers = dict.fromkeys(numbers) | {"bytes_per_token": 512, "kv_tokens": 1000}
-        numbers["kv_bytes"] = 512_000
-    made = Session(**(session | numbers | changes))
-    samples = [sample(p, i, correct=p == "p" or i == 0) for p in "pq" for i in range(4)]
-    return variant_metrics(samples, [made, made], n=4, n_wanted=2)
+        numbers |= {"bytes_per_token": 512, "kv_bytes": 512_000}
+    made = Session(**(numbers | session | changes))
+    config = config_of(folder, num_problems=2, n=4, select=select)
+    drawn = Run(folder, name.replace("/", "-"), config, load_problems(config))
+    drawn.claim(STOCK)
+    drawn.samples.items[:] = [
+        sample(p, i, correct=p == "p" or i == 0, mean_logprob=-float(i))
+        for p in "pq"
+        for i in range(4)
+    ]
+    drawn.sessions.items[:] = [made, made]
+    return variant_metrics(drawn, {})
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -89,19 +103,22 @@ def test_powers_of_two_end_in_n() -> None:
     assert powers_of_two(1) == [1]
 
 
-def test_sessions_add_up() -> None:
-    row = metrics_of("4/4")
+def test_sessions_add_up(tmp_path: Path) -> None:
+    row = metrics_of(tmp_path, "4/4")
     assert (row["wall_seconds"], row["decoded_tokens"], row["sessions"]) == (4.0, 80, 2)
     assert row["decoded_tokens_per_second"] == pytest.approx(20)
     assert (row["kv_reads"], row["kv_reads_shared"]) == (200, 120)
     assert row["shared_reads"] == pytest.approx(0.6)
     assert (row["tables_live"], row["kv_bytes"]) == (3, 512_000)
-    assert metrics_of("bf16")["shared_reads"] is None
+    assert metrics_of(tmp_path, "bf16")["shared_reads"] is None
 
 
-def test_table_has_a_line_per_variant() -> None:
+def test_table_has_a_line_per_variant(tmp_path: Path) -> None:
     lines = table(
-        with_same_memory({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4")}), 4
+        with_same_memory(
+            {"bf16": metrics_of(tmp_path, "bf16"), "4/4": metrics_of(tmp_path, "4/4")}
+        ),
+        4,
     ).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
@@ -111,18 +128,26 @@ def test_table_has_a_line_per_variant() -> None:
     assert cells[3][3:] == ["144", "3,500 (3.50×)", "20", "3", "60.0%"]
 
 
-def test_tokens_are_compared_at_the_same_memory() -> None:
-    twice = metrics_of("2/2", kv_tokens=14000, kv_bytes=1_024_000)
-    rows = with_same_memory({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4"), "2/2": twice})
+def test_tokens_are_compared_at_the_same_memory(tmp_path: Path) -> None:
+    twice = metrics_of(tmp_path, "2/2", kv_tokens=14000, kv_bytes=1_024_000)
+    rows = with_same_memory(
+        {"bf16": metrics_of(tmp_path, "bf16"), "4/4": metrics_of(tmp_path, "4/4"), "2/2": twice}
+    )
     assert [row["kv_tokens_same_memory"] for row in rows.values()] == [1000, 3500, 7000]
     assert rows["2/2"]["kv_tokens"] == 14000
-    unknown = with_same_memory({"bf16": metrics_of("bf16", kv_bytes=None)})
+    unknown = with_same_memory({"bf16": metrics_of(tmp_path, "bf16", kv_bytes=None)})
     assert unknown["bf16"]["kv_tokens_same_memory"] is None
 
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
-    plot(with_same_memory({"bf16": metrics_of("bf16"), "4/4": metrics_of("4/4")}), "title", path)
+    plot(
+        with_same_memory(
+            {"bf16": metrics_of(tmp_path, "bf16"), "4/4": metrics_of(tmp_path, "4/4")}
+        ),
+        "title",
+        path,
+    )
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000

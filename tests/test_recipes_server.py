@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 from recipes.best_of_n import main
 from recipes.cache import CacheInfo
+from recipes.config import RunConfig
 from recipes.engines import ServerClient, check_sampling, check_variant, engine_args
 from recipes.variant import Variant
-from tests.recipe_fakes import PATTERNKV, STOCK, FakeServer, config_of
-
-
-def write_model_config(folder: Path) -> None:
-    """A model with 512 bytes of bf16 KV per token."""
-    config = {
-        "num_hidden_layers": 2,
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+from tests.recipe_fakes import (
+    PATTERNKV,
+    STOCK,
+    FakeClient,
+    FakeServer,
+    config_of,
+    serving,
+    write_model_config,
+)
 
 
 def test_variant_bits_reach_the_engine(tmp_path: Path) -> None:
@@ -43,7 +39,7 @@ def test_variant_bits_reach_the_engine(tmp_path: Path) -> None:
 def test_an_engine_with_another_cache_is_refused() -> None:
     check_variant(Variant.parse("bf16"), STOCK)
     check_variant(Variant.parse("4/4"), STOCK | {"internal_states": [{"patternkv": PATTERNKV}]})
-    with pytest.raises(RuntimeError, match="stores KV as the model's dtype, not as patternkv 2/2"):
+    with pytest.raises(RuntimeError, match="stores KV as bf16, not as 2/2"):
         check_variant(Variant.parse("2/2"), STOCK)
     check_sampling(STOCK, 8)
     with pytest.raises(RuntimeError, match="same random numbers"):
@@ -56,7 +52,7 @@ def test_cache_of_a_stock_engine(tmp_path: Path) -> None:
     assert (cache.variant, cache.bytes_per_token, cache.kv_tokens) == ("bf16", 512, 1000)
     assert (cache.tables_live, cache.kv_reads) == (None, None)
     fp8 = CacheInfo.parse(STOCK | {"model_path": str(tmp_path), "kv_cache_dtype": "fp8_e4m3"})
-    assert (fp8.variant, fp8.bytes_per_token, fp8.bf16_bytes_per_token) == ("fp8_e4m3", 256, 512)
+    assert (fp8.variant, fp8.bytes_per_token, fp8.bf16_bytes_per_token) == ("fp8", 256, 512)
     assert CacheInfo.parse(STOCK).bytes_per_token is None
 
 
@@ -72,12 +68,8 @@ def test_cache_of_patternkv_sums_over_data_parallel_ranks() -> None:
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        thread = threading.Thread(target=fake.serve_forever)
-        thread.start()
+    with serving() as fake:
         yield fake
-        fake.shutdown()
-        thread.join()
 
 
 def test_server_client_speaks_the_native_protocol(server: FakeServer, tmp_path: Path) -> None:
@@ -100,7 +92,7 @@ def test_server_errors_are_told(server: FakeServer, tmp_path: Path) -> None:
     server.reply = lambda body: (400, {"error": "too long"})
     with pytest.raises(RuntimeError, match=r"/generate: HTTP 400: .*too long"):
         client.run(client.generate("hello", {}, 2))
-    meta = {"completion_tokens": 0, "cached_tokens": 0}
+    meta: dict[str, Any] = {"prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 0}
     meta["finish_reason"] = {"type": "abort", "message": "out of memory"}
     server.reply = lambda body: (200, {"text": "", "meta_info": meta})
     with pytest.raises(RuntimeError, match="aborted a request: out of memory"):
@@ -138,8 +130,8 @@ def test_best_of_n_against_servers(
     assert (first["seed"], first["answer"], first["cached_tokens"]) == (7, "0", 2)
     metrics = orjson.loads((folder / "metrics.json").read_bytes())
     assert metrics["config"]["model"] == str(model)
-    assert metrics["versions"]["sglang"] == "0.5.23"
     row = metrics["variants"]["bf16"]
+    assert row["origin"]["versions"]["sglang"] == "0.5.23"
     assert set(row["maj_at_k"]) == {"1", "2", "4"}
     assert (row["kv_tokens"], row["decoded_tokens"], row["partial"]) == (1000, 48, False)
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -154,3 +146,38 @@ def test_best_of_n_against_servers(
     metrics = orjson.loads((folder / "metrics.json").read_bytes())
     assert list(metrics["variants"]) == ["bf16", "4/4"]
     assert "3,500 (3.50×)" in capsys.readouterr().out
+
+
+class FakeEngine(FakeClient):
+    """Stands for ``EngineClient``; there is no fp8 on this machine, and no 2/2 either."""
+
+    def __init__(self, config: RunConfig, variant: Variant, seed: int) -> None:
+        super().__init__()
+        if variant.name in ("fp8", "2/2"):
+            raise RuntimeError(f"no {variant.name} here")
+
+
+def test_fp8_is_left_out_where_it_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("recipes.best_of_n.EngineClient", FakeEngine)
+    options = ["--model", "m", "--output", str(tmp_path), "--num-problems", "2", "--n", "2"]
+    assert main([*options, "--variants", "fp8", "4/4"]) == 0
+    assert "==> fp8: left out: no fp8 here" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    metrics = orjson.loads((folder / "metrics.json").read_bytes())
+    assert (list(metrics["variants"]), metrics["skipped"]) == (["4/4"], {"fp8": "no fp8 here"})
+    assert main([*options, "--variants", "4/4", "2/2"]) == 1
+    assert "error: no 2/2 here" in capsys.readouterr().err
+    assert main([*options, "--variants", "fp8"]) == 1
+    assert "no variant could run" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_no_other_servers(
+    server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--base-url", server.url, "--output", str(tmp_path), "--num-problems", "2"]
+    assert main([*options, "--n", "2"]) == 0
+    server.info = STOCK | {"version": "0.5.24"}
+    assert main([*options, "--n", "2"]) == 1
+    assert "version was '0.5.23' and is '0.5.24'" in capsys.readouterr().err

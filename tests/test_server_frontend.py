@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
-from tests.servers import DEMO, Model, Server
+from tests.servers import Model, Server
 
 pytest_plugins = ["tests.fixtures"]
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 BRANCHES = 8
 CONTEXT = 400  # tokens
 
@@ -108,31 +103,3 @@ def test_openai_chat_with_8_choices(server: Server, model: Model) -> None:
     assert len(response.json()["choices"]) == BRANCHES
     after = server.settle()
     assert after["tables_mined"] - before["tables_mined"] == 1
-
-
-@pytest.mark.skipif(not (DEMO / "config.json").exists(), reason="needs the demo model")
-def test_the_recipe_against_a_running_server(server: Server, tmp_path: Path) -> None:
-    """``python -m recipes.best_of_n --base-url``: samples, metrics and plot."""
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "recipes.best_of_n", "--config", "recipes/demo/best_of_n.yaml"),
-            *("--base-url", server.url, "--num-problems", "2", "--questions-per-context", "2"),
-            *("--n", "4", "--output", str(tmp_path)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    (folder,) = tmp_path.iterdir()
-    metrics = orjson.loads((folder / "metrics.json").read_bytes())
-    assert set(metrics["variants"]) == {"4/4"}
-    result = metrics["variants"]["4/4"]
-    assert (result["n_problems"], result["n_samples"]) == (2, 8)
-    assert result["tables_mined"] == 1
-    assert result["shared_reads"] > 0.5
-    assert result["cached_tokens_mean"] > 1000
-    assert len((folder / "samples-4-4.jsonl").read_bytes().splitlines()) == 8
-    assert (folder / "plot.png").stat().st_size > 0
-    assert "KV bytes/token" in run.stdout
