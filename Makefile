@@ -11,7 +11,7 @@ ifneq ($(BUILT_AT),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-gpu bench-kernels lint types format clean
+.PHONY: help setup demo test test-fast test-gpu bench-kernels bench-serving lint types format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F '|' '{ printf "  make %-13s %s\n", $$1, $$2 }'
@@ -37,6 +37,11 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 bench-kernels: $(STAMP) ## time tree decode on a CUDA device against FlashInfer and the targets
 	@$(PY) -m benchmarks.bench_kernels
 	@$(PY) -m benchmarks.bench_kernels --check
+
+bench-serving: $(STAMP) ## tokens per second on a CUDA device, ours against stock SGLang
+	@$(PY) -m benchmarks.bench_serving
+	@$(PY) -m benchmarks.bench_serving --plot benchmarks/results/serving.png
+	@$(PY) -m benchmarks.bench_serving --check
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@echo "==> ruff"

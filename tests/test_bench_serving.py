@@ -1,0 +1,168 @@
+"""The serving benchmark's cells, rows and processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_serving
+from benchmarks.bench_serving import EngineProcess, engine_args, main, parse_args
+from benchmarks.serving_cases import SUITES, TARGETS, Cell, best_of_n, cells
+from benchmarks.serving_results import line, markdown, misses
+from benchmarks.serving_worker import _peak
+
+
+def row(cell: Cell, kv: str, tok_s: float, **values: Any) -> dict[str, Any]:
+    return {
+        "engine": "stock" if kv in ("bf16", "fp8") else "patternkv",
+        "kv": kv,
+        "workload": cell.workload,
+        "case": cell.name,
+        "prompt": cell.prompt,
+        "branches": cell.branches,
+        "new_tokens": cell.new_tokens,
+        "tok_s": tok_s,
+        "step_ms": 10.0,
+        "ttft_ms": 50.0,
+        "itl_ms_p50": 9.0,
+        "itl_ms_p99": 12.0,
+        "kv_tokens": 1000,
+        "peak_running": cell.branches,
+        "gpu": "GPU",
+        "versions": {"sglang": "1", "torch": None},
+        "commit": "abc",
+    } | values
+
+
+def reached(factor: float = 1.0) -> list[dict[str, Any]]:
+    """Rows that are ``factor`` times their targets."""
+    return [
+        found
+        for cell, target in TARGETS.items()
+        for found in (row(cell, "bf16", 1000), row(cell, "4/4", 1000 * target * factor))
+    ]
+
+
+def test_every_target_is_a_cell_of_its_suite_and_of_all() -> None:
+    assert set(TARGETS) == set(SUITES["design"]) <= set(cells("all"))
+    assert len(cells("all")) == len(set(cells("all")))
+    assert len({cell.name for cell in cells("all")}) == len(cells("all"))
+    assert all(cell.branches % cell.prompts == 0 for suite in SUITES.values() for cell in suite)
+
+
+def test_reached_targets_are_no_misses() -> None:
+    assert misses(reached()) == []
+
+
+def test_each_missed_target_is_named_with_its_gain() -> None:
+    missed = misses(reached(0.5))
+    assert len(missed) == len(TARGETS)
+    assert missed[0] == (
+        "best_of_n 16384 n=32 new=128: 1.10 x the tokens per second of stock, target 2.2"
+    )
+
+
+def test_a_target_that_was_not_measured_is_a_miss() -> None:
+    assert len(misses(reached()[2:])) == 1
+    assert "not measured, target 2.2 x" in misses(reached()[2:])[0]
+
+
+def test_other_cells_must_not_lose() -> None:
+    cell = best_of_n(2048, 1)
+    slower = [*reached(), row(cell, "bf16", 100), row(cell, "4/4", 96)]
+    assert misses(slower) == [f"{cell.name}: 0.96 x the tokens per second of stock, target 0.97"]
+    assert misses([*reached(), row(cell, "bf16", 100), row(cell, "4/4", 98)]) == []
+
+
+def test_a_table_has_a_line_per_case_and_says_what_is_missing() -> None:
+    cell = best_of_n(2048, 8)
+    rows = [row(cell, "bf16", 100), row(cell, "4/4", 150), row(best_of_n(2048, 1), "bf16", 10)]
+    table = markdown(rows).splitlines()
+    assert table[2] == f"| {cell.name} | 100 | 150 | 1.50 | 50 · 50 |"
+    assert table[3].endswith("| 10 | – | – | 50 · – |")
+    assert table[-1] == "GPU; sglang 1; commit abc."
+    assert line(rows[0] | {"itl_ms_p50": None}).split()[:3] == ["best_of_n", "2048", "n=8"]
+
+
+def test_peak_counts_what_overlaps() -> None:
+    assert _peak([(0, 2), (1, 3), (2.5, 4)]) == 2
+    assert _peak([(0, 1)]) == 1
+
+
+def test_arguments_of_each_kind() -> None:
+    args = parse_args(["--kv", "bf16,fp8,4/2", "--engine-args", '{"tp_size": 2}'])
+    bf16, fp8, ours = (engine_args(args, kv, "m") for kv in args.kv)
+    assert bf16["attention_backend"] == fp8["attention_backend"] == "flashinfer"
+    assert "kv_cache_dtype" not in bf16 and fp8["kv_cache_dtype"] == "fp8_e4m3"
+    assert (ours["kv_quant"], ours["kv_quant_bits"]) == ("patternkv", "4:2")
+    assert "attention_backend" not in ours
+    assert all(found["tp_size"] == 2 and found["load_format"] == "dummy" for found in (bf16, ours))
+    with pytest.raises(SystemExit):
+        parse_args(["--kv", "3/3"])
+
+
+def worker(folder: Path, code: str) -> Path:
+    """A package whose ``benchmarks.serving_worker`` runs ``code``."""
+    package = folder / "benchmarks"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "serving_worker.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+def test_a_process_answers_cell_by_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import json, sys
+print(json.dumps({"ready": 77}), flush=True)
+for text in sys.stdin:
+    print(json.dumps({"asked": json.loads(text)}), flush=True)
+"""
+    monkeypatch.chdir(worker(tmp_path, code))
+    process = EngineProcess("4/4", {}, tmp_path / "log")
+    assert process.ready() == 77
+    for cell in cells("smoke"):
+        assert process.measure(cell) == {"asked": vars(cell)}
+    process.close()
+
+
+def test_an_engine_that_ends_is_an_error_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys\nprint('out of memory', file=sys.stderr)\nsys.exit(3)\n"
+    monkeypatch.chdir(worker(tmp_path, code))
+    process = EngineProcess("fp8", {}, tmp_path / "log")
+    with pytest.raises(RuntimeError, match=r"(?s)engine with fp8 ended: .*out of memory"):
+        process.ready()
+    process.close()
+
+
+def test_results_are_checked_printed_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, figure = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    out.write_text("\n".join(map(json.dumps, reached())), encoding="utf-8")
+    assert main(["--check", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == "every target is reached\n"
+    assert main(["--markdown", "--out", str(out)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(TARGETS) + 2
+    assert main(["--plot", str(figure), "--out", str(out)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_an_engine_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    options = {"device": "cpu", "dtype": "bfloat16", "max_total_tokens": 5000}
+    model = Path(bench_serving.__file__).parents[1] / "recipes/demo/model"
+    arguments = ["--suite", "smoke", "--kv", "4/4", "--model", str(model), "--mem-fraction", "0.2"]
+    arguments += ["--engine-args", json.dumps(options), "--out", str(out)]
+    assert main(arguments) == 0, capsys.readouterr().out
+    rows = [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]
+    assert [found["case"] for found in rows] == [cell.name for cell in SUITES["smoke"]]
+    for found in rows:
+        assert found["kv_tokens"] == 5000 and found["peak_running"] == found["branches"]
+        assert min(found["tok_s"], found["ttft_ms"], found["itl_ms_p50"]) > 0
+        assert found["itl_ms_p50"] <= found["itl_ms_p99"]
