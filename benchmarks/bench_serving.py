@@ -57,6 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--suite", choices=("design", "best_of_n", "others", "all", "smoke"), default="all"
     )
+    parser.add_argument("--prompts", help="only these prompt lengths, such as 2048,16384")
     parser.add_argument(
         "--kv",
         default=",".join(KINDS),
@@ -80,6 +81,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.kv = args.kv.split(",")
+    if args.prompts:
+        args.prompts = {int(prompt) for prompt in args.prompts.split(",")}
     if unknown := set(args.kv) - set(KINDS):
         parser.error(f"--kv {','.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
     return args
@@ -150,6 +153,7 @@ class EngineProcess:
 
 def measure_all(args: argparse.Namespace) -> int:
     """Measure, print and write row by row, so that an interrupted run leaves what it has."""
+    chosen = [cell for cell in cells(args.suite) if cell.prompt in (args.prompts or {cell.prompt})]
     made_with = {"gpu": hardware()["gpu"], "versions": versions(), "commit": git_commit()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -176,7 +180,7 @@ def measure_all(args: argparse.Namespace) -> int:
                         "kv_tokens": engine.ready(),
                         "mem_fraction": args.mem_fraction,
                     }
-                    for cell in cells(args.suite):
+                    for cell in chosen:
                         row = engine_row | engine.measure(cell) | made_with
                         print(json.dumps(row), file=file, flush=True)
                         print(line(row), flush=True)
