@@ -2,6 +2,7 @@
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
 #include "simt.h"
 
@@ -29,7 +30,7 @@ struct Arguments {
   const int64_t* window_end;
   void* out;
   float* lse;
-  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16;
+  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16, warpgroup;
   double sm_scale, logit_cap;
 };
 
@@ -78,6 +79,7 @@ extern "C" void decode(const Arguments* arguments) {
   p.group = group;
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
+  p.wide_rows = a.warpgroup ? warpgroup::kRows : wide::kMostRows;
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
   p.max_states = kMaxStates;
@@ -110,7 +112,18 @@ extern "C" void decode(const Arguments* arguments) {
   simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
     narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
   });
-  simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns), [&] { wide::attend_kernel(d); });
+  if (!a.warpgroup) {
+    const int bytes = wide::shared_bytes(a.num_patterns);
+    simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
+  } else if constexpr (warpgroup::kExists) {
+    if (a.num_patterns <= 128) {
+      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<64>(a.num_patterns),
+                   [&] { warpgroup::attend_kernel<64>(d); });
+    } else {
+      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<32>(a.num_patterns),
+                   [&] { warpgroup::attend_kernel<32>(d); });
+    }
+  }
   if (a.bf16) {
     merge_all<__nv_bfloat16>(a, d);
   } else {

@@ -40,6 +40,7 @@
 namespace simt {
 
 constexpr int kLanes = 32;
+constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr size_t kStackBytes = 512 << 10;
 constexpr uint8_t kPoison = 0xcd;  // what shared memory holds at first
 
@@ -59,8 +60,13 @@ struct Warp : Meeting {
   uint64_t in[kLanes], out[kLanes];
 };
 
+struct Warpgroup : Meeting {
+  const void* in[kGroupThreads];
+};
+
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
+inline std::vector<Warpgroup> groups;
 inline Meeting block;
 inline int current;
 inline ucontext_t scheduler;
@@ -94,6 +100,14 @@ uint64_t exchange(uint64_t value, Work work) {
   return value;
 }
 
+// An operation of a warpgroup: `work(in)` on what all of its threads bring.
+template <typename Work>
+void group_exchange(const void* own, Work work) {
+  Warpgroup& group = groups[current / kGroupThreads];
+  group.in[current % kGroupThreads] = own;
+  meet(group, kGroupThreads, [&] { work(group.in); });
+}
+
 template <typename To, typename From>
 To bit_cast(From from) {
   To to = {};
@@ -105,6 +119,7 @@ inline void run_block(int num_threads, std::function<void()> kernel) {
   body = std::move(kernel);
   threads.assign(num_threads, Thread());
   warps.assign(num_threads / kLanes, Warp());
+  groups.assign(num_threads / kGroupThreads, Warpgroup());
   block = Meeting();
   for (Thread& thread : threads) {
     thread.stack.resize(kStackBytes);
@@ -231,6 +246,12 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) { return simt::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bit_cast<int>(x); }
 inline float __int_as_float(int x) { return simt::bit_cast<float>(x); }
+
+// cuda_fp16.h has it on the device only.
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+  return __floats2half2_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
 
 inline void __trap() {
   std::fprintf(stderr, "a kernel called __trap\n");

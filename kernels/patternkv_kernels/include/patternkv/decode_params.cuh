@@ -13,8 +13,6 @@ namespace patternkv {
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
 constexpr int kTokenAlign = 128;  // chunks are multiples of it: a tile for each warp
-// Most query rows of a wide work item. A narrow one has at most 4 or 8.
-constexpr int kWideRows = 32;
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
 constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
@@ -84,7 +82,7 @@ struct DecodeParams {
   int h_q, group;
   uint32_t group_inverse;  // ceil(2^16 / group)
 
-  // Of the query rows of an item, at most kWideRows: the branch, counted from 0, and its head in
+  // Of the query rows of an item, at most 64: the branch, counted from 0, and its head in
   // the group.
   __device__ int branch_of(int row) const { return row * group_inverse >> 16; }
   __device__ int member_of(int row) const { return row - branch_of(row) * group; }
