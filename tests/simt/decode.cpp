@@ -79,7 +79,7 @@ extern "C" void decode(const Arguments* arguments) {
   p.group = group;
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
-  p.wide_rows = a.warpgroup ? warpgroup::kRows : wide::kMostRows;
+  p.wide_rows = a.warpgroup ? warpgroup::kMostRows : wide::kMostRows;
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
   p.max_states = kMaxStates;

@@ -67,22 +67,27 @@ struct Warpgroup : Meeting {
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
 inline std::vector<Warpgroup> groups;
-inline Meeting block;
+inline Meeting block, named[16];
 inline int current;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline std::vector<uint8_t> memory;  // dynamic shared memory; addresses are offsets into it
 
-// The last of `count` threads to arrive does `work` and lets the others go.
+// The last of `count` threads to arrive does `work` and lets the others go. Returns whether it was
+// the last.
+template <typename Work>
+bool arrive(Meeting& meeting, int count, Work work) {
+  if (++meeting.arrived < count) return false;
+  work();
+  meeting.arrived = 0;
+  ++meeting.generation;
+  return true;
+}
+
 template <typename Work>
 void meet(Meeting& meeting, int count, Work work) {
-  if (++meeting.arrived == count) {
-    work();
-    meeting.arrived = 0;
-    ++meeting.generation;
-    return;
-  }
   const long generation = meeting.generation;
+  if (arrive(meeting, count, work)) return;
   while (meeting.generation == generation) {
     swapcontext(&threads[current].context, &scheduler);
   }
@@ -121,6 +126,7 @@ inline void run_block(int num_threads, std::function<void()> kernel) {
   warps.assign(num_threads / kLanes, Warp());
   groups.assign(num_threads / kGroupThreads, Warpgroup());
   block = Meeting();
+  std::fill(std::begin(named), std::end(named), Meeting());
   for (Thread& thread : threads) {
     thread.stack.resize(kStackBytes);
     getcontext(&thread.context);

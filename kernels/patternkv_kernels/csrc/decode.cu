@@ -97,7 +97,7 @@ AttendLaunch make_wide_launch(int num_patterns, int device) {
       return bytes <= most_shared_bytes(kernel, device);
     };
     const auto launch = [&](AttendKernel kernel, int bytes) {
-      return make_launch(kernel, warpgroup::kBlockThreads, warpgroup::kRows, bytes, num_patterns,
+      return make_launch(kernel, warpgroup::kBlockThreads, warpgroup::kMostRows, bytes, num_patterns,
                          device);
     };
     const int long_bytes = warpgroup::shared_bytes<64>(num_patterns),

@@ -95,6 +95,13 @@ void wgmma_columns(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b) {
       [](auto product, int k, int column) { return operand_element(product(0)->b, k, column); });
 }
 
+inline void block_barrier_wait(int barrier, int threads) {
+  simt::meet(simt::named[barrier], threads, [] {});
+}
+inline void block_barrier_arrive(int barrier, int threads) {
+  simt::arrive(simt::named[barrier], threads, [] {});
+}
+
 inline void group_barrier(int) {
   simt::group_exchange(nullptr, [](const void* const*) {});
 }

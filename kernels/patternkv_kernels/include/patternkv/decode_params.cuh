@@ -82,7 +82,7 @@ struct DecodeParams {
   int h_q, group;
   uint32_t group_inverse;  // ceil(2^16 / group)
 
-  // Of the query rows of an item, at most 64: the branch, counted from 0, and its head in
+  // Of the query rows of an item, at most 128: the branch, counted from 0, and its head in
   // the group.
   __device__ int branch_of(int row) const { return row * group_inverse >> 16; }
   __device__ int member_of(int row) const { return row - branch_of(row) * group; }

@@ -1,7 +1,10 @@
-// Attention of up to 64 query rows over a chunk of tokens, with the asynchronous matrix products of
-// compute capability 9.0. Three warpgroups of a block take every third tile each: they dequantize
-// its K and V to fp16 operands in shared memory, once for all rows, while the products of the other
-// of the two run. The three results are added at the end.
+// Attention of up to 128 query rows over a chunk of tokens, with the asynchronous matrix products of
+// compute capability 9.0: K and V are dequantized to fp16 operands in shared memory, once for all
+// rows. A block is three warpgroups, and a product has 64 rows.
+//
+//   up to 64 rows   every group takes every third tile, from codes to output; while products run it
+//                   dequantizes what the next ones need. The three results are added at the end.
+//   up to 128 rows  two groups have 64 rows each, the third dequantizes for both.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -10,15 +13,19 @@
 namespace patternkv {
 namespace warpgroup {
 
-// Whether the kernel exists: two accumulators of 256 dims do not fit the registers.
+// Whether the kernel exists: the accumulators of 256 dims do not fit the registers.
 constexpr bool kExists = PKV_WGMMA && HEAD_DIM <= 128;
 
-constexpr int kRows = 64;
+constexpr int kGroupRows = 64;
+constexpr int kMostRows = 2 * kGroupRows;
 constexpr int kGroups = 3;
 constexpr int kGroupThreads = 128;
 constexpr int kBlockThreads = kGroups * kGroupThreads;
 constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
+
+// Named barriers. Those of the groups come first (group_barrier).
+constexpr int kFullBarrier = 1 + kGroups, kEmptyBarrier = kFullBarrier + kGroups;
 
 // Metadata of a token's K or V as its readers need it.
 struct Source {
@@ -27,33 +34,43 @@ struct Source {
 };
 
 struct Shared {
-  uint8_t queries[kTiles][kRows * kSwizzledRow];
-  float query_scale[kRows];  // of products to logits
-  __half channels[2][D];     // a quarter of the channel scales
-  float2 state[kGroups][kRows];
+  // Where groups share rows, their results take the place of the second 64 queries.
+  uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
+  float query_scale[kMostRows];  // of products to logits
+  __half channels[2][D];         // a quarter of the channel scales
 };
 
-// Of one warpgroup.
+// K and V of a tile as operands.
 template <int kTile>
-struct alignas(1024) Tiles {
+struct alignas(1024) Operands {
   uint8_t keys[kTiles][kTile * kSwizzledRow];
   uint8_t values[kTiles][kTile * kSwizzledRow];
-  uint8_t codes[2][kTile * (kKStride + kVStride)];
-  Source sources[2][2][kTile];  // K's and V's of the two tiles at hand
-  uint32_t units[2][kTile];  // offsets of code rows
 };
 
-// [Shared][Tiles of each group][K patterns][V patterns], from an address aligned to kAlign. Once
-// the tiles are done, two groups leave their output behind Shared.
+// The tiles on their way to one group.
+template <int kTile>
+struct alignas(128) Incoming {
+  uint8_t codes[2][kTile * CODE_BYTES];  // K's rows, then V's
+  Source sources[2][2][kTile];           // K's and V's
+  uint32_t units[2][kTile];              // offsets of code rows
+};
+
+// [Shared][Operands of each group][Incoming of each group][K patterns][V patterns], from an address
+// aligned to kAlign. Once the tiles are done, two groups leave their output behind Shared.
+template <int kTile>
+struct Memory {
+  Shared shared;
+  Operands<kTile> operands[kGroups];
+  Incoming<kTile> incoming[kGroups];
+};
 constexpr int kAlign = 1024;
-constexpr int kStart = (sizeof(Shared) + kAlign - 1) / kAlign * kAlign;
-constexpr int kOutputBytes = kRows * D * 4;
+constexpr int kOutputBytes = kGroupRows * D * 4;
 
 template <int kTile>
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
-  const int tiles = kGroups * sizeof(Tiles<kTile>) + 2 * num_patterns * HEAD_DIM * 2;
-  const int outputs = (kGroups - 1) * kOutputBytes;
-  return kAlign + kStart + (tiles > outputs ? tiles : outputs);
+  const int tiles = sizeof(Memory<kTile>) + 2 * num_patterns * HEAD_DIM * 2;
+  const int outputs = offsetof(Memory<kTile>, operands) + (kGroups - 1) * kOutputBytes;
+  return kAlign + (tiles > outputs ? tiles : outputs);
 }
 
 // 16 * (code - centre) of 8 codes of dims in a row, as half2 of neighbours.
@@ -112,51 +129,148 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
   }
 }
 
-// Fills the query operand and the scales of its products. Ends without a barrier.
+// Fills the query operands of `rows` rows, a multiple of 64, and the scales of their products. Ends
+// without a barrier.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkItem& item, int head,
-                                             Shared& shared) {
+                                             int rows, Shared& shared) {
   constexpr int kThreadsPerRow = 4, kDims = HEAD_DIM / kThreadsPerRow;
-  if (threadIdx.x >= kRows * kThreadsPerRow) return;
-  const int row = threadIdx.x / kThreadsPerRow, first = threadIdx.x % kThreadsPerRow * kDims;
-  uint32_t words[kDims / 8][4] = {};
-  if (row < item.num_branches * p.group) {
-    const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
-    const int64_t at =
-        batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first;
+  const int first = threadIdx.x % kThreadsPerRow * kDims;
+  for (int row = threadIdx.x / kThreadsPerRow; row < rows; row += kBlockThreads / kThreadsPerRow) {
+    uint32_t words[kDims / 8][4] = {};
+    if (row < item.num_branches * p.group) {
+      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
+      const int64_t at =
+          batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first;
+#pragma unroll
+      for (int i = 0; i < kDims / 8; ++i) {
+        load_words(words[i], static_cast<const uint8_t*>(p.q) + 2 * (at + 8 * i));
+      }
+    }
+    float q[kDims / 8][8], largest = 0;
 #pragma unroll
     for (int i = 0; i < kDims / 8; ++i) {
-      load_words(words[i], static_cast<const uint8_t*>(p.q) + 2 * (at + 8 * i));
-    }
-  }
-  float q[kDims / 8][8], largest = 0;
+      if (p.q_is_bf16) {
+        to_floats<__nv_bfloat16>(q[i], words[i]);
+      } else {
+        to_floats<__half>(q[i], words[i]);
+      }
 #pragma unroll
-  for (int i = 0; i < kDims / 8; ++i) {
-    if (p.q_is_bf16) {
-      to_floats<__nv_bfloat16>(q[i], words[i]);
-    } else {
-      to_floats<__half>(q[i], words[i]);
+      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(q[i][j]));
     }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(q[i][j]));
-  }
-#pragma unroll
-  for (int distance = 1; distance < kThreadsPerRow; distance *= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-  }
-  // As large as fp16 takes: small components stay normal numbers.
-  const float scale = copysignf(power_of_two_scale(largest, 14), p.scale_log2);
-  if (first == 0) shared.query_scale[row] = p.scale_log2 / scale;
-#pragma unroll
-  for (int i = 0; i < kDims / 8; ++i) {
-    const int dim = first + 8 * i;
-    uint32_t pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      pairs[j] = as_u32(__floats2half2_rn(q[i][2 * j] * scale, q[i][2 * j + 1] * scale));
+    for (int distance = 1; distance < kThreadsPerRow; distance *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
     }
-    store_words(shared.queries[dim / 64] + swizzled(row, dim % 64 / 8), pairs);
+    // As large as fp16 takes: small components stay normal numbers.
+    const float scale = copysignf(power_of_two_scale(largest, 14), p.scale_log2);
+    if (first == 0) shared.query_scale[row] = p.scale_log2 / scale;
+#pragma unroll
+    for (int i = 0; i < kDims / 8; ++i) {
+      const int dim = first + 8 * i;
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs[j] = as_u32(__floats2half2_rn(q[i][2 * j] * scale, q[i][2 * j + 1] * scale));
+      }
+      store_words(shared.queries[row / kGroupRows][dim / 64] +
+                      swizzled(row % kGroupRows, dim % 64 / 8),
+                  pairs);
+    }
   }
 }
+
+// Brings a group its tiles: tile n starts at position first + n * stride. Threads below kTile own a
+// token each; tokens beyond the end repeat the last one, so that no byte outside the segment is read.
+template <int kTile>
+struct Feed {
+  const DecodeParams& p;
+  HeadPool pool;
+  const int* slots;
+  Incoming<kTile>& incoming;
+  int first, stride, last;  // positions
+  int count;                // of tiles
+  int next_slot, later_slot, fresh_slot;
+  RawToken raw;
+  const int thread = threadIdx.x % kGroupThreads;
+
+  __device__ __forceinline__ Feed(const DecodeParams& p, const WorkItem& item, int head,
+                                  Incoming<kTile>& incoming, int index, int feeds)
+      : p(p),
+        pool(p.pool, head),
+        slots(p.req_to_token + item.req * p.req_stride),
+        incoming(incoming),
+        first(item.start + index * kTile),
+        stride(feeds * kTile),
+        last(item.end - 1),
+        count(((item.end - item.start + kTile - 1) / kTile - index + feeds - 1) / feeds) {}
+
+  __device__ __forceinline__ int load_slot(int n) const {
+    return slots[min(first + n * stride + thread, last)];
+  }
+  __device__ __forceinline__ void put_units(int n, int slot) {
+    if (thread < kTile) incoming.units[n % 2][thread] = pool.row_units(p.pool, slot);
+  }
+  __device__ __forceinline__ void put_sources(int n) {
+    const auto quarter = [](uint32_t scale) {
+      return as_u32(__float2half2_rn(half_bits_to_float(scale) * 0.25f));
+    };
+    if (thread < kTile) {
+      constexpr int kPatternBytes = HEAD_DIM * 2;
+      incoming.sources[n % 2][0][thread] = {(raw.pattern_ids & 0xff) * kPatternBytes,
+                                            quarter(raw.k_scale)};
+      incoming.sources[n % 2][1][thread] = {(raw.pattern_ids >> 8) * kPatternBytes,
+                                            quarter(raw.v_scale)};
+    }
+  }
+  __device__ __forceinline__ void issue(int n) {
+    copy_rows<kTile, kGroupThreads, K_ROW_BYTES, V_ROW_BYTES>(
+        p.copy16, shared_address(incoming.codes[n % 2]), pool.codes, thread,
+        [&](int token) { return incoming.units[n % 2][token]; });
+    cp_async_commit();
+  }
+
+  // The first tile, but for a wait for copies and a barrier.
+  __device__ __forceinline__ void start(int group) {
+    const int slot = load_slot(0);
+    next_slot = load_slot(1), later_slot = load_slot(2);
+    raw = load_token(pool.metadata_words(p.pool, slot));
+    put_units(0, slot);
+    put_units(1, next_slot);
+    group_barrier(group);
+    issue(0);
+    put_sources(0);
+  }
+  // Before work on tile n: asks for the next.
+  __device__ __forceinline__ void ask(int n) {
+    if (n + 1 >= count) return;
+    issue(n + 1);
+    raw = load_token(pool.metadata_words(p.pool, next_slot));
+    fresh_slot = load_slot(n + 3);
+  }
+  // After work on tile n: the next is there, once a barrier follows.
+  __device__ __forceinline__ void receive(int n) {
+    if (n + 1 < count) {
+      put_sources(n + 1);
+      put_units(n + 2, later_slot);
+      next_slot = later_slot;
+      later_slot = fresh_slot;
+    }
+    cp_async_wait<0>();
+  }
+
+  __device__ __forceinline__ void dequantize_keys(int n, Operands<kTile>& to, const Shared& shared,
+                                                  const uint8_t* patterns) const {
+    dequantize<K_BITS, kTile>(to.keys, shared.channels[0], incoming.codes[n % 2], K_ROW_BYTES,
+                              patterns, incoming.sources[n % 2][0]);
+  }
+  __device__ __forceinline__ void dequantize_values(int n, Operands<kTile>& to,
+                                                    const Shared& shared,
+                                                    const uint8_t* patterns) const {
+    dequantize<V_BITS, kTile>(to.values, shared.channels[1],
+                              incoming.codes[n % 2] + kTile * K_ROW_BYTES, V_ROW_BYTES, patterns,
+                              incoming.sources[n % 2][1]);
+  }
+};
 
 // The running softmax of a thread's two rows, 16 w + g and 8 further.
 struct Softmax {
@@ -199,145 +313,70 @@ struct Softmax {
   }
 };
 
-template <int kTile>
-__device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* memory) {
-  // The same for all lanes, which the compiler cannot know of threadIdx.x.
-  const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
-  const int thread = threadIdx.x % kGroupThreads;
-  const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  auto& shared = *reinterpret_cast<Shared*>(memory);
-  auto* all_tiles = reinterpret_cast<Tiles<kTile>*>(memory + kStart);
-  auto& tiles = all_tiles[group];
-  uint8_t* k_patterns = reinterpret_cast<uint8_t*>(all_tiles + kGroups);
-  uint8_t* v_patterns = k_patterns + p.num_patterns * HEAD_DIM * 2;
-  const int num_rows = item.num_branches * p.group;
-  const int* slots = p.req_to_token + item.req * p.req_stride;
-  const int num_tiles = (item.end - item.start + kTile - 1) / kTile;
-  const int own_tiles = (num_tiles - group + kGroups - 1) / kGroups;
-
-  // Tile n of this group starts at position first + n * kGroups * kTile; threads below kTile own
-  // its tokens. Tokens beyond the end repeat the last one, so that no byte outside the segment is
-  // read.
-  const int first = item.start + group * kTile;
-  const auto load_slot = [&](int n) {
-    return slots[min(first + n * kGroups * kTile + thread, item.end - 1)];
-  };
-  const HeadPool pool(p.pool, head);
-  const auto load_raw = [&](int slot) { return load_token(pool.metadata_words(p.pool, slot)); };
-  const auto put_units = [&](int n, int slot) {
-    if (thread < kTile) tiles.units[n % 2][thread] = pool.row_units(p.pool, slot);
-  };
-  const auto put_token = [&](int n, const RawToken& raw) {
-    const auto quarter = [](uint32_t scale) {
-      return as_u32(__float2half2_rn(half_bits_to_float(scale) * 0.25f));
-    };
-    if (thread < kTile) {
-      tiles.sources[n % 2][0][thread] = {(raw.pattern_ids & 0xff) * (HEAD_DIM * 2),
-                                         quarter(raw.k_scale)};
-      tiles.sources[n % 2][1][thread] = {(raw.pattern_ids >> 8) * (HEAD_DIM * 2),
-                                         quarter(raw.v_scale)};
-    }
-  };
-  const auto issue = [&](int n) {
-    copy_rows<kTile, kGroupThreads>(p.copy16, shared_address(tiles.codes[n % 2]), pool.codes,
-                                    thread, [&](int token) { return tiles.units[n % 2][token]; });
-    cp_async_commit();
-  };
-
-  const int first_slot = load_slot(0);
-  int next_slot = load_slot(1), later_slot = load_slot(2);
-  const int pattern_bytes = p.num_patterns * HEAD_DIM * 2;
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const auto* from = reinterpret_cast<const uint8_t*>(table_rows(p, item.table, side, head));
-    const uint32_t to = shared_address(side == 0 ? k_patterns : v_patterns);
-    for (int at = threadIdx.x * 16; at < pattern_bytes; at += kBlockThreads * 16) {
-      cp_async<16>(to + at, from + at);
-    }
-  }
-  const RawToken first_raw = load_raw(first_slot);
-  put_units(0, first_slot);
-  put_units(1, next_slot);
-  group_barrier(group);
-  issue(0);
-  if (threadIdx.x < 2 * HEAD_DIM) {
-    const int side = threadIdx.x / HEAD_DIM, dim = threadIdx.x % HEAD_DIM;
-    const float channel = __half2float(table_channels(p, item.table, side, head)[dim]);
-    shared.channels[side][dim] = __float2half_rn(channel * 0.25f);
-  }
-  load_queries(p, item, head, shared);
-  put_token(0, first_raw);
-  cp_async_wait<0>();
-  __syncthreads();
-
-  const uint32_t queries = shared_address(shared.queries), keys = shared_address(tiles.keys),
-                 values = shared_address(tiles.values);
-  const bool busy = warp * 16 < num_rows;  // else the warp's rows are empty
+// 64 query rows and their running attention: the share of a thread.
+struct Rows {
+  uint32_t queries;  // shared address
   float query_scale[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) query_scale[h] = shared.query_scale[warp * 16 + g + 8 * h];
-
+  bool busy;  // else all rows of the warp are empty
   Softmax softmax;
   float out[D / 2] = {};
-  for (int n = 0; n < own_tiles; ++n) {
-    RawToken next_raw = {};
-    int fresh_slot = 0;
-    if (n + 1 < own_tiles) {
-      issue(n + 1);
-      next_raw = load_raw(next_slot);
-      fresh_slot = load_slot(n + 3);
-    }
-    dequantize<K_BITS, kTile>(tiles.keys, shared.channels[0], tiles.codes[n % 2], kKStride,
-                              k_patterns, tiles.sources[n % 2][0]);
-    wgmma_wait();
-    settle(out);
-    publish_operands();
-    group_barrier(group);  // the keys are there, and nobody reads the values before
 
-    float x[kTile / 2];
+  __device__ __forceinline__ Rows(const Shared& shared, int which, int num_rows) {
+    const int row = first_row();
+    queries = shared_address(shared.queries[which]);
+    busy = row / 16 * 16 < num_rows - which * kGroupRows;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      query_scale[h] = shared.query_scale[which * kGroupRows + row + 8 * h];
+    }
+  }
+  // The thread's rows are this and 8 further.
+  static __device__ __forceinline__ int first_row() {
+    return threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+
+  template <int kTile>
+  __device__ __forceinline__ void multiply_keys(float (&x)[kTile / 2],
+                                                const Operands<kTile>& operands) const {
+    const uint32_t keys = shared_address(operands.keys);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; ++step) {
       const int tile = step / 4, byte = step % 4 * 32;
-      wgmma_rows(x, operand(queries + tile * (kRows * kSwizzledRow) + byte, 16),
+      wgmma_rows(x, operand(queries + tile * (kGroupRows * kSwizzledRow) + byte, 16),
                  operand(keys + tile * (kTile * kSwizzledRow) + byte, 16), step > 0);
     }
     wgmma_commit();
-    dequantize<V_BITS, kTile>(tiles.values, shared.channels[1],
-                              tiles.codes[n % 2] + kTile * kKStride, kVStride, v_patterns,
-                              tiles.sources[n % 2][1]);
-    wgmma_wait();
-    settle(x);
+  }
 
-    uint32_t weights[kTile / 16][4];
-    if (busy) {
-      float factor[2] = {query_scale[0], query_scale[1]};
-      if (p.cap_log2 > 0) {
-#pragma unroll
-        for (int i = 0; i < kTile / 2; ++i) x[i] = soft_cap(x[i] * factor[i / 2 % 2], p.cap_log2);
-        factor[0] = factor[1] = 1;
-      }
-      const int valid = item.end - (first + n * kGroups * kTile);
-      if (valid < kTile) {
-#pragma unroll
-        for (int i = 0; i < kTile / 2; ++i) {
-          if (i / 4 * 8 + 2 * t + i % 2 >= valid) x[i] = -INFINITY;
-        }
-      }
-      softmax.apply(x, factor, out, weights);
-    } else {
+  // Products of `valid` tokens to probabilities.
+  template <int kTile>
+  __device__ __forceinline__ void weigh(float (&x)[kTile / 2], uint32_t (&weights)[kTile / 16][4],
+                                        int valid, float cap_log2) {
+    if (!busy) {
       set_zero(weights);
+      return;
     }
-    if (n + 1 < own_tiles) {
-      put_token(n + 1, next_raw);
-      put_units(n + 2, later_slot);
-      next_slot = later_slot;
-      later_slot = fresh_slot;
+    float factor[2] = {query_scale[0], query_scale[1]};
+    if (cap_log2 > 0) {
+#pragma unroll
+      for (int i = 0; i < kTile / 2; ++i) x[i] = soft_cap(x[i] * factor[i / 2 % 2], cap_log2);
+      factor[0] = factor[1] = 1;
     }
-    cp_async_wait<0>();
-    publish_operands();
-    group_barrier(group);  // the values are there, and the next tile's codes
+    if (valid < kTile) {
+      const int t = threadIdx.x % 4;
+#pragma unroll
+      for (int i = 0; i < kTile / 2; ++i) {
+        if (i / 4 * 8 + 2 * t + i % 2 >= valid) x[i] = -INFINITY;
+      }
+    }
+    softmax.apply(x, factor, out, weights);
+  }
 
+  template <int kTile>
+  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kTile / 16][4],
+                                                  const Operands<kTile>& operands) {
+    const uint32_t values = shared_address(operands.values);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
@@ -346,75 +385,182 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     }
     wgmma_commit();
   }
-  wgmma_wait();
-  settle(out);
 
-  // Add up the groups. One without tokens has reference -inf, hence weight 0.
+  // Waits for all products.
+  __device__ __forceinline__ void finish() {
+    wgmma_wait();
+    settle(out);
+  }
+  // Softmax mass of the rows, complete in every lane that has a part of them.
+  __device__ __forceinline__ void add_mass() {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float mass = softmax.mass[h];
-    mass += __shfl_xor_sync(~0u, mass, 1);
-    mass += __shfl_xor_sync(~0u, mass, 2);
-    if (t == 0) {
-      shared.state[group][warp * 16 + g + 8 * h] = make_float2(softmax.reference[h], mass);
+    for (int h = 0; h < 2; ++h) {
+      softmax.mass[h] += __shfl_xor_sync(~0u, softmax.mass[h], 1);
+      softmax.mass[h] += __shfl_xor_sync(~0u, softmax.mass[h], 2);
     }
   }
-  __syncthreads();
-  float top[2], weight[2];
+  __device__ __forceinline__ void store(const DecodeParams& p, const WorkItem& item, int head,
+                                        int which) const {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = which * kGroupRows + first_row() + 8 * h;
+      if (row >= item.num_branches * p.group) continue;
+      const int64_t at = state_index(p, item, head, row);
+      if (t == 0) p.state_sum[at] = make_float2(softmax.reference[h], softmax.mass[h]);
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        *reinterpret_cast<float2*>(p.state_out + at * HEAD_DIM + 8 * i + 2 * t) =
+            make_float2(out[4 * i + 2 * h], out[4 * i + 2 * h + 1]);
+      }
+    }
+  }
+};
+
+// Adds up the groups' attention to the same rows in the first group. A group without tokens has
+// reference -inf, hence weight 0.
+__device__ __forceinline__ void merge_groups(Rows& rows, int group, Shared& shared,
+                                             float4* outputs) {
+  const int thread = threadIdx.x % kGroupThreads, t = thread % 4, row = Rows::first_row();
+  constexpr int kQuads = D / 8;
+  auto& states = reinterpret_cast<float2(&)[kGroups][kGroupRows]>(shared.queries[1]);
+  rows.add_mass();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int row = warp * 16 + g + 8 * h;
-    top[h] = shared.state[0][row].x;
-#pragma unroll
-    for (int i = 1; i < kGroups; ++i) top[h] = fmaxf(top[h], shared.state[i][row].x);
-    weight[h] = exp2_approx(softmax.reference[h] - top[h]);
+    if (t == 0) {
+      states[group][row + 8 * h] =
+          make_float2(rows.softmax.reference[h], rows.softmax.mass[h]);
+    }
   }
-  auto* outputs = reinterpret_cast<float4*>(memory + kStart);
-  constexpr int kQuads = D / 8;
-  if (group > 0 && busy) {
+  __syncthreads();  // nobody reads operands any more either
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = -INFINITY, mass = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) top = fmaxf(top, states[i][row + 8 * h].x);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const float2 state = states[i][row + 8 * h];
+      mass += state.y * exp2_approx(state.x - top);
+    }
+    const float weight = exp2_approx(rows.softmax.reference[h] - top);
+    rows.softmax.reference[h] = top;
+    rows.softmax.mass[h] = mass;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      rows.out[4 * i + 2 * h] *= weight;
+      rows.out[4 * i + 2 * h + 1] *= weight;
+    }
+  }
+  if (group > 0 && rows.busy) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       outputs[((group - 1) * kQuads + i) * kGroupThreads + thread] =
-          make_float4(out[4 * i] * weight[0], out[4 * i + 1] * weight[0], out[4 * i + 2] * weight[1],
-                      out[4 * i + 3] * weight[1]);
+          *reinterpret_cast<const float4*>(&rows.out[4 * i]);
     }
   }
   __syncthreads();
-  if (group > 0 || !busy) return;
-  const bool live[2] = {warp * 16 + g < num_rows, warp * 16 + g + 8 < num_rows};
-  int64_t at[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = warp * 16 + g + 8 * h;
-    if (!live[h]) continue;
-    at[h] = state_index(p, item, head, row);
-    if (t == 0) {
-      float mass = 0;
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        const float2 state = shared.state[i][row];
-        mass += state.y * exp2_approx(state.x - top[h]);
-      }
-      p.state_sum[at[h]] = make_float2(top[h], mass);
-    }
-  }
+  if (group > 0 || !rows.busy) return;
 #pragma unroll
   for (int i = 0; i < kQuads; ++i) {
-    const int dim = 8 * i + 2 * t;
-    float2 sums[2] = {make_float2(out[4 * i] * weight[0], out[4 * i + 1] * weight[0]),
-                      make_float2(out[4 * i + 2] * weight[1], out[4 * i + 3] * weight[1])};
 #pragma unroll
     for (int j = 0; j < kGroups - 1; ++j) {
       const float4 other = outputs[(j * kQuads + i) * kGroupThreads + thread];
-      sums[0] = make_float2(sums[0].x + other.x, sums[0].y + other.y);
-      sums[1] = make_float2(sums[1].x + other.z, sums[1].y + other.w);
+      rows.out[4 * i] += other.x, rows.out[4 * i + 1] += other.y;
+      rows.out[4 * i + 2] += other.z, rows.out[4 * i + 3] += other.w;
     }
+  }
+}
+
+template <int kTile>
+__device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* bytes) {
+  // The same for all lanes, which the compiler cannot know of threadIdx.x.
+  const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
+  auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
+  auto& shared = memory.shared;
+  const int pattern_bytes = p.num_patterns * HEAD_DIM * 2;
+  uint8_t* k_patterns = bytes + sizeof(memory);
+  uint8_t* v_patterns = k_patterns + pattern_bytes;
+  const int num_rows = item.num_branches * p.group;
+  const bool shares_tokens = num_rows <= kGroupRows;  // else rows
+  const bool feeds = shares_tokens || group == kGroups - 1;
+
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (live[h] && 8 * i < HEAD_DIM) {
-        *reinterpret_cast<float2*>(p.state_out + at[h] * HEAD_DIM + dim) = sums[h];
-      }
+  for (int side = 0; side < 2; ++side) {
+    const auto* from = reinterpret_cast<const uint8_t*>(table_rows(p, item.table, side, head));
+    const uint32_t to = shared_address(side == 0 ? k_patterns : v_patterns);
+    for (int at = threadIdx.x * 16; at < pattern_bytes; at += kBlockThreads * 16) {
+      cp_async<16>(to + at, from + at);
     }
+  }
+  Feed<kTile> feed(p, item, head, memory.incoming[group], shares_tokens ? group : 0,
+                   shares_tokens ? kGroups : 1);
+  if (feeds) feed.start(group);
+  if (threadIdx.x < 2 * HEAD_DIM) {
+    const int side = threadIdx.x / HEAD_DIM, dim = threadIdx.x % HEAD_DIM;
+    const float channel = __half2float(table_channels(p, item.table, side, head)[dim]);
+    shared.channels[side][dim] = __float2half_rn(channel * 0.25f);
+  }
+  load_queries(p, item, head, shares_tokens ? kGroupRows : kMostRows, shared);
+  cp_async_wait<0>();
+  __syncthreads();
+
+  if (shares_tokens) {
+    auto& operands = memory.operands[group];
+    Rows rows(shared, 0, num_rows);
+    for (int n = 0; n < feed.count; ++n) {
+      feed.ask(n);
+      feed.dequantize_keys(n, operands, shared, k_patterns);
+      rows.finish();
+      publish_operands();
+      group_barrier(group);  // the keys are there, and nobody reads the values before
+      float x[kTile / 2];
+      rows.multiply_keys<kTile>(x, operands);
+      feed.dequantize_values(n, operands, shared, v_patterns);
+      wgmma_wait();
+      settle(x);
+      uint32_t weights[kTile / 16][4];
+      rows.weigh<kTile>(x, weights, feed.last + 1 - (feed.first + n * feed.stride), p.cap_log2);
+      feed.receive(n);
+      publish_operands();
+      group_barrier(group);  // the values are there, and the next tile's codes
+      rows.multiply_values<kTile>(weights, operands);
+    }
+    rows.finish();
+    merge_groups(rows, group, shared, reinterpret_cast<float4*>(memory.operands));
+    if (group == 0) rows.store(p, item, head, 0);
+  } else if (group == kGroups - 1) {
+    for (int n = 0; n < feed.count; ++n) {
+      const int stage = n % kGroups;
+      feed.ask(n);
+      if (n >= kGroups) block_barrier_wait(kEmptyBarrier + stage, kBlockThreads);
+      feed.dequantize_keys(n, memory.operands[stage], shared, k_patterns);
+      feed.dequantize_values(n, memory.operands[stage], shared, v_patterns);
+      feed.receive(n);
+      publish_operands();
+      block_barrier_arrive(kFullBarrier + stage, kBlockThreads);
+      group_barrier(group);
+    }
+  } else {
+    Rows rows(shared, group, num_rows);
+    for (int n = 0; n < feed.count; ++n) {
+      const auto& operands = memory.operands[n % kGroups];
+      block_barrier_wait(kFullBarrier + n % kGroups, kBlockThreads);
+      float x[kTile / 2];
+      rows.multiply_keys<kTile>(x, operands);
+      rows.finish();
+      settle(x);
+      // The last rounds find nobody waiting.
+      if (n > 0 && n - 1 + kGroups < feed.count) {
+        block_barrier_arrive(kEmptyBarrier + (n - 1) % kGroups, kBlockThreads);
+      }
+      uint32_t weights[kTile / 16][4];
+      rows.weigh<kTile>(x, weights, feed.last + 1 - (feed.first + n * feed.stride), p.cap_log2);
+      rows.multiply_values<kTile>(weights, operands);
+    }
+    rows.finish();
+    rows.add_mass();
+    rows.store(p, item, head, group);
   }
 }
 

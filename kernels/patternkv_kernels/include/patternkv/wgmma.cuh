@@ -134,6 +134,14 @@ __device__ __forceinline__ void wgmma_columns(float (&c)[kCount], const uint32_t
 #undef PATTERNKV_NAMES_32
 #undef PATTERNKV_NAMES_64
 
+// Named barriers that `threads` threads of the block meet at; who arrives does not wait.
+__device__ __forceinline__ void block_barrier_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void block_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Barrier of one of several warpgroups.
 __device__ __forceinline__ void group_barrier(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
