@@ -230,6 +230,12 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  return simt::exchange(x, [](const uint64_t* in, uint64_t* out) {
+    std::fill(out, out + simt::kLanes, *std::max_element(in, in + simt::kLanes));
+  });
+}
+
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   unsigned out = 0;

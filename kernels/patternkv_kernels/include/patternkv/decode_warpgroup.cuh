@@ -30,14 +30,14 @@ constexpr int kFullBarrier = 1 + kGroups, kEmptyBarrier = kFullBarrier + kGroups
 // Metadata of a token's K or V as its readers need it.
 struct Source {
   uint32_t pattern;  // bytes to the pattern in its table
-  uint32_t scale;    // half2, a quarter of the scale
+  uint32_t scale;    // half2, scaled like those of the tokens around it
 };
 
 struct Shared {
   // Where groups share rows, their results take the place of the second 64 queries.
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
-  __half channels[2][D];         // a quarter of the channel scales
+  __half channels[2][D];         // channel scales
 };
 
 // K and V of a tile as operands.
@@ -52,6 +52,7 @@ template <int kTile>
 struct alignas(128) Incoming {
   uint8_t codes[2][kTile * CODE_BYTES];  // K's rows, then V's
   Source sources[2][2][kTile];           // K's and V's
+  uint32_t steps[2][2][kTile / 32];      // half2: scales of 32 tokens count in these
   uint32_t units[2][kTile];              // offsets of code rows
 };
 
@@ -63,34 +64,38 @@ struct Memory {
   Operands<kTile> operands[kGroups];
   Incoming<kTile> incoming[kGroups];
 };
-constexpr int kAlign = 1024;
+constexpr int kAlign = 1024, kLeastAlign = 256;  // of a tile; what the launch gives anyway
 constexpr int kOutputBytes = kGroupRows * D * 4;
 
 template <int kTile>
+constexpr int kPatternStart = offsetof(Memory<kTile>, incoming) + kGroups * sizeof(Incoming<kTile>);
+
+template <int kTile>
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
-  const int tiles = sizeof(Memory<kTile>) + 2 * num_patterns * HEAD_DIM * 2;
+  const int tiles = kPatternStart<kTile> + 2 * num_patterns * HEAD_DIM * 2;
   const int outputs = offsetof(Memory<kTile>, operands) + (kGroups - 1) * kOutputBytes;
-  return kAlign + (tiles > outputs ? tiles : outputs);
+  return kAlign - kLeastAlign + (tiles > outputs ? tiles : outputs);
 }
 
-// 16 * (code - centre) of 8 codes of dims in a row, as half2 of neighbours.
+// Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes come
+// out of their words without being moved one by one.
+__device__ __forceinline__ int place_of(int dim) {
+  return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2;
+}
+
+// Codes of 8 dims as pairs of fp16 numbers, the subnormals code * 2^-24 (pairs [0]) and
+// code * 2^-20 (pairs [1]): no conversion, and no bias to take off.
 template <int kBits>
-__device__ __forceinline__ void expand_neighbours(const uint8_t* codes, uint32_t (&out)[4]) {
-  uint32_t parts[4];  // the codes of a pair at the bits 4 and 20
-  if constexpr (kBits == 4) {
-    const uint32_t odd = *reinterpret_cast<const uint32_t*>(codes), even = odd << 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) parts[i] = __byte_perm(even, odd, 0x4400 + 0x1111 * i);
-  } else {
-    const uint32_t word = *reinterpret_cast<const uint16_t*>(codes);
-    const uint32_t pairs = word | word << 14;
-    parts[0] = pairs << 4, parts[1] = pairs, parts[2] = pairs >> 4, parts[3] = pairs >> 8;
-  }
-  constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00100010u;
-  const __half2 centre = __float2half2_rn(1024.0f + 16 * Codes<kBits>::kCentre);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[i] = as_u32(__hsub2(as_half2(and_or(parts[i], mask, kMagic)), centre));
+__device__ __forceinline__ void expand_pairs(const uint8_t* codes, uint32_t (&pairs)[2][2]) {
+  constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00010001u;
+  if constexpr (kBits == 4) {  // pair j is the codes j and j + 4; [j % 2][j / 2]
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(codes);
+    pairs[0][0] = word & mask, pairs[1][0] = word & mask << 4;
+    pairs[0][1] = word >> 8 & mask, pairs[1][1] = word >> 8 & mask << 4;
+  } else {  // [j / 2][j % 2]
+    const uint32_t half = *reinterpret_cast<const uint16_t*>(codes), word = half | half << 8;
+    pairs[0][0] = word & mask, pairs[1][0] = word & mask << 4;
+    pairs[0][1] = word >> 2 & mask, pairs[1][1] = word >> 2 & mask << 4;
   }
 }
 
@@ -100,31 +105,67 @@ template <int kBits, int kTile>
 __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwizzledRow],
                                            const __half* channels, const uint8_t* codes,
                                            int code_stride, const uint8_t* patterns,
-                                           const Source (&sources)[kTile]) {
+                                           const Source (&sources)[kTile],
+                                           const uint32_t (&steps_of)[kTile / 32]) {
   const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
-  // From shared memory each time: registers are what is scarce.
-  uint32_t scales[kTiles][4];
+  const __half2 centre = __float2half2_rn(-Codes<kBits>::kCentre / (1 << 20));
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    load_words(scales[i], reinterpret_cast<const uint8_t*>(channels + i * 64 + piece * 8));
-  }
-#pragma unroll
-  for (int n = 0; n < kTile / (kGroupThreads / kPieces); ++n) {
-    const int token = n * (kGroupThreads / kPieces) + thread / kPieces;
-    const Source own = sources[token];
+  for (int first = 0; first < kTile; first += 32) {
+    // From shared memory each time: registers are what is scarce.
+    uint32_t scales[kTiles][4];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const int dim = i * 64 + piece * 8;
-      if (dim >= HEAD_DIM) continue;
-      uint32_t steps[4], x[4];
-      expand_neighbours<kBits>(codes + token * code_stride + dim * kBits / 8, steps);
-      load_words(x, patterns + own.pattern + dim * 2);
+      load_words(scales[i], reinterpret_cast<const uint8_t*>(channels + i * 64 + piece * 8));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const __half2 scaled = __hmul2(as_half2(steps[j]), as_half2(own.scale));
-        x[j] = as_u32(__hfma2(scaled, as_half2(scales[i][j]), as_half2(x[j])));
+        const __half2 scale = __hmul2(as_half2(scales[i][j]), as_half2(steps_of[first / 32]));
+        scales[i][j] = as_u32(__hmin2(scale, __float2half2_rn(65504.0f)));
       }
-      store_words(tiles[i] + swizzled(token, piece), x);
+    }
+#pragma unroll
+    for (int n = 0; n < 32 / (kGroupThreads / kPieces); ++n) {
+      const int token = first + n * (kGroupThreads / kPieces) + thread / kPieces;
+      const Source own = sources[token];
+      const __half2 scale[2] = {__hmul2(as_half2(own.scale), __float2half2_rn(16.0f)),
+                                as_half2(own.scale)};
+      const __half2 offset = __hmul2(as_half2(own.scale), centre);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const int dim = i * 64 + piece * 8;
+        if (dim >= HEAD_DIM) continue;
+        uint32_t pairs[2][2], x[4];
+        expand_pairs<kBits>(codes + token * code_stride + dim * kBits / 8, pairs);
+        load_words(x, patterns + own.pattern + dim * 2);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int high = kBits == 4 ? j % 2 : j / 2, which = kBits == 4 ? j / 2 : j % 2;
+          const __half2 steps = __hfma2(as_half2(pairs[high][which]), scale[high], offset);
+          x[j] = as_u32(__hfma2(steps, as_half2(scales[i][j]), as_half2(x[j])));
+        }
+        store_words(tiles[i] + swizzled(token, piece), x);
+      }
+    }
+  }
+}
+
+// Brings the patterns of one side to shared memory.
+__device__ __forceinline__ void load_patterns(const __half* from, int num_patterns, uint8_t* to) {
+  constexpr int kBatch = 4;
+  const int end = num_patterns * (HEAD_DIM / 8);
+  for (int first = threadIdx.x; first < end; first += kBatch * kBlockThreads) {
+    uint32_t words[kBatch][4];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = min(first + i * kBlockThreads, end - 1);
+      load_words(words[i], reinterpret_cast<const uint8_t*>(from + at * 8));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = min(first + i * kBlockThreads, end - 1);
+      const uint32_t(&in)[4] = words[i];
+      const uint32_t out[4] = {__byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
+                               __byte_perm(in[1], in[3], 0x5410), __byte_perm(in[1], in[3], 0x7632)};
+      store_words(to + at * 16, out);
     }
   }
 }
@@ -170,7 +211,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkIt
       uint32_t pairs[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        pairs[j] = as_u32(__floats2half2_rn(q[i][2 * j] * scale, q[i][2 * j + 1] * scale));
+        pairs[j] = as_u32(__floats2half2_rn(q[i][j] * scale, q[i][j + 4] * scale));
       }
       store_words(shared.queries[row / kGroupRows][dim / 64] +
                       swizzled(row % kGroupRows, dim % 64 / 8),
@@ -211,15 +252,21 @@ struct Feed {
     if (thread < kTile) incoming.units[n % 2][thread] = pool.row_units(p.pool, slot);
   }
   __device__ __forceinline__ void put_sources(int n) {
-    const auto quarter = [](uint32_t scale) {
-      return as_u32(__float2half2_rn(half_bits_to_float(scale) * 0.25f));
-    };
-    if (thread < kTile) {
-      constexpr int kPatternBytes = HEAD_DIM * 2;
-      incoming.sources[n % 2][0][thread] = {(raw.pattern_ids & 0xff) * kPatternBytes,
-                                            quarter(raw.k_scale)};
-      incoming.sources[n % 2][1][thread] = {(raw.pattern_ids >> 8) * kPatternBytes,
-                                            quarter(raw.v_scale)};
+    if (thread >= kTile) return;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const uint32_t bits = side == 0 ? raw.k_scale : raw.v_scale;
+      const uint32_t pattern = side == 0 ? raw.pattern_ids & 0xff : raw.pattern_ids >> 8;
+      // The largest of a warp's scales gets to 2^10: 16 of it fit fp16, and what is far below it
+      // keeps its precision.
+      const float largest = half_bits_to_float(__reduce_max_sync(~0u, bits & 0x7fff));
+      const float up = fmaxf(power_of_two_scale(largest, 10), 32.0f);
+      const float scale = fminf(half_bits_to_float(bits) * up, 4094.0f);
+      incoming.sources[n % 2][side][thread] = {pattern * (HEAD_DIM * 2),
+                                               as_u32(__float2half2_rn(scale))};
+      if (thread % 32 == 0) {
+        incoming.steps[n % 2][side][thread / 32] = as_u32(__float2half2_rn((1 << 20) / up));
+      }
     }
   }
   __device__ __forceinline__ void issue(int n) {
@@ -261,14 +308,14 @@ struct Feed {
   __device__ __forceinline__ void dequantize_keys(int n, Operands<kTile>& to, const Shared& shared,
                                                   const uint8_t* patterns) const {
     dequantize<K_BITS, kTile>(to.keys, shared.channels[0], incoming.codes[n % 2], K_ROW_BYTES,
-                              patterns, incoming.sources[n % 2][0]);
+                              patterns, incoming.sources[n % 2][0], incoming.steps[n % 2][0]);
   }
   __device__ __forceinline__ void dequantize_values(int n, Operands<kTile>& to,
                                                     const Shared& shared,
                                                     const uint8_t* patterns) const {
     dequantize<V_BITS, kTile>(to.values, shared.channels[1],
                               incoming.codes[n % 2] + kTile * K_ROW_BYTES, V_ROW_BYTES, patterns,
-                              incoming.sources[n % 2][1]);
+                              incoming.sources[n % 2][1], incoming.steps[n % 2][1]);
   }
 };
 
@@ -410,8 +457,9 @@ struct Rows {
       if (t == 0) p.state_sum[at] = make_float2(softmax.reference[h], softmax.mass[h]);
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        *reinterpret_cast<float2*>(p.state_out + at * HEAD_DIM + 8 * i + 2 * t) =
-            make_float2(out[4 * i + 2 * h], out[4 * i + 2 * h + 1]);
+        // The columns 2t and 2t + 1 are the dims t and t + 4.
+        float* dims = p.state_out + at * HEAD_DIM + 8 * i + t;
+        dims[0] = out[4 * i + 2 * h], dims[4] = out[4 * i + 2 * h + 1];
       }
     }
   }
@@ -479,28 +527,21 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
   const int pattern_bytes = p.num_patterns * HEAD_DIM * 2;
-  uint8_t* k_patterns = bytes + sizeof(memory);
+  uint8_t* k_patterns = bytes + kPatternStart<kTile>;
   uint8_t* v_patterns = k_patterns + pattern_bytes;
   const int num_rows = item.num_branches * p.group;
   const bool shares_tokens = num_rows <= kGroupRows;  // else rows
   const bool feeds = shares_tokens || group == kGroups - 1;
 
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const auto* from = reinterpret_cast<const uint8_t*>(table_rows(p, item.table, side, head));
-    const uint32_t to = shared_address(side == 0 ? k_patterns : v_patterns);
-    for (int at = threadIdx.x * 16; at < pattern_bytes; at += kBlockThreads * 16) {
-      cp_async<16>(to + at, from + at);
-    }
-  }
   Feed<kTile> feed(p, item, head, memory.incoming[group], shares_tokens ? group : 0,
                    shares_tokens ? kGroups : 1);
   if (feeds) feed.start(group);
   if (threadIdx.x < 2 * HEAD_DIM) {
     const int side = threadIdx.x / HEAD_DIM, dim = threadIdx.x % HEAD_DIM;
-    const float channel = __half2float(table_channels(p, item.table, side, head)[dim]);
-    shared.channels[side][dim] = __float2half_rn(channel * 0.25f);
+    shared.channels[side][place_of(dim)] = table_channels(p, item.table, side, head)[dim];
   }
+  load_patterns(table_rows(p, item.table, 0, head), p.num_patterns, k_patterns);
+  load_patterns(table_rows(p, item.table, 1, head), p.num_patterns, v_patterns);
   load_queries(p, item, head, shares_tokens ? kGroupRows : kMostRows, shared);
   cp_async_wait<0>();
   __syncthreads();
