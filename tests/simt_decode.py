@@ -119,7 +119,7 @@ def simt_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
 
-    ``warpgroup`` takes the kernel of compute capability 9.0 for shared segments.
+    ``warpgroup`` takes the kernel of compute capability 9.0 for shared segments where there is one.
     """
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape

@@ -79,7 +79,8 @@ extern "C" void decode(const Arguments* arguments) {
   p.group = group;
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
-  p.wide_rows = a.warpgroup ? warpgroup::kMostRows : wide::kMostRows;
+  const bool by_warpgroups = a.warpgroup && warpgroup::kExists;
+  p.wide_rows = by_warpgroups ? warpgroup::kMostRows : wide::kMostRows;
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
   p.max_states = kMaxStates;
@@ -112,7 +113,7 @@ extern "C" void decode(const Arguments* arguments) {
   simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
     narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
   });
-  if (!a.warpgroup) {
+  if (!by_warpgroups) {
     const int bytes = wide::shared_bytes(a.num_patterns);
     simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
   } else if constexpr (warpgroup::kExists) {
