@@ -24,8 +24,8 @@ HARD = {
     *("group8_5", "group16_1", "page3_1", "page16_2", "page64_2", "one_token", "cap_wide"),
 }
 
-# What the kernel of compute capability 9.0 must get right besides: formats, dims, pages, tables that
-# need short tiles, up to 64 and up to 128 rows, chunks shorter than a tile.
+# What the kernel of compute capability 9.0 must get right besides: formats, dims, pages, tables
+# that need short tiles, up to 64 and up to 128 rows, chunks shorter than a tile.
 WARPGROUP = {
     *("bits42", "bits24", "bits22", "d96", "d256", "group7", "group16", "page3", "depth4"),
     *("branches17", "branches64", "only_shared", "many_chunks", "wide8_44_d128", "wide4_22_d128"),

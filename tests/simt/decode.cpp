@@ -30,7 +30,8 @@ struct Arguments {
   const int64_t* window_end;
   void* out;
   float* lse;
-  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16, warpgroup;
+  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
+      warpgroup;
   double sm_scale, logit_cap;
 };
 
@@ -79,8 +80,10 @@ extern "C" void decode(const Arguments* arguments) {
   p.group = group;
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
-  const bool by_warpgroups = a.warpgroup && warpgroup::kExists;
-  p.wide_rows = by_warpgroups ? warpgroup::kMostRows : wide::kMostRows;
+  p.wide_rows = wide::kMostRows;
+  if (a.warpgroup && warpgroup::kExists) {
+    p.many_rows = warpgroup::kMostRows, p.many_blocks = kBlocks;
+  }
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
   p.max_states = kMaxStates;
@@ -113,16 +116,18 @@ extern "C" void decode(const Arguments* arguments) {
   simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
     narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
   });
-  if (!by_warpgroups) {
-    const int bytes = wide::shared_bytes(a.num_patterns);
-    simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
-  } else if constexpr (warpgroup::kExists) {
+  const int bytes = wide::shared_bytes(a.num_patterns);
+  simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
+  if constexpr (warpgroup::kExists) {
+    const auto launch = [&](auto tile) {
+      constexpr int kTile = decltype(tile)::value;
+      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
+                   [&] { warpgroup::attend_kernel<kTile>(d); });
+    };
     if (a.num_patterns <= 128) {
-      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<64>(a.num_patterns),
-                   [&] { warpgroup::attend_kernel<64>(d); });
+      launch(std::integral_constant<int, 64>());
     } else {
-      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<32>(a.num_patterns),
-                   [&] { warpgroup::attend_kernel<32>(d); });
+      launch(std::integral_constant<int, 32>());
     }
   }
   if (a.bf16) {

@@ -62,7 +62,7 @@ struct AttendLaunch {
 
 // How decode runs on one device.
 struct LaunchConfig {
-  AttendLaunch narrow, wide;
+  AttendLaunch narrow, wide, many;
   bool dependent_launch;  // compute capability 9.0 and later
 };
 
@@ -91,14 +91,15 @@ AttendLaunch make_launch(AttendKernel kernel, int threads, int rows, int bytes, 
   return {kernel, threads, rows, bytes, std::max(per_sm, 1) * sms};
 }
 
-AttendLaunch make_wide_launch(int num_patterns, int device) {
+// No rows where there is no such kernel or tables leave it no room.
+AttendLaunch make_many_launch(int num_patterns, int device) {
   if constexpr (warpgroup::kExists) {
     const auto fits = [&](AttendKernel kernel, int bytes) {
       return bytes <= most_shared_bytes(kernel, device);
     };
     const auto launch = [&](AttendKernel kernel, int bytes) {
-      return make_launch(kernel, warpgroup::kBlockThreads, warpgroup::kMostRows, bytes, num_patterns,
-                         device);
+      return make_launch(kernel, warpgroup::kBlockThreads, warpgroup::kMostRows, bytes,
+                         num_patterns, device);
     };
     const int long_bytes = warpgroup::shared_bytes<64>(num_patterns),
               short_bytes = warpgroup::shared_bytes<32>(num_patterns);
@@ -109,8 +110,7 @@ AttendLaunch make_wide_launch(int num_patterns, int device) {
       return launch(warpgroup::attend_kernel<32>, short_bytes);
     }
   }
-  return make_launch(wide::attend_kernel, kThreads, wide::kMostRows,
-                     wide::shared_bytes(num_patterns), num_patterns, device);
+  return {};
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
@@ -120,7 +120,9 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
   const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
   return {make_launch(narrow, kThreads, rows, narrow::shared_bytes(num_patterns, rows),
                       num_patterns, device),
-          make_wide_launch(num_patterns, device), major >= 9};
+          make_launch(wide::attend_kernel, kThreads, wide::kMostRows,
+                      wide::shared_bytes(num_patterns), num_patterns, device),
+          make_many_launch(num_patterns, device), major >= 9};
 }
 
 // Once per device, number of patterns and kind of group: the attributes that it sets stay set.
@@ -159,8 +161,12 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   const LaunchConfig& c = launch_config(num_patterns, group, device);
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
   const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
-  return {extra(c.narrow.blocks), branches(c.narrow.rows), extra(c.wide.blocks),
-          branches(c.wide.rows)};
+  // Shared segments may make few items of many branches or many of few.
+  const int64_t wide_extra = std::max(extra(c.wide.blocks), extra(c.many.blocks));
+  const int64_t wide_states = std::max(extra(c.wide.blocks) * branches(c.wide.rows),
+                                       extra(c.many.blocks) * branches(c.many.rows));
+  return {extra(c.narrow.blocks), branches(c.narrow.rows), wide_extra,
+          (wide_states + wide_extra - 1) / std::max<int64_t>(wide_extra, 1)};
 }
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.
@@ -189,6 +195,9 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.wide_rows = config.wide.rows;
   params.narrow_blocks = config.narrow.blocks;
   params.wide_blocks = config.wide.blocks;
+  params.many_rows = config.many.rows;
+  params.many_blocks = config.many.blocks;
+  params.fewest_rows = warpgroup::kFewestRows;
   params.max_narrow = max_narrow;
   params.max_wide = max_wide;
   params.max_states = max_states;
@@ -241,8 +250,13 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   // The narrow kernel first: what it leaves idle the wide one fills.
   launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream,
          false, params);
-  launch(config.wide.kernel, dim3(config.wide.blocks), config.wide.threads, config.wide.bytes, stream,
-         config.dependent_launch, params);
+  const auto attend = [&](const AttendLaunch& attend) {
+    launch(attend.kernel, dim3(attend.blocks), attend.threads, attend.bytes, stream,
+           config.dependent_launch, params);
+  };
+  // The planner gives work to one of them.
+  attend(config.wide);
+  if (config.many.rows > 0) attend(config.many);
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {
     merge::MergeParams<T> merged = {};

@@ -33,7 +33,9 @@ struct WorkItem {
 
 // Counters of the work list, in device memory.
 struct WorkHeader {
-  int num_narrow, num_wide;  // items
+  // Items. Wide ones are of one kind in a step: where they are for warpgroups, their number is
+  // negative.
+  int num_narrow, num_wide;
   // Units taken beyond every block's first; the merge kernel zeroes them for the next layer.
   int next_narrow, next_wide;
 };
@@ -45,6 +47,7 @@ struct StateRun {
 
 struct WorkQueue {
   const int* num_items;
+  int sign;  // of the number where there is work
   int* taken;
   const WorkItem* items;
 };
@@ -57,9 +60,14 @@ struct WorkList {
   StateRun* runs;   // [nnz], those of batch row i are runs[run_indptr[i] .. run_indptr[i + 1])
 
   __device__ WorkQueue narrow() const {
-    return {&header->num_narrow, &header->next_narrow, narrow_items};
+    return {&header->num_narrow, 1, &header->next_narrow, narrow_items};
   }
-  __device__ WorkQueue wide() const { return {&header->num_wide, &header->next_wide, wide_items}; }
+  __device__ WorkQueue wide() const {
+    return {&header->num_wide, 1, &header->next_wide, wide_items};
+  }
+  __device__ WorkQueue many() const {
+    return {&header->num_wide, -1, &header->next_wide, wide_items};
+  }
 };
 
 struct DecodeParams {

@@ -442,7 +442,7 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
 template <typename AttendUnit>
 __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, AttendUnit attend) {
   __shared__ int next;
-  const int num_units = *queue.num_items * h_kv;
+  const int num_units = queue.sign * *queue.num_items * h_kv;
   int unit = blockIdx.x;
   while (unit < num_units) {
     int asked = 0;

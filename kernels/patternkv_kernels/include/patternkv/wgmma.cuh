@@ -81,8 +81,8 @@ __device__ __forceinline__ void set_zero(uint32_t (&a)[kSteps][4]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// c[64 x 2 kCount] = or += a[64 x 16] b[2 kCount x 16]^T: 16 columns of the rows of `a` and `b`. Warp
-// w of the group, with lane = 4 g + t, has in c[4 j + 2 h + e] row 16 w + g + 8 h and column
+// c[64 x 2 kCount] = or += a[64 x 16] b[2 kCount x 16]^T: 16 columns of the rows of `a` and `b`.
+// Warp w of the group, with lane = 4 g + t, has in c[4 j + 2 h + e] row 16 w + g + 8 h and column
 // 8 j + 2 t + e.
 template <int kCount>
 __device__ __forceinline__ void wgmma_rows(float (&c)[kCount], uint64_t a, uint64_t b, bool add) {
