@@ -47,6 +47,7 @@ _NUMBERS = [
     "nnz",
     "window",
     "bf16",
+    "warpgroup",
 ]
 
 
@@ -99,6 +100,7 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
             f"-DPKV_K_BITS={k_bits}",
             f"-DPKV_V_BITS={v_bits}",
             f"-DPKV_HEAD_DIM={head_dim}",
+            "-DPKV_WGMMA=1",
             *(f"-I{folder}" for folder in (SOURCES, INCLUDE, _cuda_headers())),
             "-o",
             str(library),
@@ -112,8 +114,13 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
     return loaded
 
 
-def simt_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors."""
+def simt_decode(
+    inputs: DecodeInputs, *, warpgroup: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
+
+    ``warpgroup`` takes the kernel of compute capability 9.0 for shared segments where there is one.
+    """
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape
     out = torch.full_like(inputs.q, torch.nan)
@@ -152,6 +159,7 @@ def simt_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
         nnz=len(plan.rows),
         window=0 if window is None else window.k.shape[1],
         bf16=inputs.q.dtype == torch.bfloat16,
+        warpgroup=warpgroup,
         sm_scale=inputs.sm_scale,
         logit_cap=inputs.case.logit_cap,
     )

@@ -153,6 +153,8 @@ def compile_flags(variant: Variant) -> list[str]:
         f"-DPKV_K_BITS={variant.k_bits}",
         f"-DPKV_V_BITS={variant.v_bits}",
         f"-DPKV_HEAD_DIM={variant.head_dim}",
+        # Compute capability 9.0 alone has warpgroup products.
+        f"-DPKV_WGMMA={int(variant.arch == '90a')}",
     ]
 
 

@@ -2,6 +2,7 @@
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
 #include "simt.h"
 
@@ -29,7 +30,8 @@ struct Arguments {
   const int64_t* window_end;
   void* out;
   float* lse;
-  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16;
+  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
+      warpgroup;
   double sm_scale, logit_cap;
 };
 
@@ -78,6 +80,10 @@ extern "C" void decode(const Arguments* arguments) {
   p.group = group;
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
+  p.wide_rows = wide::kMostRows;
+  if (a.warpgroup && warpgroup::kExists) {
+    p.many_rows = warpgroup::kMostRows, p.many_blocks = kBlocks;
+  }
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
   p.max_states = kMaxStates;
@@ -110,7 +116,20 @@ extern "C" void decode(const Arguments* arguments) {
   simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
     narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
   });
-  simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns), [&] { wide::attend_kernel(d); });
+  const int bytes = wide::shared_bytes(a.num_patterns);
+  simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
+  if constexpr (warpgroup::kExists) {
+    const auto launch = [&](auto tile) {
+      constexpr int kTile = decltype(tile)::value;
+      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
+                   [&] { warpgroup::attend_kernel<kTile>(d); });
+    };
+    if (a.num_patterns <= 128) {
+      launch(std::integral_constant<int, 64>());
+    } else {
+      launch(std::integral_constant<int, 32>());
+    }
+  }
   if (a.bf16) {
     merge_all<__nv_bfloat16>(a, d);
   } else {

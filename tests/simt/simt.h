@@ -40,6 +40,7 @@
 namespace simt {
 
 constexpr int kLanes = 32;
+constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr size_t kStackBytes = 512 << 10;
 constexpr uint8_t kPoison = 0xcd;  // what shared memory holds at first
 
@@ -59,24 +60,34 @@ struct Warp : Meeting {
   uint64_t in[kLanes], out[kLanes];
 };
 
+struct Warpgroup : Meeting {
+  const void* in[kGroupThreads];
+};
+
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
-inline Meeting block;
+inline std::vector<Warpgroup> groups;
+inline Meeting block, named[16];
 inline int current;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline std::vector<uint8_t> memory;  // dynamic shared memory; addresses are offsets into it
 
-// The last of `count` threads to arrive does `work` and lets the others go.
+// The last of `count` threads to arrive does `work` and lets the others go. Returns whether it was
+// the last.
+template <typename Work>
+bool arrive(Meeting& meeting, int count, Work work) {
+  if (++meeting.arrived < count) return false;
+  work();
+  meeting.arrived = 0;
+  ++meeting.generation;
+  return true;
+}
+
 template <typename Work>
 void meet(Meeting& meeting, int count, Work work) {
-  if (++meeting.arrived == count) {
-    work();
-    meeting.arrived = 0;
-    ++meeting.generation;
-    return;
-  }
   const long generation = meeting.generation;
+  if (arrive(meeting, count, work)) return;
   while (meeting.generation == generation) {
     swapcontext(&threads[current].context, &scheduler);
   }
@@ -94,6 +105,14 @@ uint64_t exchange(uint64_t value, Work work) {
   return value;
 }
 
+// An operation of a warpgroup: `work(in)` on what all of its threads bring.
+template <typename Work>
+void group_exchange(const void* own, Work work) {
+  Warpgroup& group = groups[current / kGroupThreads];
+  group.in[current % kGroupThreads] = own;
+  meet(group, kGroupThreads, [&] { work(group.in); });
+}
+
 template <typename To, typename From>
 To bit_cast(From from) {
   To to = {};
@@ -105,7 +124,9 @@ inline void run_block(int num_threads, std::function<void()> kernel) {
   body = std::move(kernel);
   threads.assign(num_threads, Thread());
   warps.assign(num_threads / kLanes, Warp());
+  groups.assign(num_threads / kGroupThreads, Warpgroup());
   block = Meeting();
+  std::fill(std::begin(named), std::end(named), Meeting());
   for (Thread& thread : threads) {
     thread.stack.resize(kStackBytes);
     getcontext(&thread.context);
@@ -209,6 +230,12 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  return simt::exchange(x, [](const uint64_t* in, uint64_t* out) {
+    std::fill(out, out + simt::kLanes, *std::max_element(in, in + simt::kLanes));
+  });
+}
+
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   unsigned out = 0;
@@ -231,6 +258,12 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) { return simt::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bit_cast<int>(x); }
 inline float __int_as_float(int x) { return simt::bit_cast<float>(x); }
+
+// cuda_fp16.h has it on the device only.
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+  return __floats2half2_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
 
 inline void __trap() {
   std::fprintf(stderr, "a kernel called __trap\n");

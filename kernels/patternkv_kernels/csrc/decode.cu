@@ -5,6 +5,7 @@
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -54,6 +55,7 @@ using AttendKernel = void (*)(DecodeParams);
 // One of the attention kernels with tables of some number of patterns.
 struct AttendLaunch {
   AttendKernel kernel;
+  int threads;
   int rows;    // most query rows of a work item
   int bytes;   // dynamic shared memory of a block
   int blocks;  // that run at once
@@ -61,27 +63,55 @@ struct AttendLaunch {
 
 // How decode runs on one device.
 struct LaunchConfig {
-  AttendLaunch narrow, wide;
+  AttendLaunch narrow, wide, many;
   bool dependent_launch;  // compute capability 9.0 and later
 };
 
-AttendLaunch make_launch(AttendKernel kernel, int rows, int bytes, int num_patterns, int device) {
-  int per_block, sms, per_sm = 0;
+int most_shared_bytes(AttendKernel kernel, int device) {
+  int per_block;
   check(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "device");
-  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a decode kernel");
+  return per_block - static_cast<int>(attributes.sharedSizeBytes);
+}
+
+AttendLaunch make_launch(AttendKernel kernel, int threads, int rows, int bytes, int num_patterns,
+                         int device) {
+  int sms, per_sm = 0;
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
   // To the most there is, since other numbers of patterns share the kernel.
-  const int most = per_block - static_cast<int>(attributes.sharedSizeBytes);
+  const int most = most_shared_bytes(kernel, device);
   TVM_FFI_CHECK(bytes <= most, ValueError)
       << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
       << most << " per block: use fewer patterns";
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "shared memory of a decode kernel");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, bytes),
         "occupancy of a decode kernel");
-  return {kernel, rows, bytes, std::max(per_sm, 1) * sms};
+  return {kernel, threads, rows, bytes, std::max(per_sm, 1) * sms};
+}
+
+// No rows where there is no such kernel or tables leave it no room.
+AttendLaunch make_many_launch(int num_patterns, int device) {
+  if constexpr (warpgroup::kExists) {
+    const auto fits = [&](AttendKernel kernel, int bytes) {
+      return bytes <= most_shared_bytes(kernel, device);
+    };
+    const auto launch = [&](AttendKernel kernel, int bytes) {
+      return make_launch(kernel, warpgroup::kBlockThreads, warpgroup::kMostRows, bytes,
+                         num_patterns, device);
+    };
+    const int long_bytes = warpgroup::shared_bytes<64>(num_patterns),
+              short_bytes = warpgroup::shared_bytes<32>(num_patterns);
+    if (fits(warpgroup::attend_kernel<64>, long_bytes)) {
+      return launch(warpgroup::attend_kernel<64>, long_bytes);
+    }
+    if (fits(warpgroup::attend_kernel<32>, short_bytes)) {
+      return launch(warpgroup::attend_kernel<32>, short_bytes);
+    }
+  }
+  return {};
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
@@ -89,10 +119,11 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
   const int rows = group <= 4 ? 4 : 8;
   const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
-  return {make_launch(narrow, rows, narrow::shared_bytes(num_patterns, rows), num_patterns, device),
-          make_launch(wide::attend_kernel, kWideRows, wide::shared_bytes(num_patterns),
+  return {make_launch(narrow, kThreads, rows, narrow::shared_bytes(num_patterns, rows),
                       num_patterns, device),
-          major >= 9};
+          make_launch(wide::attend_kernel, kThreads, wide::kMostRows,
+                      wide::shared_bytes(num_patterns), num_patterns, device),
+          make_many_launch(num_patterns, device), major >= 9};
 }
 
 // Once per device, number of patterns and kind of group: the attributes that it sets stay set.
@@ -131,8 +162,12 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   const LaunchConfig& c = launch_config(num_patterns, group, device);
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
   const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
-  return {extra(c.narrow.blocks), branches(c.narrow.rows), extra(c.wide.blocks),
-          branches(c.wide.rows)};
+  // Shared segments may make few items of many branches or many of few.
+  const int64_t wide_extra = std::max(extra(c.wide.blocks), extra(c.many.blocks));
+  const int64_t wide_states = std::max(extra(c.wide.blocks) * branches(c.wide.rows),
+                                       extra(c.many.blocks) * branches(c.many.rows));
+  return {extra(c.narrow.blocks), branches(c.narrow.rows), wide_extra,
+          (wide_states + wide_extra - 1) / std::max<int64_t>(wide_extra, 1)};
 }
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.
@@ -158,8 +193,12 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.group = group;
   params.h_kv = h_kv;
   params.narrow_rows = config.narrow.rows;
+  params.wide_rows = config.wide.rows;
   params.narrow_blocks = config.narrow.blocks;
   params.wide_blocks = config.wide.blocks;
+  params.many_rows = config.many.rows;
+  params.many_blocks = config.many.blocks;
+  params.fewest_rows = warpgroup::kFewestRows;
   params.max_narrow = max_narrow;
   params.max_wide = max_wide;
   params.max_states = max_states;
@@ -214,8 +253,13 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   // The narrow kernel first: what it leaves idle the wide one fills.
   launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream,
          false, params);
-  launch(config.wide.kernel, dim3(config.wide.blocks), kThreads, config.wide.bytes, stream,
-         config.dependent_launch, params);
+  const auto attend = [&](const AttendLaunch& attend) {
+    launch(attend.kernel, dim3(attend.blocks), attend.threads, attend.bytes, stream,
+           config.dependent_launch, params);
+  };
+  // The planner gives work to one of them.
+  attend(config.wide);
+  if (config.many.rows > 0) attend(config.many);
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {
     merge::MergeParams<T> merged = {};

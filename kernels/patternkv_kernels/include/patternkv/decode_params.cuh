@@ -13,8 +13,6 @@ namespace patternkv {
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
 constexpr int kTokenAlign = 128;  // chunks are multiples of it: a tile for each warp
-// Most query rows of a wide work item. A narrow one has at most 4 or 8.
-constexpr int kWideRows = 32;
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.
 constexpr int kMaxChunk = 8192;
 // Probabilities are 2^(logit - reference). A row's reference follows its running maximum only when
@@ -35,7 +33,9 @@ struct WorkItem {
 
 // Counters of the work list, in device memory.
 struct WorkHeader {
-  int num_narrow, num_wide;  // items
+  // Items. Wide ones are of one kind in a step: where they are for warpgroups, their number is
+  // negative.
+  int num_narrow, num_wide;
   // Units taken beyond every block's first; the merge kernel zeroes them for the next layer.
   int next_narrow, next_wide;
 };
@@ -47,6 +47,7 @@ struct StateRun {
 
 struct WorkQueue {
   const int* num_items;
+  int sign;  // of the number where there is work
   int* taken;
   const WorkItem* items;
 };
@@ -59,9 +60,14 @@ struct WorkList {
   StateRun* runs;   // [nnz], those of batch row i are runs[run_indptr[i] .. run_indptr[i + 1])
 
   __device__ WorkQueue narrow() const {
-    return {&header->num_narrow, &header->next_narrow, narrow_items};
+    return {&header->num_narrow, 1, &header->next_narrow, narrow_items};
   }
-  __device__ WorkQueue wide() const { return {&header->num_wide, &header->next_wide, wide_items}; }
+  __device__ WorkQueue wide() const {
+    return {&header->num_wide, 1, &header->next_wide, wide_items};
+  }
+  __device__ WorkQueue many() const {
+    return {&header->num_wide, -1, &header->next_wide, wide_items};
+  }
 };
 
 struct DecodeParams {
@@ -84,7 +90,7 @@ struct DecodeParams {
   int h_q, group;
   uint32_t group_inverse;  // ceil(2^16 / group)
 
-  // Of the query rows of an item, at most kWideRows: the branch, counted from 0, and its head in
+  // Of the query rows of an item, at most 128: the branch, counted from 0, and its head in
   // the group.
   __device__ int branch_of(int row) const { return row * group_inverse >> 16; }
   __device__ int member_of(int row) const { return row - branch_of(row) * group; }

@@ -21,8 +21,11 @@ struct PlanParams {
   const int* rows;        // [nnz]
   int num_segments;
   int b, group, h_kv;
-  int narrow_rows;                 // most query rows of a narrow item
+  int narrow_rows, wide_rows;      // most query rows of an item
   int narrow_blocks, wide_blocks;  // blocks that run at once
+  // What replaces these for steps whose shared segments have mostly `fewest_rows` rows or more; 0
+  // rows where there is no kernel for it.
+  int many_rows, many_blocks, fewest_rows;
   int max_narrow, max_wide, max_states, max_runs;
   WorkList work;
   StateRun* entry_runs;  // [nnz], scratch
@@ -56,7 +59,7 @@ __device__ __forceinline__ Segment load_segment(const PlanParams& p, int i) {
   if (s.end <= s.start || s.num_branches <= 0) return s;
   const int rows = s.num_branches * p.group;
   s.wide = rows > p.narrow_rows;
-  const int branches = max(kWideRows / p.group, 1);
+  const int branches = max(p.wide_rows / p.group, 1);
   s.tiles = s.wide ? (s.num_branches + branches - 1) / branches : 1;
   return s;
 }
@@ -121,7 +124,28 @@ __device__ float expected_time(const PlanParams& p, int limit, bool wide) {
   return static_cast<float>(rounds) * (longest + kItemCost);
 }
 
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanParams p) {
+// Whether most of what shared segments cost, tokens times rows, has rows enough for warpgroups.
+__device__ bool has_many_rows(const PlanParams& p) {
+  const int lane = threadIdx.x % 32;
+  float balance = 0;
+  for (int i = lane; i < p.num_segments; i += 32) {
+    const Segment s = load_segment(p, i);
+    if (s.tiles == 0 || !s.wide) continue;
+    const int rows = s.num_branches * p.group;
+    const float cost = static_cast<float>(s.length()) * rows;
+    balance += rows >= p.fewest_rows ? cost : -cost;
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    balance += __shfl_xor_sync(~0u, balance, distance);
+  }
+  return balance > 0;
+}
+
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanParams given) {
+  PlanParams p = given;
+  const bool many = p.many_rows > 0 && has_many_rows(p);
+  if (many) p.wide_rows = p.many_rows, p.wide_blocks = p.many_blocks;
   __shared__ float times[2][kPlanWarps];
   __shared__ int limits[2];
   __shared__ int scratch[kPlanWarps];
@@ -198,7 +222,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanParams p) 
   }
   if (thread == 0) {
     if (num_states > p.max_states) __trap();
-    *p.work.header = {num_items[0], num_items[1], 0, 0};
+    *p.work.header = {num_items[0], many ? -num_items[1] : num_items[1], 0, 0};
   }
 
   // Runs by batch row. A warp looks through all entries for each of its rows, so their order is

@@ -66,7 +66,8 @@ struct HeadPool {
 
 // Copies the code rows of kTokens tokens to shared memory, K's and then V's, kThreadsUsed threads
 // together; `units_of(token)` gives a row's offset and must be called by whole warps.
-template <int kTokens, int kThreadsUsed, int kBytes, typename UnitsOf>
+template <int kTokens, int kThreadsUsed, int kKeyStride, int kValueStride, int kBytes,
+          typename UnitsOf>
 __device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* codes, int thread,
                                              UnitsOf units_of) {
   const auto copy = [&](auto parts_constant, auto&& each) {
@@ -85,10 +86,11 @@ __device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* cod
     }
   };
   const auto copy_k = [&](int token, int byte, const uint8_t* row) {
-    cp_async<kBytes>(shared + token * kKStride + byte, row);
+    cp_async<kBytes>(shared + token * kKeyStride + byte, row);
   };
   const auto copy_v = [&](int token, int byte, const uint8_t* row) {
-    cp_async<kBytes>(shared + kTokens * kKStride + token * kVStride + byte, row + K_ROW_BYTES);
+    cp_async<kBytes>(shared + kTokens * kKeyStride + token * kValueStride + byte,
+                     row + K_ROW_BYTES);
   };
   using KParts = std::integral_constant<int, K_ROW_BYTES / kBytes>;
   using VParts = std::integral_constant<int, V_ROW_BYTES / kBytes>;
@@ -103,16 +105,18 @@ __device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* cod
   }
 }
 
-template <int kTokens, int kThreadsUsed, typename UnitsOf>
+template <int kTokens, int kThreadsUsed, int kKeyStride = kKStride, int kValueStride = kVStride,
+          typename UnitsOf>
 __device__ __forceinline__ void copy_rows(bool copy16, uint32_t shared, const uint8_t* codes,
                                           int thread, UnitsOf units_of) {
   if constexpr (K_ROW_BYTES % 16 == 0 && V_ROW_BYTES % 16 == 0) {
     if (copy16) {
-      copy_rows_by<kTokens, kThreadsUsed, 16>(shared, codes, thread, units_of);
+      copy_rows_by<kTokens, kThreadsUsed, kKeyStride, kValueStride, 16>(shared, codes, thread,
+                                                                        units_of);
       return;
     }
   }
-  copy_rows_by<kTokens, kThreadsUsed, 8>(shared, codes, thread, units_of);
+  copy_rows_by<kTokens, kThreadsUsed, kKeyStride, kValueStride, 8>(shared, codes, thread, units_of);
 }
 
 // Metadata of a token as loaded: unpacking it at once would wait for the load.
@@ -438,7 +442,7 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
 template <typename AttendUnit>
 __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, AttendUnit attend) {
   __shared__ int next;
-  const int num_units = *queue.num_items * h_kv;
+  const int num_units = queue.sign * *queue.num_items * h_kv;
   int unit = blockIdx.x;
   while (unit < num_units) {
     int asked = 0;

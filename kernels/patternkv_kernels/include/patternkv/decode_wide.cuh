@@ -10,6 +10,7 @@
 namespace patternkv {
 namespace wide {
 
+constexpr int kMostRows = 32;
 constexpr int kTile = 128;
 constexpr int kSlices = kTile / 16;
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
@@ -446,7 +447,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 }
 
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
-  return Config<kWideRows / 8>::shared_bytes(num_patterns);
+  return Config<kMostRows / 8>::shared_bytes(num_patterns);
 }
 
 __global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
