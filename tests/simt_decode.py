@@ -47,7 +47,7 @@ _NUMBERS = [
     "nnz",
     "window",
     "bf16",
-    "warpgroup",
+    "fewest_rows",
 ]
 
 
@@ -115,11 +115,12 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
 
 
 def simt_decode(
-    inputs: DecodeInputs, *, warpgroup: bool = False
+    inputs: DecodeInputs, *, fewest_rows: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
 
-    ``warpgroup`` takes the kernel of compute capability 9.0 for shared segments where there is one.
+    ``fewest_rows``: what shared segments must mostly have for the kernel of compute capability 9.0;
+    -1 never takes it.
     """
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape
@@ -159,7 +160,7 @@ def simt_decode(
         nnz=len(plan.rows),
         window=0 if window is None else window.k.shape[1],
         bf16=inputs.q.dtype == torch.bfloat16,
-        warpgroup=warpgroup,
+        fewest_rows=fewest_rows,
         sm_scale=inputs.sm_scale,
         logit_cap=inputs.case.logit_cap,
     )

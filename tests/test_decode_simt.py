@@ -50,7 +50,7 @@ def test_matches_float64_attention(case: DecodeCase) -> None:
 )
 def test_warpgroup_products_match_float64_attention(case: DecodeCase) -> None:
     inputs = make_inputs(replace(case, dtype=FP16 if case.page_size > 1 else BF16))
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, warpgroup=True))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=0))
 
 
 @pytest.mark.parametrize(("branches", "bits"), [(24, (4, 4)), (32, (2, 2)), (9, (4, 4))])
@@ -58,7 +58,7 @@ def test_warpgroup_products_over_many_tiles(branches: int, bits: tuple[int, int]
     tree = [Segment(2100, tuple(range(branches)))]
     case = DecodeCase("tiles", bits=bits, d=128, group=4, h_kv=1, dtype=BF16, tree=tree)
     inputs = make_inputs(replace(case, num_patterns=64))
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, warpgroup=True))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=0))
 
 
 @pytest.mark.parametrize("exponent", [-12, -6, 5])
@@ -69,7 +69,18 @@ def test_warpgroup_products_with_scales_far_apart(exponent: int) -> None:
     views = inputs.fmt.views(inputs.buffer)
     for scale in (views.k_scale, views.v_scale):
         scale[::2] *= 2.0**exponent
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, warpgroup=True))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=0))
+
+
+@pytest.mark.parametrize(("lengths", "by_warpgroups"), [((900, 100), True), ((100, 900), False)])
+def test_the_planner_weighs_rows(lengths: tuple[int, int], by_warpgroups: bool) -> None:
+    """A segment of 40 rows and one of 32: the costlier decides for both."""
+    rows = tuple(range(10))
+    tree = [Segment(lengths[0], rows), Segment(lengths[1], rows[:8])]
+    inputs = make_inputs(DecodeCase("weighed", d=64, group=4, h_kv=1, dtype=BF16, tree=tree))
+    by_weight, only, never = (simt_decode(inputs, fewest_rows=n)[1] for n in (33, 0, -1))
+    assert not torch.equal(only, never)
+    assert torch.equal(by_weight, only if by_warpgroups else never)
 
 
 def test_all_of_the_chosen_cases_exist() -> None:
@@ -86,19 +97,19 @@ def test_grouped_equals_ungrouped() -> None:
     torch.testing.assert_close(grouped_lse, separate_lse, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("branches", "warpgroup"), [(1, False), (4, False), (4, True), (20, True)])
-def test_references_that_keep_rising(branches: int, warpgroup: bool) -> None:
+@pytest.mark.parametrize(("branches", "fewest_rows"), [(1, -1), (4, -1), (4, 0), (20, 0)])
+def test_references_that_keep_rising(branches: int, fewest_rows: int) -> None:
     """Logits far apart: sums are rescaled again and again along a row."""
     tree = [Segment(900, tuple(range(branches)))]
     inputs = make_inputs(DecodeCase("loud", d=128, group=4, h_kv=1, dtype=FP16, tree=tree))
     inputs = replace(inputs, q=inputs.q * 30)
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, warpgroup=warpgroup))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=fewest_rows))
 
 
-@pytest.mark.parametrize("warpgroup", [False, True])
-def test_what_is_not_named_is_not_read(warpgroup: bool) -> None:
+@pytest.mark.parametrize("fewest_rows", [-1, 0])
+def test_what_is_not_named_is_not_read(fewest_rows: int) -> None:
     """Also where a tile reaches past the end of its segment: other slots hold NaN scales."""
     tree = balanced_tree(1, 4, 33, [1, 2, 31])
     inputs = make_inputs(DecodeCase("poison", d=128, group=4, h_kv=1, dtype=BF16, tree=tree))
-    out, lse = simt_decode(inputs, warpgroup=warpgroup)
+    out, lse = simt_decode(inputs, fewest_rows=fewest_rows)
     assert out.isfinite().all() and lse.isfinite().all()

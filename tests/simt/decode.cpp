@@ -31,7 +31,7 @@ struct Arguments {
   void* out;
   float* lse;
   int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
-      warpgroup;
+      fewest_rows;  // of a step for warpgroups; negative: none is
   double sm_scale, logit_cap;
 };
 
@@ -81,8 +81,8 @@ extern "C" void decode(const Arguments* arguments) {
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
   p.wide_rows = wide::kMostRows;
-  if (a.warpgroup && warpgroup::kExists) {
-    p.many_rows = warpgroup::kMostRows, p.many_blocks = kBlocks;
+  if (a.fewest_rows >= 0 && warpgroup::kExists) {
+    p.many_rows = warpgroup::kMostRows, p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;

@@ -78,8 +78,8 @@ __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
   return kAlign - kLeastAlign + (tiles > outputs ? tiles : outputs);
 }
 
-// Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes come
-// out of their words without being moved one by one.
+// Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes
+// come out of their words without being moved one by one.
 __device__ __forceinline__ int place_of(int dim) {
   return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2;
 }
