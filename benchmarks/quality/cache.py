@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import torch
 
+from benchmarks.quality.flatness import Flatness
+
 EXACT_BITS = 16
 """Bits of an element in a cache of the model's dtype, in windows, tails and pools."""
 
@@ -47,6 +49,8 @@ class LayerCache(ABC):
     name: ClassVar[str]
     bit_widths: ClassVar[tuple[tuple[int, int], ...]]
     """The K and V bits the bench runs this method at."""
+    flatness: Flatness | None = None
+    """Of the prompt; None for methods without patterns."""
 
     def __init__(
         self, prompt: LayerPrompt, branches: int, max_new: int, bits: tuple[int, int]
@@ -107,7 +111,7 @@ class LayerCache(ABC):
         self.own_v[..., self.held, :] = v
         self.held += 1
 
-    def _compress(self) -> None:
+    def _compress(self) -> None:  # noqa: B027
         """What the method does after a step's attention; nothing by default."""
 
     def _attend(self, q: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,26 @@ from benchmarks.quality.bf16 import Bf16
 from benchmarks.quality.cache import LayerCache, LayerPrompt
 from benchmarks.quality.decoding import MakeCache
 from benchmarks.quality.fp8 import Fp8
+from benchmarks.quality.hadamard_lloyd import HadamardLloyd
 from benchmarks.quality.int_pth import IntPerTokenHead
 from benchmarks.quality.kivi import KiviG32, KiviG128
+from benchmarks.quality.ott import OTT
+from benchmarks.quality.patternkv_paper import PatternKVPaper
 from benchmarks.quality.patternkv_sgl import PatternKVSgl
 
 METHODS: dict[str, type[LayerCache]] = {
-    method.name: method for method in (Bf16, Fp8, IntPerTokenHead, KiviG32, KiviG128, PatternKVSgl)
+    method.name: method
+    for method in (
+        Bf16,
+        Fp8,
+        IntPerTokenHead,
+        KiviG32,
+        KiviG128,
+        PatternKVPaper,
+        OTT,
+        HadamardLloyd,
+        PatternKVSgl,
+    )
 }
 
 

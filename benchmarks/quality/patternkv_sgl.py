@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks.quality.cache import EXACT_BITS, LayerCache, LayerPrompt
+from benchmarks.quality.flatness import Flatness
 from patternkv_kernels import LayerTables, SlotFormat, dequantize, mine_kv, store_kv
+from patternkv_kernels.format import read_slots
 from patternkv_sgl.config import PatternKVConfig, default_patterns
 
 _TABLE_ID_BITS = 32  # per token, for all layers and heads together
@@ -63,7 +65,22 @@ class PatternKVSgl(LayerCache):
         flat = (x.reshape(tokens, self.h, self.d) for x in (k, v))
         store_kv(self._format, buffer, slots, *flat, self._tables, table_ids)
         stored = dequantize(self._format, buffer, slots, self._tables, table_ids)
+        if self.flatness is None:  # the prompt comes first
+            rows = read_slots(self._format, buffer, slots.unsqueeze(1)).squeeze(2)
+            self.flatness = self._flatness(k, v, rows, table_ids)
         return stored[0].float().view(k.shape), stored[1].float().view(v.shape)
+
+    def _flatness(
+        self, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, table_ids: torch.Tensor
+    ) -> Flatness:
+        """Of ``k``, ``v`` ``[p, tokens, h_kv, d]`` whose packed rows are ``[n, h_kv, bytes]``."""
+        ids = rows[..., self._format.code_bytes :][..., :2].long()
+        head = torch.arange(self.h, device=k.device)
+        residuals = [
+            x - self._tables.patterns[table_ids.long()[:, None], i, head, ids[..., i]].view(x.shape)
+            for i, x in enumerate((k.float(), v.float()))
+        ]
+        return Flatness.of(k.float(), residuals[0], v.float(), residuals[1])
 
     def stored_bits(self) -> float:
         """A window is in use as far as generated tokens fill it; their slots exist as well."""
