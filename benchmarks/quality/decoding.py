@@ -90,10 +90,10 @@ def prefill(model: PreTrainedModel, prompts: torch.Tensor) -> Prefilled:
             model(row[None].to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
             for row in prompts
         ]
-    layers = [
-        LayerPrompt(*(torch.cat(x) for x in zip(*seen[layer], strict=True)), layer, len(seen))
-        for layer in sorted(seen)
-    ]
+    layers = []
+    for layer in sorted(seen):
+        q, k, v = (torch.cat(x) for x in zip(*seen[layer], strict=True))
+        layers.append(LayerPrompt(q, k, v, layer, len(seen)))
     return Prefilled(layers, torch.cat(logits).float(), prompts.shape[1])
 
 
@@ -139,10 +139,10 @@ class Decoder:
     def _attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        split = [x.squeeze(2).unflatten(0, (-1, self._branches)) for x in (q, k, v)]
-        out = self.caches[layer].step(*split, scale)
+        q, k, v = (x.squeeze(2).unflatten(0, (-1, self._branches)) for x in (q, k, v))
+        out = self.caches[layer].step(q, k, v, scale)
         if self._record is not None:
-            self._record[-1].append(Step(*split, scale, out))
+            self._record[-1].append(Step(q, k, v, scale, out))
         return out.flatten(0, 1).unsqueeze(2)
 
 

@@ -101,8 +101,8 @@ class OTT(LayerCache):
         return torch.where(chosen, k, rounded_k), torch.where(chosen, v, rounded_v)
 
     def stored_bits(self) -> float:
-        token = sum(self.bits) * self.d
-        token += PARAMETER_BITS * (self.d / GROUP + self.d / min(GROUP, self.d))
+        groups = self.d / GROUP + self.d / min(GROUP, self.d)
+        token = sum(self.bits) * self.d + PARAMETER_BITS * groups
         exact = 2 * EXACT_BITS * self.d
         outliers = self._pool.exact * (exact + _POSITION_BITS)
         return token * self.packed + exact * (self.length - self.packed) + outliers

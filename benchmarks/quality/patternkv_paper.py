@@ -143,8 +143,8 @@ class PatternKVPaper(LayerCache):
         return round_min_max(v - base, self.bits[1], -1, min(BLOCK, self.d)) + base
 
     def stored_bits(self) -> float:
-        token = sum(self.bits) * self.d + 2 * _ID_BITS + _GATE_BITS
-        token += PARAMETER_BITS * (self.d / BLOCK + self.d / min(BLOCK, self.d))
+        groups = self.d / BLOCK + self.d / min(BLOCK, self.d)
+        token = sum(self.bits) * self.d + PARAMETER_BITS * groups + 2 * _ID_BITS + _GATE_BITS
         exact = 2 * EXACT_BITS * self.d
         patterns = self._k_patterns.shape[1]
         return token * self.packed + exact * (self.length - self.packed + patterns)

@@ -62,8 +62,8 @@ class PatternKVSgl(LayerCache):
             table_ids = torch.full_like(table_ids, self.p)
         buffer = self._format.allocate(tokens, k.device)
         slots = torch.arange(tokens, device=k.device)
-        flat = (x.reshape(tokens, self.h, self.d) for x in (k, v))
-        store_kv(self._format, buffer, slots, *flat, self._tables, table_ids)
+        flat_k, flat_v = (x.reshape(tokens, self.h, self.d) for x in (k, v))
+        store_kv(self._format, buffer, slots, flat_k, flat_v, self._tables, table_ids)
         stored = dequantize(self._format, buffer, slots, self._tables, table_ids)
         if self.flatness is None:  # the prompt comes first
             rows = read_slots(self._format, buffer, slots.unsqueeze(1)).squeeze(2)

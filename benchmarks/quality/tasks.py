@@ -61,7 +61,7 @@ def ledger_chains(
 
 def problem_set(path: str, count: int, seed: int, prompt: str, pattern: str | None) -> ProblemSet:
     """The first ``count`` problems of a JSONL file, or of the ledger level ``path`` names."""
-    common = {"model": "unused", "num_problems": count, "prompt": prompt}
+    common: dict[str, Any] = {"model": "unused", "num_problems": count, "prompt": prompt}
     if path.endswith(".jsonl"):
         return load_problems(RunConfig(problems=path, answer_pattern=pattern, **common))
     level = str(Level.parse(path))
