@@ -13,7 +13,7 @@ from benchmarks.quality.int_pth import IntPerTokenHead
 from benchmarks.quality.kivi import KiviG32, KiviG128
 from benchmarks.quality.ott import OTT
 from benchmarks.quality.patternkv_paper import PatternKVPaper
-from benchmarks.quality.patternkv_sgl import PatternKVSgl
+from benchmarks.quality.patternkv_sgl import PatternKVSgl, PatternKVSgl64
 
 METHODS: dict[str, type[LayerCache]] = {
     method.name: method
@@ -27,6 +27,7 @@ METHODS: dict[str, type[LayerCache]] = {
         OTT,
         HadamardLloyd,
         PatternKVSgl,
+        PatternKVSgl64,
     )
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from benchmarks.quality.cache import EXACT_BITS, LayerCache, LayerPrompt
@@ -18,11 +20,15 @@ class PatternKVSgl(LayerCache):
     prompt, every token is stored with it, and the latest generated tokens are read exactly."""
 
     name = "patternkv_sgl"
-    bit_widths = ((4, 4), (4, 2), (2, 2))
+    bit_widths: ClassVar[tuple[tuple[int, int], ...]] = ((4, 4), (4, 2), (2, 2))
+    patterns: ClassVar[int | None] = None
+    """Patterns per table; None takes the default of the bits."""
 
     def _open(self, prompt: LayerPrompt) -> None:
         k_bits, v_bits = self.bits
-        self.config = PatternKVConfig(k_bits, v_bits, patterns=default_patterns(k_bits))
+        self.config = PatternKVConfig(
+            k_bits, v_bits, patterns=self.patterns or default_patterns(k_bits)
+        )
         device = prompt.k.device
         self._format = SlotFormat(k_bits, v_bits, self.d, h_kv=self.h)
         # One table of each prompt, and a last one that stays the zero table.
@@ -90,3 +96,11 @@ class PatternKVSgl(LayerCache):
         table = 2 * 16 * self.d * (self.config.patterns + 2) if self._mined else 0
         ids = _TABLE_ID_BITS * self.length / (self.num_layers * self.h)
         return slots + ids + table + 2 * EXACT_BITS * self.d * window
+
+
+class PatternKVSgl64(PatternKVSgl):
+    """2/2 bits with the number of patterns that the other bits have by default."""
+
+    name = "patternkv_sgl_p64"
+    bit_widths = ((2, 2),)
+    patterns = 64
