@@ -74,9 +74,9 @@ def test_samples_depend_on_seed_and_branch_and_greedy_follows_the_argmax(
             seeds=seeds,
         )
 
-    first, second = draw(3, 2.0, [5, 6]), draw(3, 2.0, [6, 5])
-    assert first == draw(3, 2.0, [5, 6]) and first != second
-    assert first[0][0] != first[0][1]
+    first, second = draw(4, 5.0, [5, 6]), draw(4, 5.0, [6, 5])
+    assert first == draw(4, 5.0, [5, 6]) and first[0] != second[0] and first[1] != second[1]
+    assert all(len(set(map(tuple, rows))) == 4 for rows in first)
     greedy = draw(1, 0.0, [0, 0])
     for problem, (tokens,) in zip(prompts.problems, greedy, strict=True):
         assert tokens[-1] == 1
