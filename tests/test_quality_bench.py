@@ -15,6 +15,7 @@ from benchmarks.quality.decoding import Decoder, attention_errors, force, prefil
 from benchmarks.quality.flatness import Flatness
 from benchmarks.quality.methods import EXACT, Setting
 from benchmarks.quality.outliers import add_k_outliers
+from benchmarks.quality.served import difference, simulate
 from benchmarks.quality.statistics import Paired
 from benchmarks.quality.tasks import ledger_chains, loops, problem_set, prompt_batches
 from recipes.demo.ledger import Level
@@ -54,6 +55,18 @@ def test_forced_decoding_gives_the_models_own_log_probs(model: Any, tokenizer: A
         (setting,) = Setting.parse(name)
         caches = [setting.maker(1, len(steps))(layer) for layer in start.layers]
         assert all(low <= error <= high for error in attention_errors(caches, steps))
+
+
+def test_the_simulator_follows_given_tokens(model: Any, tokenizer: Any) -> None:
+    (chains,) = ledger_chains(tokenizer, LEVEL, 1, 1, seed=0, batch=1)
+    prompt, tokens = chains.prompts[0].tolist(), chains.tokens[0].tolist()
+    with torch.inference_mode():
+        whole = load()(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+    wanted = [whole[len(prompt) - 1 + i, token].item() for i, token in enumerate(tokens)]
+    exact = simulate(model, EXACT, prompt, tokens)
+    assert exact == pytest.approx(wanted, abs=1e-3)
+    (coarse,) = Setting.parse("int_pth:2/2")
+    assert difference(exact, simulate(model, coarse, prompt, tokens)) > 0.05
 
 
 def test_samples_depend_on_seed_and_branch_and_greedy_follows_the_argmax(

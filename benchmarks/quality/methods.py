@@ -13,7 +13,7 @@ from benchmarks.quality.int_pth import IntPerTokenHead
 from benchmarks.quality.kivi import KiviG32, KiviG128
 from benchmarks.quality.ott import OTT
 from benchmarks.quality.patternkv_paper import PatternKVPaper
-from benchmarks.quality.patternkv_sgl import PatternKVSgl, PatternKVSgl64
+from benchmarks.quality.patternkv_sgl import PatternKVSgl, PatternKVSgl64, PatternKVSglWide
 
 METHODS: dict[str, type[LayerCache]] = {
     method.name: method
@@ -28,6 +28,7 @@ METHODS: dict[str, type[LayerCache]] = {
         HadamardLloyd,
         PatternKVSgl,
         PatternKVSgl64,
+        PatternKVSglWide,
     )
 }
 

@@ -21,14 +21,13 @@ class PatternKVSgl(LayerCache):
 
     name = "patternkv_sgl"
     bit_widths: ClassVar[tuple[tuple[int, int], ...]] = ((4, 4), (4, 2), (2, 2))
-    patterns: ClassVar[int | None] = None
-    """Patterns per table; None takes the default of the bits."""
+    options: ClassVar[dict[str, int]] = {}
+    """Of ``PatternKVConfig``, where they are not the defaults."""
 
     def _open(self, prompt: LayerPrompt) -> None:
         k_bits, v_bits = self.bits
-        self.config = PatternKVConfig(
-            k_bits, v_bits, patterns=self.patterns or default_patterns(k_bits)
-        )
+        options = {"patterns": default_patterns(k_bits)} | self.options
+        self.config = PatternKVConfig(k_bits, v_bits, **options)
         device = prompt.k.device
         self._format = SlotFormat(k_bits, v_bits, self.d, h_kv=self.h)
         # One table of each prompt, and a last one that stays the zero table.
@@ -103,4 +102,12 @@ class PatternKVSgl64(PatternKVSgl):
 
     name = "patternkv_sgl_p64"
     bit_widths = ((2, 2),)
-    patterns = 64
+    options: ClassVar[dict[str, int]] = {"patterns": 64}
+
+
+class PatternKVSglWide(PatternKVSgl):
+    """2/2 bits with as long a window as the published methods have."""
+
+    name = "patternkv_sgl_w128"
+    bit_widths = ((2, 2),)
+    options: ClassVar[dict[str, int]] = {"window": 128}
