@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,7 +21,7 @@ class PatternKVSgl(LayerCache):
 
     name = "patternkv_sgl"
     bit_widths: ClassVar[tuple[tuple[int, int], ...]] = ((4, 4), (4, 2), (2, 2))
-    options: ClassVar[dict[str, int]] = {}
+    options: ClassVar[dict[str, Any]] = {}
     """Of ``PatternKVConfig``, where they are not the defaults."""
 
     def _open(self, prompt: LayerPrompt) -> None:
@@ -102,7 +102,7 @@ class PatternKVSgl64(PatternKVSgl):
 
     name = "patternkv_sgl_p64"
     bit_widths = ((2, 2),)
-    options: ClassVar[dict[str, int]] = {"patterns": 64}
+    options: ClassVar[dict[str, Any]] = {"patterns": 64}
 
 
 class PatternKVSglWide(PatternKVSgl):
@@ -110,4 +110,4 @@ class PatternKVSglWide(PatternKVSgl):
 
     name = "patternkv_sgl_w128"
     bit_widths = ((2, 2),)
-    options: ClassVar[dict[str, int]] = {"window": 128}
+    options: ClassVar[dict[str, Any]] = {"window": 128}

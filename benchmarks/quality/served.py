@@ -35,10 +35,9 @@ def serve(model: str, variant: str, prompts: list[list[int]], max_new_tokens: in
     """Greedy answers of a fresh engine, one prompt at a time so that batches do not differ."""
     import sglang
 
-    room = 2 * (max(map(len, prompts)) + max_new_tokens)
-    limits = {"max_total_tokens": max(room, 8192), "grammar_backend": "none"}
-    config = RunConfig(model=model, cpu_threads=1, engine_args=limits)
-    engine = sglang.Engine(**engine_args(config, Variant.parse(variant), 0))
+    config = RunConfig(model=model, mem_fraction_static=0.3, cpu_threads=1)
+    args = engine_args(config, Variant.parse(variant), 0) | {"grammar_backend": "none"}
+    engine = sglang.Engine(**args)
     answers = []
     try:
         for ids in prompts:
