@@ -139,10 +139,11 @@ class Report:
         for model in self.models:
             for kind in ("greedy", "sampled"):
                 picked = self.pick(model, kind)
-                lines, detectable, counts = [], 0.0, set()
+                lines, detectable = [], 0.0
                 for (*_, level), result in picked.items():
                     n = result.samples
-                    line = [name(result), level, f"{result.bits_per_element:.2f}"]
+                    size = str(len(result.problems))
+                    line = [name(result), level, size, f"{result.bits_per_element:.2f}"]
                     line.append(value(result.passes(1)))
                     if n > 1:
                         line += [value(result.majorities(n)), value(result.passes(n))]
@@ -158,19 +159,14 @@ class Report:
                         line += ["–"] * (1 + (n > 1))
                     line += [f"{result.no_answer:.1f}", f"{result.loops:.1f}"]
                     lines.append(line)
-                    counts.add((len(result.problems), n))
                 if not lines:
                     continue
-                n = max(n for _, n in counts)
+                n = max(result.samples for result in picked.values())
                 votes = [f"maj@{n}", f"pass@{n}"] if n > 1 else []
-                votes_test = [f"maj@{n} − bf16"] if n > 1 else []
-                head = ["method", "level", "bits", "pass@1", *votes, "pass@1 − bf16", *votes_test]
-                problems = sorted({count for count, _ in counts})
-                size = " to ".join(
-                    str(count) for count in dict.fromkeys([problems[0], problems[-1]])
-                )
+                head = ["method", "level", "problems", "bits", "pass@1", *votes, "pass@1 − bf16"]
+                head += [f"maj@{n} − bf16"] if n > 1 else []
                 parts.append(
-                    f"**{model}, {kind}**: {size} problems of {n} answer{'s' * (n > 1)}, percent. "
+                    f"**{model}, {kind}**: percent; {n} answer{'s' * (n > 1)} to each problem. "
                     f"Smallest difference of `patternkv_sgl` to bf16 found with power {POWER} "
                     f"(two-sided α = {ALPHA}): {detectable:.1f} points.\n\n"
                     + table([*head, "no answer", "loops"], lines)
@@ -305,7 +301,7 @@ def plot_curves(report: Report, path: Path) -> None:
         axis.set(yscale="log", xlabel="generated tokens", title=f"{bits[0]}/{bits[1]} bits")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL(bf16 || method), nats")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
