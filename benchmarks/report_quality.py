@@ -162,13 +162,14 @@ class Report:
                 if not lines:
                     continue
                 n = max(result.samples for result in picked.values())
+                reach = f"{detectable:.1f} points" if detectable else "unknown, no problem differs"
                 votes = [f"maj@{n}", f"pass@{n}"] if n > 1 else []
                 head = ["method", "level", "problems", "bits", "pass@1", *votes, "pass@1 − bf16"]
                 head += [f"maj@{n} − bf16"] if n > 1 else []
                 parts.append(
                     f"**{model}, {kind}**: percent; {n} answer{'s' * (n > 1)} to each problem. "
-                    f"Smallest difference of `patternkv_sgl` to bf16 found with power {POWER} "
-                    f"(two-sided α = {ALPHA}): {detectable:.1f} points.\n\n"
+                    "Smallest difference of `patternkv_sgl` to bf16 found with power "
+                    f"{POWER} (two-sided α = {ALPHA}): {reach}.\n\n"
                     + table([*head, "no answer", "loops"], lines)
                 )
         return "\n\n".join(parts)
