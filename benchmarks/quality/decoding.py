@@ -1,0 +1,209 @@
+"""Prefill, teacher-forced and sampled decoding of a Hugging Face model over simulated caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from benchmarks.quality.cache import LayerCache, LayerPrompt
+
+ATTENTION = "kv_bench"
+MakeCache = Callable[[LayerPrompt], LayerCache]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""Layer, q ``[b, h_q, n, d]``, k and v ``[b, h_kv, n, d]``, logit scale; gives q's shape."""
+
+_attend: Attend | None = None
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface; only the new tokens arrive here."""
+    assert _attend is not None, "a model prepared for the bench runs inside attending()"
+    out = _attend(module.layer_idx, query, key, value, scaling)
+    return out.transpose(1, 2).to(query.dtype), None
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """Let the prepared model attend through ``attend``."""
+    global _attend
+    previous, _attend = _attend, attend
+    try:
+        yield
+    finally:
+        _attend = previous
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Make ``model`` attend through this module."""
+    AttentionInterface.register(ATTENTION, _attention)
+    model.set_attn_implementation(ATTENTION)
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts of one length after prefill: K, V and q of every layer, and the last logits."""
+
+    layers: list[LayerPrompt]
+    logits: torch.Tensor  # float32 [p, vocab]
+    length: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one layer attended with in one step of an exact run."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    out: torch.Tensor
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, prompts: torch.Tensor) -> Prefilled:
+    """Attend ``prompts`` int64 ``[p, n]`` exactly, one at a time, and keep their vectors."""
+    seen: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+
+    def attend(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        seen.setdefault(layer, []).append((q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
+
+    with attending(attend):
+        logits = [
+            model(row[None].to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
+            for row in prompts
+        ]
+    layers = []
+    for layer in sorted(seen):
+        q, k, v = (torch.cat(x) for x in zip(*seen[layer], strict=True))
+        layers.append(LayerPrompt(q, k, v, layer, len(seen)))
+    return Prefilled(layers, torch.cat(logits).float(), prompts.shape[1])
+
+
+class Decoder:
+    """Decodes ``branches`` continuations of each prompt, one token per step.
+
+    Args:
+        make: the cache of one layer.
+        record: where to append every step's :class:`Step` per layer; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        start: Prefilled,
+        branches: int,
+        make: MakeCache,
+        record: list[list[Step]] | None = None,
+    ) -> None:
+        self._model, self._branches = model, branches
+        self._record = record
+        self._position = start.length
+        self.caches = [make(prompt) for prompt in start.layers]
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append ``tokens`` int64 ``[p, n]``; float32 logits ``[p, n, vocab]`` of the next."""
+        if self._record is not None:
+            self._record.append([])
+        rows = tokens.reshape(-1, 1)
+        position = torch.full_like(rows, self._position)
+        with attending(self._attend):
+            out = self._model(rows, position_ids=position, use_cache=False, logits_to_keep=1)
+        self._position += 1
+        logits: torch.Tensor = out.logits[:, -1].float()
+        return logits.view(*tokens.shape, -1)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Mean over layers, at the present length."""
+        return sum(cache.bits_per_element for cache in self.caches) / len(self.caches)
+
+    def _attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        q, k, v = (x.squeeze(2).unflatten(0, (-1, self._branches)) for x in (q, k, v))
+        out = self.caches[layer].step(q, k, v, scale)
+        if self._record is not None:
+            self._record[-1].append(Step(q, k, v, scale, out))
+        return out.flatten(0, 1).unsqueeze(2)
+
+
+@torch.inference_mode()
+def force(decoder: Decoder, start: Prefilled, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities float32 ``[p, t, vocab]`` that predict each of ``tokens`` ``[p, t]``."""
+    logits = [start.logits]
+    for i in range(tokens.shape[1] - 1):
+        logits.append(decoder.step(tokens[:, i : i + 1])[:, 0])
+    return torch.stack(logits, 1).log_softmax(-1)
+
+
+@torch.inference_mode()
+def attention_errors(caches: Sequence[LayerCache], steps: Sequence[Sequence[Step]]) -> list[float]:
+    """Relative error per layer of attention over ``caches`` fed with an exact run's vectors.
+
+    The norm of the difference to the exact outputs over the norm of these, all steps together.
+    """
+    wrong, whole = [0.0] * len(caches), [0.0] * len(caches)
+    for step in steps:
+        for layer, (cache, exact) in enumerate(zip(caches, step, strict=True)):
+            out = cache.step(exact.q, exact.k, exact.v, exact.scale)
+            wrong[layer] += (out - exact.out).square().sum().item()
+            whole[layer] += exact.out.square().sum().item()
+    return [(a / b) ** 0.5 for a, b in zip(wrong, whole, strict=True)]
+
+
+@torch.inference_mode()
+def sample(
+    decoder: Decoder,
+    start: Prefilled,
+    *,
+    branches: int,
+    temperature: float,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    seeds: Sequence[int],
+) -> list[list[list[int]]]:
+    """Token ids of every branch of every prompt, its stop token (if it came to one) included.
+
+    A token is the argmax of logits plus Gumbel noise that depends on its prompt's seed, its branch
+    and its step alone: every method meets the same noise, so differences between methods are
+    paired. Temperature 0 is greedy.
+    """
+    logits = start.logits[:, None].expand(-1, branches, -1)
+    device = logits.device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    done = torch.zeros(logits.shape[:2], dtype=torch.bool, device=device)
+    stops = torch.tensor(list(stop_ids), device=device)
+    steps: list[torch.Tensor] = []
+    for i in range(max_new_tokens):
+        if temperature > 0:
+            noise = torch.stack(
+                [torch.empty_like(logits[0]).exponential_(generator=g) for g in generators]
+            )
+            logits = logits / temperature - noise.log()
+        token = logits.argmax(-1)
+        steps.append(token.masked_fill(done, -1))
+        done |= torch.isin(token, stops)
+        if done.all() or i + 1 == max_new_tokens:
+            break
+        logits = decoder.step(token)
+    rows = torch.stack(steps, -1).tolist()
+    return [[[token for token in row if token >= 0] for row in prompt] for prompt in rows]

@@ -1,0 +1,184 @@
+"""Cells merged into one result per model, method, bits and task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.statistics import Paired
+from recipes.metrics import maj_at_k, mean_and_stderr, pass_at_k, powers_of_two
+
+
+@dataclass(frozen=True)
+class Result:
+    """All cells of one model, method, bits and task. Rates are in percent, KL in nats.
+
+    The problems are in the order of their ids, so that results of different methods on the same
+    task pair up.
+    """
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def first(self) -> Cell:
+        return self.cells[0]
+
+    @property
+    def kind(self) -> str:
+        return self.first.task.split()[0]
+
+    @property
+    def level(self) -> str:
+        return self.first.task.split()[1]
+
+    @property
+    def problems(self) -> list[str]:
+        return sorted(name for cell in self.cells for name in cell.problems)
+
+    @property
+    def bits_per_element(self) -> float:
+        return math.fsum(cell.bits_per_element for cell in self.cells) / len(self.cells)
+
+    @property
+    def samples(self) -> int:
+        """Branches of each problem."""
+        return len(self.first.answers[0])
+
+    @property
+    def no_answer(self) -> float:
+        return self._share("no_answer")
+
+    @property
+    def loops(self) -> float:
+        return self._share("loops")
+
+    def _share(self, name: str) -> float:
+        total = sum(len(group) for cell in self.cells for group in cell.answers)
+        return 100 * math.fsum(getattr(cell, name) for cell in self.cells) / total
+
+    @property
+    def kl(self) -> list[float]:
+        """Of each chain."""
+        return self._by_problem("kl")
+
+    @property
+    def kl_curve(self) -> list[float | None]:
+        """Mean over chains per step of the curve; over those that get there."""
+        longest = max(len(cell.kl_curve) for cell in self.cells)
+        points: list[float | None] = []
+        for i in range(longest):
+            values = [
+                (value, len(cell.kl))
+                for cell in self.cells
+                for value in cell.kl_curve[i : i + 1]
+                if value is not None
+            ]
+            weight = sum(count for _, count in values)
+            points.append(sum(v * count for v, count in values) / weight if weight else None)
+        return points
+
+    @property
+    def attn_err(self) -> list[float]:
+        """Per layer, mean over cells."""
+        return _column_means([cell.attn_err for cell in self.cells])
+
+    @property
+    def flatness(self) -> list[list[float]]:
+        """Per layer, mean over cells; empty without patterns."""
+        layers = zip(*(cell.flatness for cell in self.cells), strict=True)
+        return [_column_means(layer) for layer in layers]
+
+    def passes(self, k: int) -> list[float]:
+        """Chance per problem, in percent, that k of its samples hold a correct one."""
+        return [100 * pass_at_k(len(group), sum(group), k) for group in self._by_problem("correct")]
+
+    def majorities(self, k: int) -> list[float]:
+        """Credit per problem, in percent, of a vote among k of its samples."""
+        pairs = zip(self._by_problem("answers"), self._by_problem("correct"), strict=True)
+        return [100 * maj_at_k(answers, correct, k) for answers, correct in pairs]
+
+    def _by_problem(self, name: str) -> list[Any]:
+        values = {
+            problem: value
+            for cell in self.cells
+            for problem, value in zip(cell.problems, getattr(cell, name), strict=True)
+        }
+        return [values[problem] for problem in sorted(values)]
+
+
+def results(cells: Iterable[Cell]) -> list[Result]:
+    """Cells grouped, in order of first appearance; repeated problems count once."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        key = (cell.model, cell.method, cell.bits_k, cell.bits_v, cell.task, cell.seed)
+        groups.setdefault(key, []).append(cell)
+    return [Result(tuple(group)) for group in groups.values()]
+
+
+def compare(ours: Result, theirs: Result, values: str, k: int) -> Paired:
+    """``passes`` or ``majorities`` at ``k`` of ``ours`` minus ``theirs`` on common problems.
+
+    Raises:
+        ValueError: they have fewer than two problems in common.
+    """
+    common = set(ours.problems) & set(theirs.problems)
+
+    def chosen(result: Result) -> list[float]:
+        pairs = zip(result.problems, getattr(result, values)(k), strict=True)
+        return [value for name, value in pairs if name in common]
+
+    return Paired.test(chosen(ours), chosen(theirs))
+
+
+def rows(found: Sequence[Result]) -> list[dict[str, Any]]:
+    """The published rows: one per result and k, and one with k null where only KL is known.
+
+    ``kl`` and ``attn_err`` (mean over layers) come from the forced chains of the same level;
+    ``stderr`` is that of ``maj_at_k`` over problems, or of ``kl`` where k is null.
+    """
+    forced = {
+        (result.first.model, result.first.method, result.first.bits_k, result.first.bits_v): result
+        for result in found
+        if result.kind == "forced"
+    }
+    published = []
+    for result in found:
+        cell = result.first
+        key = (cell.model, cell.method, cell.bits_k, cell.bits_v)
+        chain = forced.get(key)
+        if chain is not None and chain.level != result.level:
+            chain = None
+        common: dict[str, Any] = {
+            "model": cell.model,
+            "method": cell.method,
+            "bits_k": cell.bits_k,
+            "bits_v": cell.bits_v,
+            "bits_per_element": round(result.bits_per_element, 4),
+            "context": cell.context,
+            "task": cell.task,
+        }
+        measured = {
+            "kl": mean_and_stderr(chain.kl)[0] if chain else None,
+            "attn_err": mean_and_stderr(chain.attn_err)[0] if chain else None,
+            "n_problems": len(result.problems),
+            "seed": cell.seed,
+            "commit": cell.commit,
+        }
+        if result.kind == "forced":
+            empty = {"k": None, "pass_at_1": None, "maj_at_k": None}
+            stderr = mean_and_stderr(result.kl)[1] if len(result.kl) > 1 else None
+            published.append(common | empty | {"stderr": stderr} | measured)
+            continue
+        pass_at_1 = mean_and_stderr(result.passes(1))[0]
+        for k in powers_of_two(result.samples):
+            maj, stderr = mean_and_stderr(result.majorities(k))
+            rates = {"k": k, "pass_at_1": pass_at_1, "maj_at_k": maj, "stderr": stderr}
+            published.append(common | rates | measured)
+    return published
+
+
+def _column_means(table: Iterable[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) / len(column) for column in zip(*table, strict=True)]

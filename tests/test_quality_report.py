@@ -1,0 +1,114 @@
+"""Merged results, published rows and the page's tables, from cells made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.summary import compare, results, rows
+from benchmarks.report_quality import Report, plot_curves, plot_storage
+
+KEYS = [
+    "model",
+    "method",
+    "bits_k",
+    "bits_v",
+    "bits_per_element",
+    "context",
+    "task",
+    "k",
+    "pass_at_1",
+    "maj_at_k",
+    "stderr",
+    "kl",
+    "attn_err",
+    "n_problems",
+    "seed",
+    "commit",
+]
+
+
+def cell(task: str, problems: list[str], method: str = "bf16", bits: int = 16, **more: Any) -> Cell:
+    return Cell(
+        model="demo",
+        method=method,
+        bits_k=bits,
+        bits_v=bits,
+        task=task,
+        seed=1,
+        commit="c0ffee",
+        problems=problems,
+        context=100,
+        generated=50,
+        bits_per_element=bits + len(problems) / 10,
+        seconds=1.0,
+        **more,
+    )
+
+
+def answered(problems: list[str], correct: list[list[bool]], **more: Any) -> Cell:
+    answers = [["7" if right else None for right in group] for group in correct]
+    return cell("sampled 12x4", problems, answers=answers, correct=correct, **more)
+
+
+def test_cells_of_one_task_merge_and_pair_by_problem() -> None:
+    first = answered(["b"], [[True, True]])
+    second = answered(["a"], [[True, False]], no_answer=1)
+    other = answered(["a", "b"], [[False, False], [True, False]], method="int_pth", bits=2, loops=3)
+    exact, coarse = results([first, other, second])
+    assert (exact.problems, exact.passes(1)) == (["a", "b"], [50.0, 100.0])
+    assert (exact.no_answer, exact.loops, coarse.loops) == (25.0, 0.0, 75.0)
+    assert exact.majorities(2) == [100.0, 100.0]  # who gives no answer does not vote
+    test = compare(coarse, exact, "passes", 1)
+    assert (test.difference, test.stderr, test.n) == (-50.0, 0.0, 2)
+
+
+def test_curves_average_over_the_chains_that_get_there() -> None:
+    long = cell("forced 12x4", ["a", "b"], kl=[0.1, 0.3], kl_curve=[0.2, None, 0.6])
+    short = cell("forced 12x4", ["c"], kl=[0.5], kl_curve=[0.5])
+    (merged,) = results([long, short])
+    assert merged.kl_curve == [pytest.approx(0.3), None, pytest.approx(0.6)]
+
+
+def test_published_rows_have_the_agreed_keys_and_percent() -> None:
+    chains = cell("forced 12x4", ["c", "d"], kl=[0.1, 0.3], attn_err=[0.2, 0.4])
+    found = results([answered(["a", "b"], [[True, True], [True, False]]), chains])
+    *sampled, forced = rows(found)
+    assert all(list(row) == KEYS for row in [*sampled, forced])
+    assert [(row["k"], row["pass_at_1"], row["maj_at_k"]) for row in sampled] == [
+        (1, 75.0, 75.0),
+        (2, 75.0, 100.0),
+    ]
+    assert sampled[0]["stderr"] == pytest.approx(25.0)
+    assert sampled[0]["kl"] == pytest.approx(0.2) and sampled[0]["attn_err"] == pytest.approx(0.3)
+    assert (forced["k"], forced["stderr"], forced["n_problems"]) == (None, pytest.approx(0.1), 2)
+
+
+def test_the_page_says_who_differs_and_which_target_is_met(tmp_path: Path) -> None:
+    names = [f"p{i}" for i in range(4)]
+    right = [[True, True]] * 4
+    wrong = [[True, False], [False, False], [False, False], [False, False]]
+    bad = {"answers": [["7", "1"], ["1", "2"], ["1", None], ["3", "1"]], "correct": wrong}
+    chain = {"kl": [0.1, 0.3], "kl_curve": [0.1, 0.3], "attn_err": [0.5]}
+    cells = [
+        answered(names, right),
+        answered(names, right, method="patternkv_sgl", bits=4),
+        cell("sampled 12x4", names, "patternkv_sgl", 2, **bad),
+        answered(names, right, method="kivi_g32", bits=2),
+        cell("forced 12x4", ["c", "d"], "kivi_g32", 2, **chain),
+        cell("forced 12x4", ["c", "d"], "patternkv_sgl", 2, flatness=[[0.5] * 4], **chain),
+    ]
+    report = Report(results(cells))
+    open_, missed = report.targets().splitlines()[2:]
+    # Four problems without a difference exclude nothing below 75 points.
+    assert "patternkv_sgl 4/4" in open_ and "| -75.0 to +75.0 | open |" in open_
+    assert "patternkv_sgl 2/2" in missed and "| missed |" in missed
+    assert "kivi_g32 2/2" in report.contests() and "p < 0.001" in report.contests()
+    assert "0.2000 ± 0.1000" in report.chains()
+    assert report.flatness().count("0.500") == 4
+    for plot in (plot_curves, plot_storage):
+        plot(report, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
