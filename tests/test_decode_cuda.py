@@ -217,12 +217,16 @@ def test_same_inputs_give_the_same_bits(name: str) -> None:
 
 @pytest.mark.parametrize("branches", [2, 4, 16, 40])
 def test_grouped_equals_ungrouped(branches: int) -> None:
+    """Up to what each may err: other kernels read a segment when more rows share it."""
     tree = balanced_tree(2, branches, 900, [50, 0, 300])
     inputs = make_inputs(DecodeCase("grouped", d=128, group=4, dtype=BF16, tree=tree))
-    grouped, grouped_lse = run(inputs)
-    separate, separate_lse = run(replace(inputs, plan=ungrouped(inputs)))
+    results = run(inputs), run(replace(inputs, plan=ungrouped(inputs)))
+    for out, lse in results:
+        assert_as_good_as_low_precision(inputs, out, lse)
+    (grouped, grouped_lse), (separate, separate_lse) = results
     torch.testing.assert_close(grouped, separate, rtol=2.0**-7, atol=2.0**-7)
-    torch.testing.assert_close(grouped_lse, separate_lse, rtol=1e-4, atol=1e-3)
+    limit = 2 * (low_precision(inputs)[1] - dense_decode(inputs)[1]).abs().max() + 1e-3
+    assert (grouped_lse - separate_lse).abs().max() <= limit
 
 
 def test_strided_queries() -> None:
