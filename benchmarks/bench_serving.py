@@ -3,7 +3,7 @@
     python -m benchmarks.bench_serving                 # writes benchmarks/results/serving.jsonl
     python -m benchmarks.bench_serving --check         # compares that file with the targets
     python -m benchmarks.bench_serving --plot FILE     # draws it
-    python -m benchmarks.bench_serving --markdown      # prints it as a table
+    python -m benchmarks.bench_serving --markdown      # prints it as tables
 
 Each engine is a process of its own and gets the same random prompts. By default the model is the
 shape of Llama-3.1-8B with random weights: speed does not depend on them. A cell's prompts are in
@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving_cases import Cell, cells
-from benchmarks.serving_results import HEADER, Row, line, markdown, misses, plot, read_rows
+from benchmarks.serving_results import (
+    HEADER,
+    Row,
+    headline,
+    line,
+    markdown,
+    misses,
+    plot,
+    read_rows,
+)
 from benchmarks.serving_worker import READY
 from recipes.environment import git_commit, hardware, versions
 
@@ -51,7 +60,7 @@ LLAMA_8B = {
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="print the targets that --out misses")
-    parser.add_argument("--markdown", action="store_true", help="print --out as a table")
+    parser.add_argument("--markdown", action="store_true", help="print --out as tables")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows of --out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument(
@@ -197,7 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot:
         plot(read_rows(args.out), args.plot)
     elif args.markdown:
-        print(markdown(read_rows(args.out)))
+        rows = read_rows(args.out)
+        print(f"{headline(rows)}\n\n{markdown(rows)}")
     elif args.check:
         missed = misses(read_rows(args.out))
         print("\n".join(missed) or "every target is reached")

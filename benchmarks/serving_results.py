@@ -79,6 +79,29 @@ def markdown(rows: list[Row]) -> str:
     return f"{table}\n\n{row['gpu']}; {packages}; commit {row['commit']}."
 
 
+def headline(rows: list[Row]) -> str:
+    """Best of N at a glance: tokens per second at :data:`JUDGED` bits and how many times stock's,
+    a line per prompt length, a column per number of branches."""
+    cells = {
+        (found[JUDGED]["prompt"], found[JUDGED]["branches"]): (
+            f"{found[JUDGED]['tok_s']:.0f} "
+            f"({found[JUDGED]['tok_s'] / found[BASELINE]['tok_s']:.2f}×)"
+        )
+        for found in by_case(rows).values()
+        if {JUDGED, BASELINE} <= set(found) and found[BASELINE]["workload"] == "best_of_n"
+    }
+    branches = sorted({n for _, n in cells})
+    lines = [
+        ["prompt tokens", *(f"n={n}" for n in branches)],
+        ["---"] * (1 + len(branches)),
+        *(
+            [str(prompt), *(cells.get((prompt, n), "–") for n in branches)]
+            for prompt in sorted({prompt for prompt, _ in cells})
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Tokens per second over stock's in bfloat16, best-of-N cells, by branches."""
     import matplotlib

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import bench_serving
 from benchmarks.bench_serving import EngineProcess, engine_args, main, parse_args
 from benchmarks.serving_cases import SUITES, TARGETS, Cell, best_of_n, cells
-from benchmarks.serving_results import line, markdown, misses
+from benchmarks.serving_results import headline, line, markdown, misses, read_rows
 from benchmarks.serving_worker import _peak
 
 
@@ -147,9 +147,18 @@ def test_results_are_checked_printed_and_drawn(
     assert main(["--check", "--out", str(out)]) == 0
     assert capsys.readouterr().out == "every target is reached\n"
     assert main(["--markdown", "--out", str(out)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(TARGETS) + 2
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2] == "| 16384 | – | 2200 (2.20×) | – |"
+    assert len(printed) == 2 + 2 + 1 + 2 + len(TARGETS) + 2
     assert main(["--plot", str(figure), "--out", str(out)]) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    rows = read_rows(bench_serving.RESULTS)
+    root = Path(bench_serving.__file__).parents[1]
+    assert headline(rows) in (root / "README.md").read_text(encoding="utf-8")
+    assert markdown(rows) in (root / "benchmarks/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
