@@ -217,7 +217,8 @@ def test_same_inputs_give_the_same_bits(name: str) -> None:
 
 @pytest.mark.parametrize("branches", [2, 4, 16, 40])
 def test_grouped_equals_ungrouped(branches: int) -> None:
-    """Up to what each may err: other kernels read a segment when more rows share it."""
+    """Other kernels read a segment when more rows share it, and one of them rounds K to float16:
+    logits agree to its unit roundoff."""
     tree = balanced_tree(2, branches, 900, [50, 0, 300])
     inputs = make_inputs(DecodeCase("grouped", d=128, group=4, dtype=BF16, tree=tree))
     results = run(inputs), run(replace(inputs, plan=ungrouped(inputs)))
@@ -225,8 +226,7 @@ def test_grouped_equals_ungrouped(branches: int) -> None:
         assert_as_good_as_low_precision(inputs, out, lse)
     (grouped, grouped_lse), (separate, separate_lse) = results
     torch.testing.assert_close(grouped, separate, rtol=2.0**-7, atol=2.0**-7)
-    limit = 2 * (low_precision(inputs)[1] - dense_decode(inputs)[1]).abs().max() + 1e-3
-    assert (grouped_lse - separate_lse).abs().max() <= limit
+    torch.testing.assert_close(grouped_lse, separate_lse, rtol=2.0**-11, atol=1e-3)
 
 
 def test_strided_queries() -> None:
