@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -86,6 +87,8 @@ def test_an_interrupted_run_goes_on(server: Server, tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run in the background of a shell ignore interrupts, and so would this.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + WAIT_SECONDS
     while not (found := list(tmp_path.glob("*/samples-4-4.jsonl"))):
