@@ -24,8 +24,9 @@ from benchmarks.baselines import FlashInfer
 from benchmarks.kernel_bench import SMOKE, KernelBench, WrongOutputError
 from benchmarks.kernel_cases import BITS, suites
 from benchmarks.kernel_inputs import Tree
-from benchmarks.kernel_results import HEADER, Row, line, markdown, misses, read_rows
+from benchmarks.kernel_results import HEADER, line, markdown, misses
 from benchmarks.roofline import roofline_us
+from benchmarks.rows import Row, read_rows
 from benchmarks.timing import copy_gbps, matmul_tflops
 from recipes.environment import git_commit, hardware, versions
 

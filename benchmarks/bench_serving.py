@@ -20,17 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import Row, read_rows
 from benchmarks.serving_cases import Cell, cells
-from benchmarks.serving_results import (
-    HEADER,
-    Row,
-    headline,
-    line,
-    markdown,
-    misses,
-    plot,
-    read_rows,
-)
+from benchmarks.serving_results import HEADER, headline, line, markdown, misses, plot
 from benchmarks.serving_worker import READY
 from recipes.environment import git_commit, hardware, versions
 

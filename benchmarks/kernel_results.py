@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 from benchmarks.kernel_cases import BITS, TARGETS
+from benchmarks.rows import Row, packages
 
-Row = dict[str, Any]
 BASELINES = ("flashinfer_us", "flashinfer_fp8_us", "cascade_us")
 
 
@@ -28,10 +25,6 @@ def line(row: Row) -> str:
         f"{row['us_p80']:9.1f}{row['bytes'] / row['us'] / 1e3:7.0f}"
         f"{100 * row['roofline_us'] / row['us']:5.0f}%{gains[0]:>9}{gains[1]:>9}{gains[2]:>11}"
     )
-
-
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 
 def misses(rows: Iterable[Row]) -> list[str]:
@@ -100,9 +93,8 @@ def _line(name: str, of_case: list[Row]) -> list[str]:
 
 
 def _provenance(row: Row) -> str:
-    found = [f"{name} {version}" for name, version in row["versions"].items() if version]
     return (
         f"{row['gpu']}, device copy {row['copy_gbps']:.0f} GB/s (read + write), bfloat16 matmul "
-        f"{row['matmul_tflops']:.0f} TFLOP/s, page size {row['page']}; {', '.join(found)}; "
+        f"{row['matmul_tflops']:.0f} TFLOP/s, page size {row['page']}; {packages(row)}; "
         f"commit {row['commit']}."
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.rows import Row, packages
 from benchmarks.serving_cases import FLOOR, TARGETS
 
-Row = dict[str, Any]
 BASELINE = "bf16"
 JUDGED = "4/4"
 """The bits that the targets are for."""
@@ -30,10 +28,6 @@ def line(row: Row) -> str:
         f"{row['ttft_ms']:9.1f}{gaps[0]:>9}{gaps[1]:>7}{row['peak_running']:8d}"
         f"{row['kv_tokens']:11d}"
     )
-
-
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
@@ -74,9 +68,8 @@ def markdown(rows: list[Row]) -> str:
         ttft = [f"{found[kv]['ttft_ms']:.0f}" if kv in found else "–" for kv in (BASELINE, JUDGED)]
         lines.append([case, *values, gain, " · ".join(ttft)])
     row = rows[0]
-    packages = ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{row['gpu']}; {packages}; commit {row['commit']}."
+    return f"{table}\n\n{row['gpu']}; {packages(row)}; commit {row['commit']}."
 
 
 def headline(rows: list[Row]) -> str:

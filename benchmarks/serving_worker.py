@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from benchmarks.rows import Row
 from benchmarks.serving_cases import Cell
 
 T = TypeVar("T")
-Row = dict[str, Any]
 READY = "ready"
 WARM_PROMPT, WARM_TOKENS = 1024, 8
 STREAMED_TOKENS = 64

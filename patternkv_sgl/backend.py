@@ -6,7 +6,6 @@ CPU and CUDA tensors take the same path through ``patternkv_kernels``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,7 +133,6 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
 
     def _plan_extend(self, batch: ExtendBatch, forward_batch: ForwardBatch) -> ExtendPlan:
         extends, device = batch.extends, self.req_to_token.device
-        starts = list(accumulate((extend.num_tokens for extend in extends), initial=0))
         token_tables = torch.from_numpy(
             np.repeat(
                 np.array([extend.table for extend in extends], dtype=np.int32),
@@ -147,11 +145,12 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         if workspace is not None:
             workspace.begin()
         return ExtendPlan(
-            extends,
-            starts,
+            batch,
             token_tables,
-            RaggedAttention(starts, starts, causal=True, workspace=workspace),
-            self._plan_tree(batch, starts),
+            RaggedAttention(
+                batch.token_indptr, batch.token_indptr, causal=True, workspace=workspace
+            ),
+            self._plan_tree(batch),
             plan_pieces(
                 batch,
                 self.req_to_token,
@@ -161,9 +160,10 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             ),
         )
 
-    def _plan_tree(self, batch: ExtendBatch, starts: list[int]) -> PrefixTree | None:
+    def _plan_tree(self, batch: ExtendBatch) -> PrefixTree | None:
         if batch.tree_segments is None:
             return None
+        starts = batch.token_indptr
         ranges = [(starts[i], starts[i + 1]) for i in sorted(batch.tree_requests)]
         num_rows = sum(end - start for start, end in ranges)
         if self.config.check:
@@ -259,7 +259,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         assert isinstance(plan, ExtendPlan) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
-        for extend, start in zip(plan.extends, plan.starts, strict=False):
+        for extend, start in zip(plan.batch.extends, plan.batch.token_indptr, strict=False):
             if extend.mine:
                 self._mine(index, extend, *(x[start:][: extend.num_tokens] for x in (q, k, v)))
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables)

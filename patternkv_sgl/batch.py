@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +45,11 @@ class ExtendBatch:
     req_pool_indices: list[int]
     tree_requests: frozenset[int] = frozenset()
     tree_segments: Segments | None = None
+
+    @cached_property
+    def token_indptr(self) -> list[int]:
+        """``b + 1`` offsets of the requests into the batch's new tokens."""
+        return list(accumulate((extend.num_tokens for extend in self.extends), initial=0))
 
 
 @dataclass(frozen=True)

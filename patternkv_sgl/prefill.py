@@ -11,7 +11,6 @@ import torch
 
 from patternkv_kernels import DecodePlan, DecodeWorkspace, RaggedAttention, RaggedWorkspace
 from patternkv_sgl.batch import ExtendBatch
-from patternkv_sgl.requests import Extend
 
 
 class Span(NamedTuple):
@@ -46,8 +45,7 @@ class PrefixTree:
 class ExtendPlan:
     """Metadata of an extend batch, shared by all layers."""
 
-    extends: list[Extend]
-    starts: list[int]  # [b], first new token of each request
+    batch: ExtendBatch
     token_tables: torch.Tensor  # int32 [n]
     new: RaggedAttention
     tree: PrefixTree | None
@@ -63,7 +61,7 @@ def plan_pieces(
     workspace: RaggedWorkspace | None,
 ) -> list[PrefixPiece]:
     """The dequantized part of the batch's prefixes in pieces of at most ``max_tokens``."""
-    starts = list(accumulate((e.num_tokens for e in batch.extends), initial=0))
+    starts = batch.token_indptr
     pieces = []
     for spans in _pack(batch, max_tokens):
         slots = torch.cat(

@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import bench_serving
 from benchmarks.bench_serving import EngineProcess, engine_args, main, parse_args
+from benchmarks.rows import read_rows
 from benchmarks.serving_cases import SUITES, TARGETS, Cell, best_of_n, cells
-from benchmarks.serving_results import headline, line, markdown, misses, read_rows
+from benchmarks.serving_results import headline, line, markdown, misses
 from benchmarks.serving_worker import _peak
 
 

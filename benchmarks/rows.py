@@ -1,0 +1,18 @@
+"""Rows of results: one JSON object a line, with what they were made with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def packages(row: Row) -> str:
+    """Names and versions of what was installed when ``row`` was made."""
+    return ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
