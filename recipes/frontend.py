@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 from .cache import CacheInfo
 from .config import TaskConfig
 from .endpoint import Endpoint
-from .engines import check_variant, engine_args, start_environment
+from .engines import check_sampling, check_variant, engine_args, start_environment
 from .generation import Generation
-from .problems import Problem, ProblemSet
+from .problems import Problem, ProblemSet, load_problems
 from .records import Sample
 from .variant import Variant
 
@@ -106,6 +107,28 @@ def frontend(config: FrontendConfig) -> Iterator[Frontend]:
         # Its __del__ imports, which fails in an interpreter that is half gone: let it run now.
         atexit.unregister(runtime.shutdown)
         del runtime
+
+
+def run_program(
+    config: FrontendConfig, branches: int, run: Callable[[ProblemSet, Frontend], object]
+) -> int:
+    """Run a program on the server that ``config`` names or starts; gives the exit status.
+
+    Args:
+        branches: of one prompt, which must differ.
+        run: the program.
+    """
+    try:
+        problems = load_problems(config)
+        with frontend(config) as server:
+            check_sampling(server.info, branches)
+            run(problems, server)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def generation(state: Any, name: str) -> Generation:

@@ -14,16 +14,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sglang as sgl
 from tqdm import tqdm
 
-from .engines import check_sampling
-from .frontend import Frontend, FrontendConfig, Reads, frontend, generation, graded
+from .frontend import Frontend, FrontendConfig, Reads, generation, graded, run_program
 from .generation import Generation
-from .problems import Problem, ProblemSet, load_problems
+from .problems import Problem, ProblemSet
 from .records import Records, Sample
 from .runner import Tally
 from .settings import parse
@@ -60,17 +60,7 @@ class SelfConsistencyConfig(FrontendConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what ``argv`` (default: the command line) describes; gives the exit status."""
     config = parse(SelfConsistencyConfig, "self_consistency", "Fork each prompt and vote.", argv)
-    try:
-        problems = load_problems(config)
-        with frontend(config) as server:
-            check_sampling(server.info, config.n)
-            run(config, problems, server)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(config, config.n, partial(run, config))
 
 
 def run(

@@ -13,16 +13,16 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sglang as sgl
 from tqdm import tqdm
 
-from .engines import check_sampling
-from .frontend import Frontend, FrontendConfig, Reads, frontend, generation, graded
+from .frontend import Frontend, FrontendConfig, Reads, generation, graded, run_program
 from .generation import Generation
-from .problems import Problem, ProblemSet, load_problems
+from .problems import Problem, ProblemSet
 from .records import Records, Sample
 from .report import UNKNOWN, aligned
 from .runner import Tally
@@ -145,17 +145,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TreeSearchConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what ``argv`` (default: the command line) describes; gives the exit status."""
     config = parse_config(argv)
-    try:
-        problems = load_problems(config)
-        with frontend(config) as server:
-            check_sampling(server.info, config.width)
-            run(config, problems, server)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(config, config.width, partial(run, config))
 
 
 def run(config: TreeSearchConfig, problems: ProblemSet, server: Frontend) -> list[Tree]:
