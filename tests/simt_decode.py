@@ -47,6 +47,7 @@ _NUMBERS = [
     "nnz",
     "window",
     "bf16",
+    "hopper",
     "fewest_rows",
 ]
 
@@ -115,12 +116,12 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
 
 
 def simt_decode(
-    inputs: DecodeInputs, *, fewest_rows: int = -1
+    inputs: DecodeInputs, *, hopper: bool = False, fewest_rows: int = 33
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
 
-    ``fewest_rows``: what shared segments must mostly have for the kernel of compute capability 9.0;
-    -1 never takes it.
+    ``hopper``: those of compute capability 9.0, where the head dim has them; ``fewest_rows``: what
+    shared segments must mostly have there for work items of up to 64 rows.
     """
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape
@@ -160,6 +161,7 @@ def simt_decode(
         nnz=len(plan.rows),
         window=0 if window is None else window.k.shape[1],
         bf16=inputs.q.dtype == torch.bfloat16,
+        hopper=hopper,
         fewest_rows=fewest_rows,
         sm_scale=inputs.sm_scale,
         logit_cap=inputs.case.logit_cap,

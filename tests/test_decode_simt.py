@@ -24,10 +24,10 @@ HARD = {
     *("group8_5", "group16_1", "page3_1", "page16_2", "page64_2", "one_token", "cap_wide"),
 }
 
-# What the kernel of compute capability 9.0 must get right besides: formats, dims, pages, tables
-# that need short tiles, up to 64 and up to 128 rows, chunks shorter than a tile.
-WARPGROUP = {
-    *("bits42", "bits24", "bits22", "d96", "d256", "group7", "group16", "page3", "depth4"),
+# What the kernels of compute capability 9.0 must get right besides: formats, dims, pages, large
+# tables, all sizes of work items, chunks shorter than a tile.
+HOPPER = {
+    *("bits42", "bits24", "bits22", "group7", "group16", "page3", "depth4"),
     *("branches17", "branches64", "only_shared", "many_chunks", "wide8_44_d128", "wide4_22_d128"),
     *("wide16_42_d64", "patterns1_4", "patterns256_4", "one_token", "cap_wide"),
 }
@@ -45,47 +45,49 @@ def test_matches_float64_attention(case: DecodeCase) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in [*CASES, *HARD_CASES] if case.name in WARPGROUP],
+    [case for case in [*CASES, *HARD_CASES] if case.name in HOPPER],
     ids=lambda case: case.name,
 )
-def test_warpgroup_products_match_float64_attention(case: DecodeCase) -> None:
+def test_hopper_match_float64_attention(case: DecodeCase) -> None:
     inputs = make_inputs(replace(case, dtype=FP16 if case.page_size > 1 else BF16))
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=0))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
 
 
 @pytest.mark.parametrize(("branches", "bits"), [(24, (4, 4)), (32, (2, 2)), (9, (4, 4))])
-def test_warpgroup_products_over_many_tiles(branches: int, bits: tuple[int, int]) -> None:
+def test_hopper_over_many_tiles(branches: int, bits: tuple[int, int]) -> None:
     tree = [Segment(2100, tuple(range(branches)))]
     case = DecodeCase("tiles", bits=bits, d=128, group=4, h_kv=1, dtype=BF16, tree=tree)
     inputs = make_inputs(replace(case, num_patterns=64))
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=0))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
 
 
 @pytest.mark.parametrize("exponent", [-12, -6, 5])
-def test_warpgroup_products_with_scales_far_apart(exponent: int) -> None:
+def test_hopper_with_scales_far_apart(exponent: int) -> None:
     """Every other token has scales of another size than the rest."""
     tree = [Segment(200, tuple(range(4)))]
     inputs = make_inputs(DecodeCase("scales", d=128, group=4, h_kv=1, dtype=FP16, tree=tree))
     views = inputs.fmt.views(inputs.buffer)
     for scale in (views.k_scale, views.v_scale):
         scale[::2] *= 2.0**exponent
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=0))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
 
 
-@pytest.mark.parametrize(("lengths", "by_warpgroups"), [((900, 100), True), ((100, 900), False)])
-def test_the_planner_weighs_rows(lengths: tuple[int, int], by_warpgroups: bool) -> None:
+@pytest.mark.parametrize(("lengths", "by_many"), [((900, 100), True), ((100, 900), False)])
+def test_the_planner_weighs_rows(lengths: tuple[int, int], by_many: bool) -> None:
     """A segment of 40 rows and one of 32: the costlier decides for both."""
     rows = tuple(range(10))
     tree = [Segment(lengths[0], rows), Segment(lengths[1], rows[:8])]
     inputs = make_inputs(DecodeCase("weighed", d=64, group=4, h_kv=1, dtype=BF16, tree=tree))
-    by_weight, only, never = (simt_decode(inputs, fewest_rows=n)[1] for n in (33, 0, -1))
+    by_weight, only, never = (
+        simt_decode(inputs, hopper=True, fewest_rows=rows)[1] for rows in (33, 0, 1000)
+    )
     assert not torch.equal(only, never)
-    assert torch.equal(by_weight, only if by_warpgroups else never)
+    assert torch.equal(by_weight, only if by_many else never)
 
 
 def test_all_of_the_chosen_cases_exist() -> None:
     assert set(HARD) <= {case.name for case in HARD_CASES}
-    assert set(WARPGROUP) <= {case.name for case in [*CASES, *HARD_CASES]}
+    assert set(HOPPER) <= {case.name for case in [*CASES, *HARD_CASES]}
 
 
 def test_grouped_equals_ungrouped() -> None:
@@ -97,19 +99,19 @@ def test_grouped_equals_ungrouped() -> None:
     torch.testing.assert_close(grouped_lse, separate_lse, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("branches", "fewest_rows"), [(1, -1), (4, -1), (4, 0), (20, 0)])
-def test_references_that_keep_rising(branches: int, fewest_rows: int) -> None:
+@pytest.mark.parametrize(("branches", "hopper"), [(1, False), (4, False), (1, True), (4, True), (20, True)])
+def test_references_that_keep_rising(branches: int, hopper: bool) -> None:
     """Logits far apart: sums are rescaled again and again along a row."""
     tree = [Segment(900, tuple(range(branches)))]
     inputs = make_inputs(DecodeCase("loud", d=128, group=4, h_kv=1, dtype=FP16, tree=tree))
     inputs = replace(inputs, q=inputs.q * 30)
-    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, fewest_rows=fewest_rows))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=hopper))
 
 
-@pytest.mark.parametrize("fewest_rows", [-1, 0])
-def test_what_is_not_named_is_not_read(fewest_rows: int) -> None:
+@pytest.mark.parametrize("hopper", [False, True])
+def test_what_is_not_named_is_not_read(hopper: bool) -> None:
     """Also where a tile reaches past the end of its segment: other slots hold NaN scales."""
     tree = balanced_tree(1, 4, 33, [1, 2, 31])
     inputs = make_inputs(DecodeCase("poison", d=128, group=4, h_kv=1, dtype=BF16, tree=tree))
-    out, lse = simt_decode(inputs, fewest_rows=fewest_rows)
+    out, lse = simt_decode(inputs, hopper=hopper)
     assert out.isfinite().all() and lse.isfinite().all()

@@ -1,8 +1,8 @@
 // One decode layer on the CPU: the planner, both attention kernels and the merge (see simt.h).
+#include "patternkv/decode_hopper.cuh"
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
-#include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
 #include "simt.h"
 
@@ -31,7 +31,8 @@ struct Arguments {
   void* out;
   float* lse;
   int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
-      fewest_rows;  // of a step for warpgroups; negative: none is
+      hopper,       // the kernels of compute capability 9.0
+      fewest_rows;  // from which shared segments there make work items of up to 64 rows
   double sm_scale, logit_cap;
 };
 
@@ -63,7 +64,9 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
 
 extern "C" void decode(const Arguments* arguments) {
   const Arguments& a = *arguments;
-  const int group = a.h_q / a.h_kv, narrow_rows = group <= 4 ? 4 : 8;
+  const int group = a.h_q / a.h_kv;
+  const bool hopper = a.hopper && hopper::kExists && a.num_patterns <= hopper::kMostPatterns;
+  const int narrow_rows = hopper || group > 4 ? 8 : 4;
   WorkHeader header;
   std::vector<WorkItem> narrow_items(kMaxItems), wide_items(kMaxItems);
   std::vector<StateRun> runs(a.nnz), entry_runs(a.nnz);
@@ -81,8 +84,9 @@ extern "C" void decode(const Arguments* arguments) {
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
   p.wide_rows = wide::kMostRows;
-  if (a.fewest_rows >= 0 && warpgroup::kExists) {
-    p.many_rows = warpgroup::kMostRows, p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
+  if (hopper) {
+    p.wide_rows = a.b * group <= 16 ? 16 : 32;
+    p.many_rows = 64, p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
@@ -113,22 +117,27 @@ extern "C" void decode(const Arguments* arguments) {
   d.group = group;
   d.group_inverse = (65536 + group - 1) / group;
   const SimtIndex grid = {kBlocks, 1, 1};
-  simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
-    narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
-  });
-  const int bytes = wide::shared_bytes(a.num_patterns);
-  simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
-  if constexpr (warpgroup::kExists) {
-    const auto launch = [&](auto tile) {
-      constexpr int kTile = decltype(tile)::value;
-      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
-                   [&] { warpgroup::attend_kernel<kTile>(d); });
-    };
-    if (a.num_patterns <= 128) {
+  if (hopper) {
+    if constexpr (hopper::kExists) {
+      const auto launch = [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        simt::launch(grid, kThreads, hopper::shared_bytes<kRows>(),
+                     [&] { hopper::attend_kernel<kRows>(d); });
+      };
+      launch(std::integral_constant<int, 8>());
+      if (p.wide_rows == 16) {
+        launch(std::integral_constant<int, 16>());
+      } else {
+        launch(std::integral_constant<int, 32>());
+      }
       launch(std::integral_constant<int, 64>());
-    } else {
-      launch(std::integral_constant<int, 32>());
     }
+  } else {
+    simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
+      narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
+    });
+    const int bytes = wide::shared_bytes(a.num_patterns);
+    simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
   }
   if (a.bf16) {
     merge_all<__nv_bfloat16>(a, d);

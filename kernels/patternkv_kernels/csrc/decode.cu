@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "patternkv/decode_hopper.cuh"
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
-#include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -55,7 +55,6 @@ using AttendKernel = void (*)(DecodeParams);
 // One of the attention kernels with tables of some number of patterns.
 struct AttendLaunch {
   AttendKernel kernel;
-  int threads;
   int rows;    // most query rows of a work item
   int bytes;   // dynamic shared memory of a block
   int blocks;  // that run at once
@@ -63,8 +62,18 @@ struct AttendLaunch {
 
 // How decode runs on one device.
 struct LaunchConfig {
-  AttendLaunch narrow, wide, many;
-  bool dependent_launch;  // compute capability 9.0 and later
+  AttendLaunch narrow, few, wide, many;  // by query rows of a work item; 0 rows: there is none
+  bool dependent_launch;                 // compute capability 9.0 and later
+
+  // The kernels of a batch of so many query rows per KV head: those with work for it alone.
+  const AttendLaunch& shared(int64_t rows) const {
+    static const AttendLaunch none = {};
+    return rows <= narrow.rows ? none : rows <= few.rows ? few : wide;
+  }
+  const AttendLaunch& most(int64_t rows) const {
+    static const AttendLaunch none = {};
+    return rows <= wide.rows ? none : many;
+  }
 };
 
 int most_shared_bytes(AttendKernel kernel, int device) {
@@ -76,8 +85,7 @@ int most_shared_bytes(AttendKernel kernel, int device) {
   return per_block - static_cast<int>(attributes.sharedSizeBytes);
 }
 
-AttendLaunch make_launch(AttendKernel kernel, int threads, int rows, int bytes, int num_patterns,
-                         int device) {
+AttendLaunch make_launch(AttendKernel kernel, int rows, int bytes, int num_patterns, int device) {
   int sms, per_sm = 0;
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
   // To the most there is, since other numbers of patterns share the kernel.
@@ -87,43 +95,34 @@ AttendLaunch make_launch(AttendKernel kernel, int threads, int rows, int bytes, 
       << most << " per block: use fewer patterns";
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "shared memory of a decode kernel");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, bytes),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
         "occupancy of a decode kernel");
-  return {kernel, threads, rows, bytes, std::max(per_sm, 1) * sms};
-}
-
-// No rows where there is no such kernel or tables leave it no room.
-AttendLaunch make_many_launch(int num_patterns, int device) {
-  if constexpr (warpgroup::kExists) {
-    const auto fits = [&](AttendKernel kernel, int bytes) {
-      return bytes <= most_shared_bytes(kernel, device);
-    };
-    const auto launch = [&](AttendKernel kernel, int bytes) {
-      return make_launch(kernel, warpgroup::kBlockThreads, warpgroup::kMostRows, bytes,
-                         num_patterns, device);
-    };
-    const int long_bytes = warpgroup::shared_bytes<64>(num_patterns),
-              short_bytes = warpgroup::shared_bytes<32>(num_patterns);
-    if (fits(warpgroup::attend_kernel<64>, long_bytes)) {
-      return launch(warpgroup::attend_kernel<64>, long_bytes);
-    }
-    if (fits(warpgroup::attend_kernel<32>, short_bytes)) {
-      return launch(warpgroup::attend_kernel<32>, short_bytes);
-    }
-  }
-  return {};
+  return {kernel, rows, bytes, std::max(per_sm, 1) * sms};
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
+  if constexpr (hopper::kExists) {
+    if (num_patterns <= hopper::kMostPatterns) {
+      const auto launch = [&](auto rows) {
+        constexpr int kRows = decltype(rows)::value;
+        return make_launch(hopper::attend_kernel<kRows>, kRows, hopper::shared_bytes<kRows>(),
+                           num_patterns, device);
+      };
+      return {launch(std::integral_constant<int, 8>()), launch(std::integral_constant<int, 16>()),
+              launch(std::integral_constant<int, 32>()), launch(std::integral_constant<int, 64>()),
+              true};
+    }
+  }
   int major;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
   const int rows = group <= 4 ? 4 : 8;
   const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
-  return {make_launch(narrow, kThreads, rows, narrow::shared_bytes(num_patterns, rows),
+  return {make_launch(narrow, rows, narrow::shared_bytes(num_patterns, rows), num_patterns, device),
+          {},
+          make_launch(wide::attend_kernel, wide::kMostRows, wide::shared_bytes(num_patterns),
                       num_patterns, device),
-          make_launch(wide::attend_kernel, kThreads, wide::kMostRows,
-                      wide::shared_bytes(num_patterns), num_patterns, device),
-          make_many_launch(num_patterns, device), major >= 9};
+          {},
+          major >= 9};
 }
 
 // Once per device, number of patterns and kind of group: the attributes that it sets stay set.
@@ -163,9 +162,11 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
   const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
   // Shared segments may make few items of many branches or many of few.
-  const int64_t wide_extra = std::max(extra(c.wide.blocks), extra(c.many.blocks));
-  const int64_t wide_states = std::max(extra(c.wide.blocks) * branches(c.wide.rows),
-                                       extra(c.many.blocks) * branches(c.many.rows));
+  int64_t wide_extra = 0, wide_states = 0;
+  for (const AttendLaunch& launch : {c.few, c.wide, c.many}) {
+    wide_extra = std::max(wide_extra, extra(launch.blocks));
+    wide_states = std::max(wide_states, extra(launch.blocks) * branches(launch.rows));
+  }
   return {extra(c.narrow.blocks), branches(c.narrow.rows), wide_extra,
           (wide_states + wide_extra - 1) / std::max<int64_t>(wide_extra, 1)};
 }
@@ -193,12 +194,14 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.group = group;
   params.h_kv = h_kv;
   params.narrow_rows = config.narrow.rows;
-  params.wide_rows = config.wide.rows;
   params.narrow_blocks = config.narrow.blocks;
-  params.wide_blocks = config.wide.blocks;
-  params.many_rows = config.many.rows;
-  params.many_blocks = config.many.blocks;
-  params.fewest_rows = warpgroup::kFewestRows;
+  const AttendLaunch& shared = config.shared(b * group);
+  params.wide_rows = shared.rows;
+  params.wide_blocks = shared.blocks;
+  const AttendLaunch& most = config.most(b * group);
+  params.many_rows = most.rows;
+  params.many_blocks = most.blocks;
+  params.fewest_rows = hopper::kFewestRows;
   params.max_narrow = max_narrow;
   params.max_wide = max_wide;
   params.max_states = max_states;
@@ -253,13 +256,12 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   // The narrow kernel first: what it leaves idle the wide one fills.
   launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream,
          false, params);
-  const auto attend = [&](const AttendLaunch& attend) {
-    launch(attend.kernel, dim3(attend.blocks), attend.threads, attend.bytes, stream,
+  // The planner gives shared segments to one of these.
+  for (const AttendLaunch* attend : {&config.shared(b * group), &config.most(b * group)}) {
+    if (attend->rows == 0) continue;
+    launch(attend->kernel, dim3(attend->blocks), kThreads, attend->bytes, stream,
            config.dependent_launch, params);
-  };
-  // The planner gives work to one of them.
-  attend(config.wide);
-  if (config.many.rows > 0) attend(config.many);
+  }
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {
     merge::MergeParams<T> merged = {};

@@ -74,6 +74,30 @@ inline float4 load_shared_float4(uint32_t address) {
   return *reinterpret_cast<const float4*>(simt::memory.data() + address);
 }
 
+inline float2 load_shared_float2(uint32_t address) {
+  return *reinterpret_cast<const float2*>(simt::memory.data() + address);
+}
+
+inline void load_matrices_trans(uint32_t (&x)[4], uint32_t address) {
+  for (int i = 0; i < 4; ++i) {
+    uint64_t row[8];
+    for (int r = 0; r < 8; ++r) row[r] = __shfl_sync(~0u, address, 8 * i + r);
+    const int column = simt::current % simt::kLanes / 4, first = simt::current % 4 * 2;
+    const auto element = [&](int r) {
+      return uint32_t{*reinterpret_cast<uint16_t*>(simt::memory.data() + row[r] + 2 * column)};
+    };
+    x[i] = element(first) | element(first + 1) << 16;
+  }
+}
+
+inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    const int lane = simt::current % simt::kLanes;
+    const uint32_t row = __shfl_sync(~0u, address, 8 * i + lane / 4);
+    *reinterpret_cast<uint32_t*>(simt::memory.data() + row + lane % 4 * 4) = x[i];
+  }
+}
+
 inline void add_shared(uint32_t address, uint32_t x) {
   *reinterpret_cast<uint32_t*>(simt::memory.data() + address) += x;
 }

@@ -13,9 +13,7 @@ inline uint32_t swizzled(int row, int piece) {
   return row * kSwizzledRow + ((piece ^ row % 8) * 16);
 }
 
-inline uint64_t operand(uint32_t address, uint32_t next_tile) {
-  return uint64_t{next_tile} << 32 | address;
-}
+inline uint32_t operand(uint32_t address) { return address / 16; }
 
 inline void publish_operands() {}
 inline void wgmma_begin() {}
@@ -25,17 +23,13 @@ inline void wgmma_wait() {}
 template <int kCount>
 void settle(float (&)[kCount]) {}
 
-template <int kSteps>
-void set_zero(uint32_t (&a)[kSteps][4]) {
-  std::memset(a, 0, sizeof(a));
-}
+template <int kCount, int kWords>
+void settle(uint32_t (&)[kCount][kWords]) {}
 
 // Element `column` of row `row` of an operand that starts at an address inside a tile: the hardware
 // permutes pieces by the bits of their address that count rows.
-inline float operand_element(uint64_t operand, int row, int column) {
-  const uint32_t next_tile = operand >> 32;
-  uint32_t address = static_cast<uint32_t>(operand) + column / 64 * next_tile +
-                     row * kSwizzledRow + column % 64 * 2;
+inline float operand_element(uint32_t operand, int row, int column) {
+  uint32_t address = operand * 16 + row * kSwizzledRow + column * 2;
   address ^= address / kSwizzledRow % 8 * 16;
   return __half2float(*reinterpret_cast<const __half*>(simt::memory.data() + address));
 }
@@ -43,28 +37,34 @@ inline float operand_element(uint64_t operand, int row, int column) {
 // What a thread brings to a product.
 struct Product {
   float* c;
-  const uint32_t* weights;
-  uint64_t a, b;
-  bool add;
+  const uint32_t* a;
+  uint32_t b;
 };
 
-// `a(threads, row, k)` and `b(threads, k, column)` of a product of 64 rows and 2 * kCount columns.
-template <int kCount, typename A, typename B>
-void multiply(const Product& own, A a, B b) {
+// `b(operand, k, column)` of a product of 64 rows and 2 * kCount columns.
+template <int kCount, typename B>
+void multiply(const Product& own, B b) {
   simt::group_exchange(&own, [&](const void* const* products) {
     const auto product = [&](int thread) {
       return static_cast<const Product*>(products[thread]);
     };
     float left[64][16], right[16][2 * kCount];
     for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 64; ++row) left[row][k] = a(product, row, k);
-      for (int column = 0; column < 2 * kCount; ++column) right[k][column] = b(product, k, column);
+      for (int row = 0; row < 64; ++row) {
+        const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
+        const float2 pair =
+            __half22float2(as_half2(product(thread)->a[k / 8 * 2 + row / 8 % 2]));
+        left[row][k] = k % 2 ? pair.y : pair.x;
+      }
+      for (int column = 0; column < 2 * kCount; ++column) {
+        right[k][column] = b(product(0)->b, k, column);
+      }
     }
     for (int thread = 0; thread < simt::kGroupThreads; ++thread) {
       const int row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
       for (int i = 0; i < kCount; ++i) {
         float& c = product(thread)->c[i];
-        double sum = product(thread)->add ? c : 0.0f;
+        double sum = c;
         for (int k = 0; k < 16; ++k) {
           sum += double{left[row + i / 2 % 2 * 8][k]} * right[k][i / 4 * 8 + 2 * t + i % 2];
         }
@@ -75,35 +75,17 @@ void multiply(const Product& own, A a, B b) {
 }
 
 template <int kCount>
-void wgmma_rows(float (&c)[kCount], uint64_t a, uint64_t b, bool add) {
-  multiply<kCount>(
-      {c, nullptr, a, b, add},
-      [](auto product, int row, int k) { return operand_element(product(0)->a, row, k); },
-      [](auto product, int k, int column) { return operand_element(product(0)->b, column, k); });
+void wgmma_by_rows(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b) {
+  multiply<kCount>({c, a, b}, [](uint32_t operand, int k, int column) {
+    return operand_element(operand, column, k);
+  });
 }
 
 template <int kCount>
-void wgmma_columns(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b) {
-  multiply<kCount>(
-      {c, a, 0, b, true},
-      [](auto product, int row, int k) {
-        const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-        const float2 pair =
-            __half22float2(as_half2(product(thread)->weights[k / 8 * 2 + row / 8 % 2]));
-        return k % 2 ? pair.y : pair.x;
-      },
-      [](auto product, int k, int column) { return operand_element(product(0)->b, k, column); });
-}
-
-inline void block_barrier_wait(int barrier, int threads) {
-  simt::meet(simt::named[barrier], threads, [] {});
-}
-inline void block_barrier_arrive(int barrier, int threads) {
-  simt::arrive(simt::named[barrier], threads, [] {});
-}
-
-inline void group_barrier(int) {
-  simt::group_exchange(nullptr, [](const void* const*) {});
+void wgmma_by_columns(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b) {
+  multiply<kCount>({c, a, b}, [](uint32_t operand, int k, int column) {
+    return operand_element(operand, k, column);
+  });
 }
 
 }  // namespace patternkv

@@ -36,6 +36,22 @@ struct Codes {
   // What expand's bias adds to step(r) * (code - centre), per unit of the other operand.
   static constexpr __host__ __device__ float bias(int r) { return 1024.0f + kCentre * step(r); }
 
+  // Place value of masked pair r.
+  static constexpr __host__ __device__ int masked_step(int r) {
+    return 1 << (kBits * (r % (kPerHalf / 2)));
+  }
+
+  // Pair r of a word as fp16 subnormals, masked_step(r) * code * 2^-24: no bias to take off, and a
+  // product multiplies them exactly.
+  static __device__ __forceinline__ uint32_t mask_pair(uint32_t word, int r) {
+    constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00010001u;
+    return word >> r / (kPerHalf / 2) * 8 & mask << (kBits * (r % (kPerHalf / 2)));
+  }
+  static __device__ __forceinline__ void mask_pairs(uint32_t word, uint32_t (&out)[kPerHalf]) {
+#pragma unroll
+    for (int r = 0; r < kPerHalf; ++r) out[r] = mask_pair(word, r);
+  }
+
   // Place value of centred pair r.
   static constexpr __host__ __device__ int centred_step(int r) {
     return 2 << (kBits * (r % (kPerHalf / 2)));

@@ -447,8 +447,7 @@ __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, AttendU
   while (unit < num_units) {
     int asked = 0;
     if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(queue.taken, 1);
-    const WorkItem item = queue.items[unit / h_kv];
-    attend(item, unit % h_kv);
+    attend(queue.items[unit / h_kv], unit % h_kv);
     __syncthreads();
     if (threadIdx.x == 0) next = asked;
     __syncthreads();

@@ -80,6 +80,30 @@ __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+  return x;
+}
+
+// Four 8 x 8 matrices of 16-bit elements, whose 16-byte rows lanes 8 i to 8 i + 7 give addresses of
+// for matrix i. Lane 4 g + t loads rows 2 t and 2 t + 1 of column g, transposed.
+__device__ __forceinline__ void load_matrices_trans(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The same addresses. Lane 4 g + t stores row g, columns 2 t and 2 t + 1. Compute capability 9.0.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+#endif
+}
+
 // No memory clobber, so that loads of other data may move past it: a barrier must stand between it
 // and reads of the sum.
 __device__ __forceinline__ void add_shared(uint32_t address, uint32_t x) {

@@ -1,0 +1,430 @@
+// Attention of up to 64 query rows over a chunk of tokens with the asynchronous matrix products of
+// compute capability 9.0. A block is one warpgroup. Codes are the register operand of both
+// products, tokens on M for q.k and head dims on M for p.v, and are never dequantized: a mask makes
+// them fp16 subnormals, and scales and centres act on logits, probabilities and sums. The
+// probabilities of a pattern's tokens are summed by a product too, with a one-hot operand.
+#pragma once
+
+#include <climits>
+
+#include "patternkv/hopper_tiles.cuh"
+
+namespace patternkv {
+namespace hopper {
+
+// Probabilities are 2^(logit - reference). A row's reference is raised to kHeadroom above its
+// largest logit as soon as a logit is more than kLimit above it: fp16 holds what lies between, with
+// V scales of up to kMostScale too, and steps of 2^-20 of the largest.
+constexpr float kHeadroom = 4.0f, kLimit = 11.0f;
+
+// The running attention of a block: a thread's share of the accumulators.
+template <int kRows>
+struct Attention {
+  using Memory = hopper::Memory<kRows>;
+
+  Memory& memory;
+  const int thread;
+  float cap_log2;
+  // Warp w, lane 4 g + t, element 4 j + 2 h + e: query row 8 j + 2 t + e and
+  float out[kDimTiles][kRows / 2] = {};      // dim first_dim() + 2 i + h
+  float sums[kRows / 2] = {};            // pattern 16 w + 8 h + g: probabilities
+  float scaled[kRows / 4] = {};  // probabilities times V scales of the thread's tokens: [2 j + e]
+  const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+
+  __device__ __forceinline__ Attention(Memory& memory, int thread, float cap_log2)
+      : memory(memory), thread(thread), cap_log2(cap_log2) {}
+
+  // Products of queries and K codes of the tile, and their sums with the table: logits of the
+  // tokens 16 w + g + 8 h, relative to the references.
+  __device__ __forceinline__ void multiply_keys(float (&x)[kRows / 2], int stage) {
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const float2 bias = *reinterpret_cast<const float2*>(&memory.bias[8 * j + 2 * t]);
+      x[4 * j] = x[4 * j + 2] = -bias.x;
+      x[4 * j + 1] = x[4 * j + 3] = -bias.y;
+    }
+    const KeyWords words = load_keys(memory.codes[stage], warp * 16 + g, t);
+    uint32_t a[HEAD_DIM / 16][4];
+#pragma unroll
+    for (int w = 0; w < KeyWords::kCount; ++w) {
+#pragma unroll
+      for (int r = 0; r < KCodes::kPerHalf; ++r) {
+        const int slot = w * KCodes::kPerHalf + r;
+        a[slot / 2][slot % 2 * 2] = KCodes::mask_pair(words.low[w], r);
+        a[slot / 2][slot % 2 * 2 + 1] = KCodes::mask_pair(words.high[w], r);
+      }
+    }
+    const uint32_t queries = operand(shared_address(memory.queries));
+    settle(a);
+    settle(x);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+      wgmma_by_rows(x, a[step], queries + step / 4 * (kRows * kSwizzledRow / 16) + step % 4 * 2);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void add_table(float (&x)[kRows / 2], const Token (&tokens)[2],
+                                            int valid) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t row = shared_address(memory.table) + tokens[h].table_offset;
+#pragma unroll
+      for (int i = 0; i < kRows / 8; i += Table<kRows>::kTilesPerLoad) {
+        float products[2 * Table<kRows>::kTilesPerLoad];
+        Table<kRows>::load(row, i, t, products);
+#pragma unroll
+        for (int k = 0; k < 2 * Table<kRows>::kTilesPerLoad; ++k) {
+          float& logit = x[4 * (i + k / 2) + 2 * h + k % 2];
+          logit = fmaf(logit, tokens[h].k_scale, products[k]);
+        }
+      }
+    }
+    if (cap_log2 > 0) {
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) {
+        const int row = i / 4 * 8 + 2 * t + i % 2;
+        x[i] = soft_cap(x[i], cap_log2) - memory.reference[row];
+      }
+    }
+    if (valid < kTile) {
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) {
+        if (warp * 16 + g + i / 2 % 2 * 8 >= valid) x[i] = -INFINITY;
+      }
+    }
+  }
+
+  // Logits to probabilities, which go to shared memory with and without their V scales.
+  __device__ __forceinline__ void weigh(const float (&x)[kRows / 2], const Token (&tokens)[2],
+                                        int buffer) {
+    const int row = warp * 16 + lane % 16;
+    const uint32_t at = shared_address(memory.weights[buffer]) +
+                        (lane < 16 ? swizzled(row, 0)
+                                   : Memory::kPlainTile + swizzled(row, Memory::kPlainPiece));
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      uint32_t weights[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float p0 = exp2_approx(x[4 * j + 2 * h]), p1 = exp2_approx(x[4 * j + 2 * h + 1]);
+        const float v_scale = __low2float(as_half2(tokens[h].v_scale));
+        scaled[2 * j] = fmaf(p0, v_scale, scaled[2 * j]);
+        scaled[2 * j + 1] = fmaf(p1, v_scale, scaled[2 * j + 1]);
+        const __half2 plain = __floats2half2_rn(p0, p1);
+        weights[h] = as_u32(__hmul2(plain, as_half2(tokens[h].v_scale)));
+        weights[2 + h] = as_u32(plain);
+      }
+      store_matrices(at ^ (j * 16), weights);
+    }
+    publish_operands();
+  }
+
+  // Takes back what weigh added to `scaled`.
+  __device__ __forceinline__ void unweigh(const float (&x)[kRows / 2], const Token (&tokens)[2]) {
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) {
+      const float v_scale = __low2float(as_half2(tokens[i / 2 % 2].v_scale));
+      float& sum = scaled[i / 4 * 2 + i % 2];
+      sum = fmaf(exp2_approx(x[i]), -v_scale, sum);
+    }
+  }
+
+  // Raises the references of rows with logits beyond kLimit, or of all rows before the first tile.
+  __device__ __forceinline__ void raise(float (&x)[kRows / 2], bool first) {
+    if (thread < kRows) memory.peak[thread] = INT_MIN;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const int element = i / 2 * 4 + i % 2;
+      float peak = fmaxf(x[element], x[element + 2]);
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) {
+        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, distance));
+      }
+      // Bits of positive floats, and of those with the sign flipped below them, are ordered like
+      // the floats.
+      const int bits = __float_as_int(peak);
+      if (g == 0) {
+        atomicMax(&memory.peak[i / 2 * 8 + 2 * t + i % 2], bits < 0 ? bits ^ INT_MAX : bits);
+      }
+    }
+    __syncthreads();
+    if (thread < kRows) {
+      const int bits = memory.peak[thread];
+      const float highest = __int_as_float(bits < 0 ? bits ^ INT_MAX : bits);
+      const float shift = first || highest > kLimit ? ceilf(highest) + kHeadroom : 0.0f;
+      memory.reference[thread] = first ? shift : memory.reference[thread] + shift;
+      memory.shift[thread] = shift;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const float shift = memory.shift[i / 2 * 8 + 2 * t + i % 2];
+      const float scale = first ? 0.0f : exp2_approx(-shift);
+      scaled[i] *= scale;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int element = i / 2 * 4 + i % 2 + 2 * h;
+        x[element] -= shift;
+#pragma unroll
+        for (int k = 0; k < kDimTiles; ++k) out[k][element] *= scale;
+        sums[element] *= scale;
+      }
+    }
+    // Under a soft cap references come off later.
+    if (cap_log2 == 0) {
+      Table<kRows>::lower(memory.table, memory.shift, thread);
+    }
+  }
+
+  // Adds the tile's V codes and one-hot patterns, weighted, to the accumulators.
+  __device__ __forceinline__ void multiply_values(int stage, int buffer) {
+    const uint32_t weights = operand(shared_address(memory.weights[buffer]));
+    const uint8_t* values = memory.codes[stage] + kTile * kKStride;
+    const uint32_t chunk = warp / kWarpsPerChunk * 16;
+    const int shift = warp % kWarpsPerChunk * (16 / kWarpsPerChunk);
+#pragma unroll
+    for (int pair = 0; pair < kTile / 32; ++pair) {
+      uint32_t words[4];  // 16 bits of V of the tokens 8 i + 2 t and the next
+      load_matrices_trans(words, shared_address(values + (pair * 32 + lane) * kVStride) + chunk);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int step = 2 * pair + half;
+        const uint32_t low = words[2 * half] >> shift, high = words[2 * half + 1] >> shift;
+        uint32_t a[kDimTiles + 1][4];
+#pragma unroll
+        for (int i = 0; i < kDimTiles; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            a[i][h] = VCodes::mask_pair(low, 2 * i + h);
+            a[i][2 + h] = VCodes::mask_pair(high, 2 * i + h);
+          }
+        }
+        const auto* patterns =
+            reinterpret_cast<const uint32_t*>(memory.patterns[stage]) + step * 8 + t;
+        const __half2 first = as_half2(patterns[0]), second = as_half2(patterns[4]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const __half2 own = __float2half2_rn(static_cast<float>(16 * warp + 8 * h + g));
+          a[kDimTiles][h] = as_u32(__heq2(first, own));
+          a[kDimTiles][2 + h] = as_u32(__heq2(second, own));
+        }
+        const uint32_t b = weights + step * kSwizzledRow;
+        settle(a);
+        wgmma_begin();
+#pragma unroll
+        for (int i = 0; i < kDimTiles; ++i) wgmma_by_columns(out[i], a[i], b);
+        wgmma_by_columns(sums, a[kDimTiles], b + Memory::kPlainOffset / 16);
+        wgmma_commit();
+        // Where registers are scarce, operands take turns in the same ones.
+        if (kRows >= 32 && step == 1) finish();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+    wgmma_wait();
+#pragma unroll
+    for (int i = 0; i < kDimTiles; ++i) settle(out[i]);
+    settle(sums);
+  }
+
+  // The state of every row: pattern terms join the codes', and sums go over all threads.
+  __device__ __forceinline__ void store(const DecodeParams& p, const WorkItem& item, int head,
+                                        float value_scale) {
+    // Per row and warp: softmax mass, and scaled probabilities.
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      float mass = sums[i / 2 * 4 + i % 2] + sums[i / 2 * 4 + i % 2 + 2], sum = scaled[i];
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) {
+        mass += __shfl_xor_sync(~0u, mass, distance);
+        sum += __shfl_xor_sync(~0u, sum, distance);
+      }
+      if (g == 0) memory.totals[warp][i / 2 * 8 + 2 * t + i % 2] = make_float2(mass, sum);
+    }
+    __syncthreads();
+    // From now on `bias` holds factors that bring a row's sums near 2^10, where fp16 has them, and
+    // `shift` its scaled probabilities.
+    if (thread < kRows) {
+      float mass = 0, sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        mass += memory.totals[w][thread].x, sum += memory.totals[w][thread].y;
+      }
+      memory.bias[thread] = power_of_two_scale(mass, 10);
+      memory.shift[thread] = sum;
+      memory.states[thread] = -1;
+      if (thread < item.num_branches * p.group) {
+        const int64_t at = state_index(p, item, head, thread);
+        memory.states[thread] = static_cast<int>(at);
+        p.state_sum[at] = make_float2(memory.reference[thread], mass);
+      }
+    }
+    __syncthreads();
+    const int dim = first_dim(warp, g);
+    const __half* channels = table_channels(p, item.table, 1, head);
+    float channel[2 * kDimTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * kDimTiles; ++i) {
+      channel[i] = __half2float(channels[dim + i]) / value_scale;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const int row = i / 2 * 8 + 2 * t + i % 2;
+      const float factor = memory.bias[row], centres = VCodes::kCentre * memory.shift[row];
+#pragma unroll
+      for (int d = 0; d < 2 * kDimTiles; ++d) {
+        float& x = out[d / 2][i / 2 * 4 + i % 2 + 2 * (d % 2)];
+        const float codes = x * ((1 << 24) / VCodes::masked_step(d));
+        x = (codes - centres) * (channel[d] * factor);
+      }
+      sums[i / 2 * 4 + i % 2] *= factor;
+      sums[i / 2 * 4 + i % 2 + 2] *= factor;
+    }
+    // Sums as two fp16 parts, so that they count with 22 bits.
+    const int row = warp * 16 + lane % 16;
+    const uint32_t at = shared_address(memory.weights[0]) +
+                        (lane < 16 ? swizzled(row, 0)
+                                   : Memory::kPlainTile + swizzled(row, Memory::kPlainPiece));
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      uint32_t parts[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float x = sums[4 * j + 2 * h], y = sums[4 * j + 2 * h + 1];
+        const __half2 coarse = __floats2half2_rn(x, y);
+        const float2 back = __half22float2(coarse);
+        parts[h] = as_u32(coarse);
+        parts[2 + h] = as_u32(__floats2half2_rn(x - back.x, y - back.y));
+      }
+      store_matrices(at ^ (j * 16), parts);
+    }
+    publish_operands();
+    __syncthreads();
+    const __half* patterns = table_rows(p, item.table, 1, head) + dim;
+#pragma unroll 1
+    for (int first = 0; first < kMostPatterns; first += 32) {
+      uint32_t rows[8][kDimTiles];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int pattern =
+            min(first + i / 4 * 16 + 2 * t + i % 2 + i / 2 % 2 * 8, p.num_patterns - 1);
+        load_words(rows[i], reinterpret_cast<const uint8_t*>(patterns + pattern * HEAD_DIM));
+      }
+      // The products before have read their operands, which are in the same registers.
+      finish();
+      settle(rows);
+      uint32_t a[2 * kDimTiles][4];
+#pragma unroll
+      for (int i = 0; i < 2 * kDimTiles; ++i) {
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          const int first_row = i / kDimTiles * 4 + h / 2 * 2, word = i % kDimTiles;
+          a[i][h] = __byte_perm(rows[first_row][word], rows[first_row + 1][word],
+                                h % 2 == 0 ? 0x5410 : 0x7632);
+        }
+      }
+      settle(a);
+      wgmma_begin();
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t b =
+            operand(shared_address(memory.weights[0])) + (first / 16 + step) * kSwizzledRow;
+#pragma unroll
+        for (int i = 0; i < kDimTiles; ++i) {
+          wgmma_by_columns(out[i], a[step * kDimTiles + i], b);
+          wgmma_by_columns(out[i], a[step * kDimTiles + i], b + Memory::kPlainOffset / 16);
+        }
+      }
+      wgmma_commit();
+    }
+    finish();
+    float* to = p.state_out + dim;
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const int row = i / 2 * 8 + 2 * t + i % 2, state = memory.states[row];
+      if (state < 0) continue;
+      const float unit = 1.0f / memory.bias[row];  // a power of two
+      uint32_t words[2 * kDimTiles];
+#pragma unroll
+      for (int d = 0; d < 2 * kDimTiles; ++d) {
+        words[d] = __float_as_uint(out[d / 2][i / 2 * 4 + i % 2 + 2 * (d % 2)] * unit);
+      }
+      store_words(reinterpret_cast<uint8_t*>(to + int64_t{state} * HEAD_DIM), words);
+    }
+  }
+};
+
+template <int kRows>
+__device__ void attend(const DecodeParams& p, const WorkItem& item, int head, uint8_t* bytes) {
+  head = uniform(head);
+  // Sizes of items share no addresses, which would outlive the registers.
+  const int thread = opaque(threadIdx.x);
+  auto& memory = *reinterpret_cast<Memory<kRows>*>(bytes);
+  Feed<Memory<kRows>> feed(p, item, head, thread, memory);
+  ask_queries(p, item, head, thread, memory);
+  feed.start();
+  const QueryScales scales = load_queries(p, item, head, thread, memory);
+  fill_table(p, item, head, thread, memory, scales.table);
+  feed.begin(scales.codes);  // a barrier: tile 0, queries and table are there
+
+  Attention<kRows> attention(memory, thread, p.cap_log2);
+  for (int n = 0; n < feed.count(); ++n) {
+    const int stage = n % kStages;
+    float x[kRows / 2];
+    attention.multiply_keys(x, stage);
+    const Token tokens[2] = {memory.tokens[stage][attention.warp * 16 + attention.g],
+                             memory.tokens[stage][attention.warp * 16 + attention.g + 8]};
+    attention.finish();
+    settle(x);
+    attention.add_table(x, tokens, feed.last + 1 - n * kTile);
+    float peak = x[0];
+#pragma unroll
+    for (int i = 1; i < kRows / 2; ++i) peak = fmaxf(peak, x[i]);
+    bool beyond = n == 0 || __any_sync(~0u, peak > kLimit);
+    feed.receive(n);
+    while (true) {
+      if (!beyond) attention.weigh(x, tokens, n % 2);
+      if (!__syncthreads_or(beyond)) break;
+      if (!beyond) attention.unweigh(x, tokens);
+      attention.raise(x, n == 0);
+      beyond = false;
+    }
+    feed.ask(n);
+    attention.multiply_values(stage, n % 2);
+    attention.finish();
+  }
+  attention.finish();
+  cp_async_wait<0>();
+  __syncthreads();
+  attention.store(p, item, head, feed.value_scale);
+}
+
+// Blocks of a multiprocessor, for which registers are shared out.
+template <int kRows>
+constexpr int kBlocks = kRows == 64 ? 2 : kRows == 8 ? 4 : 3;
+
+// Work items of up to kRows query rows, tables of up to 64 patterns. A kernel per number of rows:
+// in one kernel they would share registers out badly.
+template <int kRows>
+__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
+    attend_kernel(const __grid_constant__ DecodeParams p) {
+  PATTERNKV_DYNAMIC_SHARED(memory);
+  launch_dependents();
+  uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
+  const WorkQueue queue = kRows == 8    ? p.work.narrow()
+                          : kRows == 64 ? p.work.many()
+                                        : p.work.wide();
+  for_each_unit(queue, p.pool.h_kv, [&](const WorkItem& item, int head) {
+    attend<kRows>(p, item, head, aligned);
+  });
+  // This grid then ends after the one before it, and the merge, which waits for this one, after
+  // both.
+  wait_for_previous_kernel();
+}
+
+}  // namespace hopper
+}  // namespace patternkv

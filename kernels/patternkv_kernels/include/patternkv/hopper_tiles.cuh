@@ -1,0 +1,401 @@
+// What the kernel of decode_hopper.cuh keeps in shared memory, and how it gets there: code rows and
+// metadata of tokens, queries, and the table of query-pattern products.
+#pragma once
+
+#include "patternkv/decode_tile.cuh"
+#include "patternkv/wgmma.cuh"
+
+namespace patternkv {
+namespace hopper {
+
+constexpr bool kExists = PKV_WGMMA && (HEAD_DIM == 64 || HEAD_DIM == 128);
+
+constexpr int kMostPatterns = 64;     // of a table: a product sums their probabilities
+constexpr int kTile = 64;             // tokens
+constexpr int kStages = 3;            // tiles on their way or at work
+constexpr int kDimTiles = D / 64;     // products that the output takes
+// Steps whose shared segments have mostly fewer rows are left to blocks of fewer registers.
+constexpr int kFewestRows = 33;
+constexpr int kAlign = 1024;          // of an operand tile
+constexpr int kLeastAlign = 256;      // of dynamic shared memory
+constexpr int kTileBytes = kTile * (kKStride + kVStride);
+constexpr float kMostScale = 16.0f;   // of a token's V, once scaled
+
+// A lane has 2 kDimTiles dims of V. The 16 bits of a row that a transposed load hands to a lane
+// hold those of one warp or of several, which then take their share of the bits.
+constexpr int kDimsPerHalf = 16 / V_BITS;
+constexpr int kWarpsPerChunk = kDimsPerHalf / (2 * kDimTiles) > 0 ? kDimsPerHalf / (2 * kDimTiles) : 1;
+
+__device__ __forceinline__ int first_dim(int warp, int g) {
+  return (warp / kWarpsPerChunk * 8 + g) * kDimsPerHalf + warp % kWarpsPerChunk * (2 * kDimTiles);
+}
+
+// The same for all lanes, which the compiler cannot know of what was loaded: it then keeps it in
+// registers that all lanes share.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// Keeps the compiler from computing what depends on x ahead of a loop: registers are scarce there.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// A token's metadata as its readers need it.
+struct alignas(16) Token {
+  float k_scale;          // products of codes to logits
+  uint32_t table_offset;  // bytes to the pattern's row of the table
+  uint32_t v_scale;       // half2, scaled into fp16's range
+  uint32_t unused;
+};
+
+template <int kRows>
+struct alignas(kAlign) Memory {
+  static constexpr int kQueryRows = kRows;
+  // Up to 32 columns of weights leave room in their rows for the same weights without V scales.
+  static constexpr int kParts = kRows > 32 ? 2 : 1;
+  static constexpr int kPlainPiece = kRows > 32 ? 0 : 4;
+  static constexpr int kPlainTile = kRows > 32 ? kTile * kSwizzledRow : 0;
+  static constexpr int kPlainOffset = kPlainTile + kPlainPiece * 16;
+
+  uint8_t weights[2][kParts * kTile * kSwizzledRow];  // queries before the first tile
+  uint8_t queries[kDimTiles][kRows * kSwizzledRow];
+  uint8_t codes[kStages][kTileBytes];
+  float table[kMostPatterns * kRows];
+  Token tokens[kStages][kTile];
+  __half patterns[kStages][kTile];  // ids of V patterns, as numbers
+  uint32_t units[2][kTile];         // offsets of code rows
+  float2 totals[kWarps][kRows];
+  float bias[kRows];  // of the codes' products
+  float reference[kRows];
+  float shift[kRows];
+  int peak[kRows];
+  int states[kRows];  // where rows leave their state, counted in query heads
+  float largest[kWarps][2];
+};
+
+template <int kRows>
+__host__ __device__ constexpr int shared_bytes() {
+  return kAlign - kLeastAlign + sizeof(Memory<kRows>);
+}
+
+// The table of query-pattern products. A pattern's row holds, for each pair of n-tiles i and each
+// lane t, the query rows 16 i + 2 t, + 1, + 8 and + 9. Odd patterns swap neighbouring pairs, which
+// spreads patterns over the banks.
+template <int kRows>
+struct Table {
+  static constexpr int kRowBytes = kRows * 4;
+  static constexpr int kSwap = kRows >= 32 ? 64 : 0;  // bytes of a pair
+  static constexpr int kTilesPerLoad = kRows >= 16 ? 2 : 1;
+
+  static __device__ __forceinline__ uint32_t pattern_offset(int pattern) {
+    return pattern * kRowBytes + (pattern & 1) * kSwap;
+  }
+  // The lane's products of n-tile `i` and, if there are several, the next.
+  static __device__ __forceinline__ void load(uint32_t row, int i, int t,
+                                              float (&products)[2 * kTilesPerLoad]) {
+    if constexpr (kTilesPerLoad == 2) {
+      reinterpret_cast<float4&>(products) = load_shared_float4((row + t * 16) ^ (i / 2 * 64));
+    } else {
+      reinterpret_cast<float2&>(products) = load_shared_float2(row + t * 8);
+    }
+  }
+  static __device__ __forceinline__ void store(float* table, int pattern, int i, int t,
+                                               const float (&products)[2 * kTilesPerLoad]) {
+    auto* bytes = reinterpret_cast<uint8_t*>(table);
+    if constexpr (kTilesPerLoad == 2) {
+      const uint32_t at = (pattern_offset(pattern) + t * 16) ^ (i / 2 * 64);
+      *reinterpret_cast<float4*>(bytes + at) = reinterpret_cast<const float4&>(products);
+    } else {
+      *reinterpret_cast<float2*>(bytes + pattern_offset(pattern) + t * 8) =
+          reinterpret_cast<const float2&>(products);
+    }
+  }
+  // Subtracts a row's `shift` from all of its products.
+  static __device__ __forceinline__ void lower(float* table, const float* shift, int thread) {
+    // A thread meets one row in patterns of one parity.
+    static_assert(kThreads % (2 * kRows) == 0);
+    const int place = thread % kRows;
+    int row = place;
+    if constexpr (kTilesPerLoad == 2) {
+      const int at = place ^ (thread / kRows % 2 * (kSwap / 4));
+      row = at / 16 * 16 + at % 16 / 4 * 2 + at % 4 / 2 * 8 + at % 2;
+    }
+    const float down = shift[row];
+#pragma unroll 1
+    for (int e = thread; e < kMostPatterns * kRows; e += kThreads) table[e] -= down;
+  }
+};
+
+// Asks for the queries of the item's rows, into `weights`. Rows beyond them are zero.
+template <typename Memory>
+__device__ __forceinline__ void ask_queries(const DecodeParams& p, const WorkItem& item, int head,
+                                            int thread, Memory& memory) {
+  constexpr int kPieces = HEAD_DIM / 8, kCount = Memory::kQueryRows * kPieces;
+#pragma unroll
+  for (int first = 0; first < kCount; first += kThreads) {
+    const int row = (first + thread) / kPieces, piece = thread % kPieces;
+    if (row >= Memory::kQueryRows) break;
+    uint8_t* to = memory.weights[1] + (first + thread) * 16;
+    if (row < item.num_branches * p.group) {
+      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
+      const int64_t at = batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM;
+      cp_async<16>(shared_address(to), static_cast<const uint8_t*>(p.q) + 2 * at + piece * 16);
+    } else {
+      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  cp_async_commit();
+}
+
+// Fills the query operands, and raw ones in `weights` for the table, once the queries are there.
+// Ends with a barrier. Loops stay loops: code that runs once per item waits for instructions.
+template <typename Memory>
+__device__ __forceinline__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
+                                                    int head, int thread, Memory& memory) {
+  constexpr int kRows = Memory::kQueryRows, kPieces = HEAD_DIM / 8, kCount = kRows * kPieces;
+  static_assert(kCount % 32 == 0, "warps take part in a step as a whole");
+  const int warp = thread / 32, piece = thread % kPieces;
+  cp_async_wait<2>();  // two tiles were asked for after the queries
+  __syncthreads();
+  uint32_t channel_words[4];
+  load_words(channel_words, reinterpret_cast<const uint8_t*>(
+                                table_channels(p, item.table, 0, head) + piece * 8));
+  float channel[8];
+  to_floats<__half>(channel, channel_words);
+  const auto load = [&](int at, float (&q)[8]) {
+    uint32_t words[4];
+    load_words(words, memory.weights[1] + at * 16);
+    if (p.q_is_bf16) {
+      to_floats<__nv_bfloat16>(q, words);
+    } else {
+      to_floats<__half>(q, words);
+    }
+  };
+  float largest[2] = {};
+#pragma unroll 1
+  for (int at = thread; at < kCount; at += kThreads) {
+    float q[8];
+    load(at, q);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      largest[0] = fmaxf(largest[0], fabsf(q[j]));
+      largest[1] = fmaxf(largest[1], fabsf(q[j] * channel[j]));
+    }
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    largest[0] = fmaxf(largest[0], __shfl_xor_sync(~0u, largest[0], distance));
+    largest[1] = fmaxf(largest[1], __shfl_xor_sync(~0u, largest[1], distance));
+  }
+  if (thread % 32 == 0) {
+    memory.largest[warp][0] = largest[0], memory.largest[warp][1] = largest[1];
+  }
+  if (thread < kRows) memory.reference[thread] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    largest[0] = fmaxf(largest[0], memory.largest[w][0]);
+    largest[1] = fmaxf(largest[1], memory.largest[w][1]);
+  }
+  // As large as fp16 takes with room for rounding: small components stay normal numbers.
+  const float raw_scale = power_of_two_scale(largest[0], 14);
+  const float code_scale = power_of_two_scale(largest[1], 13);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    channel[j] *= code_scale / KCodes::masked_step(j % KCodes::kPerHalf);
+  }
+
+  // As codes leave their words: lane t has a quarter of the dims, pairs of codes kPerHalf apart.
+  const int t = piece / (kPieces / 4), own = piece % (kPieces / 4);
+  const int first = own / (KCodes::kPerHalf / 4) * KCodes::kPerHalf;
+  // As lane t takes 16 bytes of a pattern, two steps of products.
+  const int raw = piece / 4 * 4;
+#pragma unroll 1
+  for (int at = thread; at < kCount; at += kThreads) {
+    const int row = at / kPieces;
+    float q[8], centres = 0;
+    load(at, q);
+    __half x[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      x[j] = __float2half_rn(q[j] * channel[j]);
+      centres += __half2float(x[j]) * KCodes::masked_step(j % KCodes::kPerHalf);
+    }
+#pragma unroll
+    for (int r = 0; r < KCodes::kPerHalf; ++r) {
+      uint8_t* to = memory.queries[first / 8] + swizzled(row, (first + r) % 8) + t * 4;
+      if constexpr (K_BITS == 4) {
+        *reinterpret_cast<__half2*>(to) = __halves2half2(x[r], x[r + 4]);
+      } else {
+        reinterpret_cast<__half*>(to)[own % 2] = x[r];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      *reinterpret_cast<uint32_t*>(memory.weights[0] + raw / 8 * (kRows * kSwizzledRow) +
+                                   swizzled(row, raw % 8 + j) + piece % 4 * 4) =
+          as_u32(__floats2half2_rn(q[2 * j] * raw_scale, q[2 * j + 1] * raw_scale));
+    }
+#pragma unroll
+    for (int distance = 1; distance < kPieces; distance *= 2) {
+      centres += __shfl_xor_sync(~0u, centres, distance);
+    }
+    if (piece == 0) memory.bias[row] = centres * (KCodes::kCentre / (1 << 24));
+  }
+  publish_operands();
+  __syncthreads();
+  return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale * (1 << 24)};
+}
+
+// Fills the table with the logits of queries and K patterns. Ends without a barrier.
+template <typename Memory>
+__device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem& item, int head,
+                                           int thread, Memory& memory, float scale) {
+  constexpr int kRows = Memory::kQueryRows;
+  using Table = hopper::Table<kRows>;
+  const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
+  const __half* patterns = table_rows(p, item.table, 0, head);
+  const uint32_t queries = operand(shared_address(memory.weights[0]));
+  uint32_t rows[2][HEAD_DIM / 32][4];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int pattern = min(16 * warp + 8 * h + g, p.num_patterns - 1);
+    const auto* row = reinterpret_cast<const uint8_t*>(patterns + pattern * HEAD_DIM + t * 8);
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 32; ++k) load_words(rows[h][k], row + k * 64);
+  }
+  float x[kRows / 2] = {};
+  uint32_t a[HEAD_DIM / 16][4];
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 4; ++i) {
+    const int step = i / 4;
+    a[step][i % 4] = rows[i % 2][step / 2][step % 2 * 2 + i % 4 / 2];
+  }
+  settle(a);
+  settle(x);
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    wgmma_by_rows(x, a[step], queries + step / 4 * (kRows * kSwizzledRow / 16) + step % 4 * 2);
+  }
+  wgmma_commit();
+  wgmma_wait();
+  settle(x);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < kRows / 8; i += Table::kTilesPerLoad) {
+      float products[2 * Table::kTilesPerLoad];
+#pragma unroll
+      for (int k = 0; k < 2 * Table::kTilesPerLoad; ++k) {
+        products[k] = x[4 * (i + k / 2) + 2 * h + k % 2] * scale;
+      }
+      Table::store(memory.table, 16 * warp + 8 * h + g, i, t, products);
+    }
+  }
+}
+
+// Brings the tiles of a work item. Every token has two threads, one for K's metadata and one for
+// V's. Tokens beyond the end repeat the last one, so that no byte outside the segment is read.
+template <typename Memory>
+struct Feed {
+  const DecodeParams& p;
+  int thread;
+  HeadPool pool;
+  const int* slots;  // of the item's first token
+  Memory& memory;
+  int last;             // token of the item, counted from its first
+  int slot;             // of the tile to ask for next
+  uint32_t ids, scale;  // of the tile after the present one, as loaded: unpacking waits for them
+  uint32_t first_ids, first_scale;
+  float code_scale, value_scale;
+
+  __device__ __forceinline__ Feed(const DecodeParams& p, const WorkItem& item, int head, int thread,
+                                  Memory& memory)
+      : p(p),
+        thread(thread),
+        pool(p.pool, head),
+        slots(p.req_to_token + uniform(item.req) * p.req_stride + uniform(item.start)),
+        memory(memory),
+        last(uniform(item.end - 1 - item.start)) {}
+
+  __device__ __forceinline__ int token() const { return thread % kTile; }
+  __device__ __forceinline__ int side() const { return thread / kTile; }
+  __device__ __forceinline__ int count() const { return last / kTile + 1; }  // of tiles
+
+  __device__ __forceinline__ int load_slot(int n) const {
+    return slots[min(n * kTile + token(), last)];
+  }
+  __device__ __forceinline__ void put_units(int n, int slot) {
+    if (side() == 0) memory.units[n % 2][token()] = pool.row_units(p.pool, slot);
+  }
+  __device__ __forceinline__ void load_metadata(int slot) {
+    const uint16_t* words = pool.metadata_words(p.pool, slot);
+    ids = words[0], scale = words[1 + side()];
+  }
+  __device__ __forceinline__ void put_token(int stage, uint32_t ids, uint32_t scale) {
+    Token& to = memory.tokens[stage][token()];
+    if (side() == 0) {
+      to.k_scale = half_bits_to_float(scale) * code_scale;
+      to.table_offset = Table<Memory::kQueryRows>::pattern_offset(ids & 0xff);
+    } else {
+      const float v_scale = fminf(half_bits_to_float(scale) * value_scale, kMostScale);
+      to.v_scale = as_u32(__float2half2_rn(v_scale));
+      memory.patterns[stage][token()] = __float2half_rn(static_cast<float>(ids >> 8));
+    }
+  }
+  __device__ __forceinline__ void issue(int n) {
+    copy_rows<kTile, kThreads>(p.copy16, shared_address(memory.codes[n % kStages]), pool.codes,
+                               opaque(thread),
+                               [&](int token) { return memory.units[n % 2][token]; });
+    cp_async_commit();
+  }
+
+  // Asks for the first two tiles.
+  __device__ __forceinline__ void start() {
+    const int slot0 = load_slot(0), slot1 = load_slot(1);
+    slot = load_slot(2);
+    put_units(0, slot0);
+    put_units(1, slot1);
+    load_metadata(slot0);
+    first_ids = ids, first_scale = scale;
+    load_metadata(slot1);
+    __syncthreads();
+    issue(0);
+    issue(1);
+  }
+  // Waits for the first tile and everything that was stored before. `code_scale` brings products
+  // with codes, but for a token's scale, to logits.
+  __device__ __forceinline__ void begin(float code_scale) {
+    this->code_scale = code_scale;
+    float largest = side() == 1 ? half_bits_to_float(first_scale) : 0.0f;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+    }
+    if (thread % 32 == 0) memory.largest[thread / 32][0] = largest;
+    __syncthreads();
+    largest = fmaxf(memory.largest[kWarps / 2][0], memory.largest[kWarps / 2 + 1][0]);
+    // A power of two that leaves later tokens room for scales far beyond the first tile's.
+    value_scale = largest > 0 ? power_of_two_scale(largest, -4) : 1.0f / 16;
+    put_token(0, first_ids, first_scale);
+    cp_async_wait<1>();
+    __syncthreads();
+  }
+  // At work on tile n, before a barrier: the next is then there.
+  __device__ __forceinline__ void receive(int n) {
+    put_token((n + 1) % kStages, ids, scale);
+    put_units(n + 2, slot);
+    cp_async_wait<0>();
+  }
+  // After that barrier: asks for the tile after the next.
+  __device__ __forceinline__ void ask(int n) {
+    if (n + 2 >= count()) return;
+    issue(n + 2);
+    load_metadata(slot);
+    slot = load_slot(n + 3);
+  }
+};
+
+}  // namespace hopper
+}  // namespace patternkv
