@@ -66,7 +66,7 @@ extern "C" void decode(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const int group = a.h_q / a.h_kv;
   const bool hopper = a.hopper && hopper::kExists && a.num_patterns <= hopper::kMostPatterns;
-  const int narrow_rows = hopper || group > 4 ? 8 : 4;
+  const int narrow_rows = group > 4 ? 8 : 4;
   WorkHeader header;
   std::vector<WorkItem> narrow_items(kMaxItems), wide_items(kMaxItems);
   std::vector<StateRun> runs(a.nnz), entry_runs(a.nnz);
@@ -117,27 +117,25 @@ extern "C" void decode(const Arguments* arguments) {
   d.group = group;
   d.group_inverse = (65536 + group - 1) / group;
   const SimtIndex grid = {kBlocks, 1, 1};
-  if (hopper) {
-    if constexpr (hopper::kExists) {
-      const auto launch = [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        simt::launch(grid, kThreads, hopper::shared_bytes<kRows>(),
-                     [&] { hopper::attend_kernel<kRows>(d); });
-      };
-      launch(std::integral_constant<int, 8>());
-      if (p.wide_rows == 16) {
-        launch(std::integral_constant<int, 16>());
-      } else {
-        launch(std::integral_constant<int, 32>());
-      }
-      launch(std::integral_constant<int, 64>());
-    }
-  } else {
-    simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
-      narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
+  simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
+    narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
+  });
+  if (!hopper) {
+    simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns), [&] {
+      wide::attend_kernel(d);
     });
-    const int bytes = wide::shared_bytes(a.num_patterns);
-    simt::launch(grid, kThreads, bytes, [&] { wide::attend_kernel(d); });
+  } else if constexpr (hopper::kExists) {
+    const auto launch = [&](auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      simt::launch(grid, kThreads, hopper::shared_bytes<kRows>(),
+                   [&] { hopper::attend_kernel<kRows>(d); });
+    };
+    if (p.wide_rows == 16) {
+      launch(std::integral_constant<int, 16>());
+    } else {
+      launch(std::integral_constant<int, 32>());
+    }
+    launch(std::integral_constant<int, 64>());
   }
   if (a.bf16) {
     merge_all<__nv_bfloat16>(a, d);

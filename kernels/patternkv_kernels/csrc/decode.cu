@@ -101,6 +101,14 @@ AttendLaunch make_launch(AttendKernel kernel, int rows, int bytes, int num_patte
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
+  int major;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  const int rows = group <= 4 ? 4 : 8;
+  const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
+  LaunchConfig config = {};
+  config.narrow =
+      make_launch(narrow, rows, narrow::shared_bytes(num_patterns, rows), num_patterns, device);
+  config.dependent_launch = major >= 9;
   if constexpr (hopper::kExists) {
     if (num_patterns <= hopper::kMostPatterns) {
       const auto launch = [&](auto rows) {
@@ -108,21 +116,15 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
         return make_launch(hopper::attend_kernel<kRows>, kRows, hopper::shared_bytes<kRows>(),
                            num_patterns, device);
       };
-      return {launch(std::integral_constant<int, 8>()), launch(std::integral_constant<int, 16>()),
-              launch(std::integral_constant<int, 32>()), launch(std::integral_constant<int, 64>()),
-              true};
+      config.few = launch(std::integral_constant<int, 16>());
+      config.wide = launch(std::integral_constant<int, 32>());
+      config.many = launch(std::integral_constant<int, 64>());
+      return config;
     }
   }
-  int major;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  const int rows = group <= 4 ? 4 : 8;
-  const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
-  return {make_launch(narrow, rows, narrow::shared_bytes(num_patterns, rows), num_patterns, device),
-          {},
-          make_launch(wide::attend_kernel, wide::kMostRows, wide::shared_bytes(num_patterns),
-                      num_patterns, device),
-          {},
-          major >= 9};
+  config.wide = make_launch(wide::attend_kernel, wide::kMostRows, wide::shared_bytes(num_patterns),
+                            num_patterns, device);
+  return config;
 }
 
 // Once per device, number of patterns and kind of group: the attributes that it sets stay set.

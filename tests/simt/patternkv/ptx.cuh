@@ -74,10 +74,6 @@ inline float4 load_shared_float4(uint32_t address) {
   return *reinterpret_cast<const float4*>(simt::memory.data() + address);
 }
 
-inline float2 load_shared_float2(uint32_t address) {
-  return *reinterpret_cast<const float2*>(simt::memory.data() + address);
-}
-
 inline void load_matrices_trans(uint32_t (&x)[4], uint32_t address) {
   for (int i = 0; i < 4; ++i) {
     uint64_t row[8];

@@ -71,14 +71,13 @@ struct Attention {
     for (int h = 0; h < 2; ++h) {
       const uint32_t row = shared_address(memory.table) + tokens[h].table_offset;
 #pragma unroll
-      for (int i = 0; i < kRows / 8; i += Table<kRows>::kTilesPerLoad) {
-        float products[2 * Table<kRows>::kTilesPerLoad];
-        Table<kRows>::load(row, i, t, products);
-#pragma unroll
-        for (int k = 0; k < 2 * Table<kRows>::kTilesPerLoad; ++k) {
-          float& logit = x[4 * (i + k / 2) + 2 * h + k % 2];
-          logit = fmaf(logit, tokens[h].k_scale, products[k]);
-        }
+      for (int i = 0; i < kRows / 8; i += 2) {
+        const float4 product = load_shared_float4(Table<kRows>::place(row, i, t));
+        float* logits = x + 4 * i + 2 * h;
+        logits[0] = fmaf(logits[0], tokens[h].k_scale, product.x);
+        logits[1] = fmaf(logits[1], tokens[h].k_scale, product.y);
+        logits[4] = fmaf(logits[4], tokens[h].k_scale, product.z);
+        logits[5] = fmaf(logits[5], tokens[h].k_scale, product.w);
       }
     }
     if (cap_log2 > 0) {
@@ -405,7 +404,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
 
 // Blocks of a multiprocessor, for which registers are shared out.
 template <int kRows>
-constexpr int kBlocks = kRows == 64 ? 2 : kRows == 8 ? 4 : 3;
+constexpr int kBlocks = kRows == 64 ? 2 : 3;
 
 // Work items of up to kRows query rows, tables of up to 64 patterns. A kernel per number of rows:
 // in one kernel they would share registers out badly.
@@ -415,9 +414,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
   PATTERNKV_DYNAMIC_SHARED(memory);
   launch_dependents();
   uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
-  const WorkQueue queue = kRows == 8    ? p.work.narrow()
-                          : kRows == 64 ? p.work.many()
-                                        : p.work.wide();
+  const WorkQueue queue = kRows == 64 ? p.work.many() : p.work.wide();
   for_each_unit(queue, p.pool.h_kv, [&](const WorkItem& item, int head) {
     attend<kRows>(p, item, head, aligned);
   });

@@ -99,7 +99,7 @@ __device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row
 template <typename T>
 __device__ void merge_states(const MergeParams<T>& p, Partial& partial, int first_run, int last_run,
                              int q_head, int part, int parts) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 16;
   const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
   int before = 0;  // states of the runs before
   for (int r = first_run; r < last_run; ++r) {

@@ -83,44 +83,21 @@ __host__ __device__ constexpr int shared_bytes() {
 // spreads patterns over the banks.
 template <int kRows>
 struct Table {
-  static constexpr int kRowBytes = kRows * 4;
   static constexpr int kSwap = kRows >= 32 ? 64 : 0;  // bytes of a pair
-  static constexpr int kTilesPerLoad = kRows >= 16 ? 2 : 1;
 
   static __device__ __forceinline__ uint32_t pattern_offset(int pattern) {
-    return pattern * kRowBytes + (pattern & 1) * kSwap;
+    return pattern * (kRows * 4) + (pattern & 1) * kSwap;
   }
-  // The lane's products of n-tile `i` and, if there are several, the next.
-  static __device__ __forceinline__ void load(uint32_t row, int i, int t,
-                                              float (&products)[2 * kTilesPerLoad]) {
-    if constexpr (kTilesPerLoad == 2) {
-      reinterpret_cast<float4&>(products) = load_shared_float4((row + t * 16) ^ (i / 2 * 64));
-    } else {
-      reinterpret_cast<float2&>(products) = load_shared_float2(row + t * 8);
-    }
-  }
-  static __device__ __forceinline__ void store(float* table, int pattern, int i, int t,
-                                               const float (&products)[2 * kTilesPerLoad]) {
-    auto* bytes = reinterpret_cast<uint8_t*>(table);
-    if constexpr (kTilesPerLoad == 2) {
-      const uint32_t at = (pattern_offset(pattern) + t * 16) ^ (i / 2 * 64);
-      *reinterpret_cast<float4*>(bytes + at) = reinterpret_cast<const float4&>(products);
-    } else {
-      *reinterpret_cast<float2*>(bytes + pattern_offset(pattern) + t * 8) =
-          reinterpret_cast<const float2&>(products);
-    }
+  // Where, in a pattern's row at `row`, a lane's products of n-tile i, even, and the next are.
+  static __device__ __forceinline__ uint32_t place(uint32_t row, int i, int t) {
+    return (row + t * 16) ^ (i / 2 * 64);
   }
   // Subtracts a row's `shift` from all of its products.
   static __device__ __forceinline__ void lower(float* table, const float* shift, int thread) {
-    // A thread meets one row in patterns of one parity.
+    // A thread meets one row, in patterns of one parity.
     static_assert(kThreads % (2 * kRows) == 0);
-    const int place = thread % kRows;
-    int row = place;
-    if constexpr (kTilesPerLoad == 2) {
-      const int at = place ^ (thread / kRows % 2 * (kSwap / 4));
-      row = at / 16 * 16 + at % 16 / 4 * 2 + at % 4 / 2 * 8 + at % 2;
-    }
-    const float down = shift[row];
+    const int at = thread % kRows ^ thread / kRows % 2 * (kSwap / 4);
+    const float down = shift[at / 16 * 16 + at % 16 / 4 * 2 + at % 4 / 2 * 8 + at % 2];
 #pragma unroll 1
     for (int e = thread; e < kMostPatterns * kRows; e += kThreads) table[e] -= down;
   }
@@ -283,14 +260,13 @@ __device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem
   settle(x);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
+    const uint32_t row = Table::pattern_offset(16 * warp + 8 * h + g);
 #pragma unroll
-    for (int i = 0; i < kRows / 8; i += Table::kTilesPerLoad) {
-      float products[2 * Table::kTilesPerLoad];
-#pragma unroll
-      for (int k = 0; k < 2 * Table::kTilesPerLoad; ++k) {
-        products[k] = x[4 * (i + k / 2) + 2 * h + k % 2] * scale;
-      }
-      Table::store(memory.table, 16 * warp + 8 * h + g, i, t, products);
+    for (int i = 0; i < kRows / 8; i += 2) {
+      const float* from = x + 4 * i + 2 * h;
+      *reinterpret_cast<float4*>(reinterpret_cast<uint8_t*>(memory.table) +
+                                 Table::place(row, i, t)) =
+          make_float4(from[0] * scale, from[1] * scale, from[4] * scale, from[5] * scale);
     }
   }
 }

@@ -80,12 +80,6 @@ __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   return x;
 }
 
-__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
-  return x;
-}
-
 // Four 8 x 8 matrices of 16-bit elements, whose 16-byte rows lanes 8 i to 8 i + 7 give addresses of
 // for matrix i. Lane 4 g + t loads rows 2 t and 2 t + 1 of column g, transposed.
 __device__ __forceinline__ void load_matrices_trans(uint32_t (&x)[4], uint32_t address) {
