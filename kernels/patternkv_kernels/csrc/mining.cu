@@ -1,6 +1,4 @@
 // Launcher of mining.
-#include <algorithm>
-
 #include "patternkv/mining.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -47,14 +45,6 @@ void launch(const MiningParams& params, int problems, int device, cudaStream_t s
   }
 }
 
-// Tokens that are looked at besides the sinks, and centres.
-void count(MiningParams& params, int64_t rows, int64_t num_sinks, int64_t max_sample) {
-  params.sinks = static_cast<int>(std::min(num_sinks, rows));
-  params.segment = rows - params.sinks;
-  params.n = static_cast<int>(std::min(params.segment, max_sample));
-  params.num_centres = std::min(params.num_patterns - params.sinks, params.n);
-}
-
 }  // namespace
 
 // Bytes of scratch memory that mine() takes for `problems` heads of `rows` tokens each.
@@ -62,7 +52,7 @@ int64_t scratch_bytes(int64_t problems, int64_t rows, int64_t num_patterns, int6
                       int64_t max_sample) {
   MiningParams params = {};
   params.num_patterns = num_patterns;
-  count(params, rows, num_sinks, max_sample);
+  params.count(rows, num_sinks, max_sample);
   return problems * mining::scratch_bytes(params.sinks + params.n, params.num_centres, params.n);
 }
 
@@ -96,7 +86,7 @@ void mine(TensorView k, OptionalTensor v, OptionalTensor q, OptionalTensor weigh
   params.h = k.size(1);
   params.num_patterns = k_patterns.size(1);
   params.iterations = iterations;
-  count(params, k.size(0), num_sinks, max_sample);
+  params.count(k.size(0), num_sinks, max_sample);
   launch(params, params.h * (v.has_value() ? 2 : 1), device, get_stream(k.device()));
 }
 

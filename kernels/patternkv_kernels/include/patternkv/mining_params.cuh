@@ -44,6 +44,14 @@ struct MiningParams {
   bool is_bf16;
   int h, group, num_patterns, sinks, n, num_centres, iterations;
 
+  // Sets how many sinks, tokens and centres `rows` make.
+  void count(int64_t rows, int64_t num_sinks, int64_t max_sample) {
+    sinks = static_cast<int>(min(num_sinks, rows));
+    segment = rows - sinks;
+    n = static_cast<int>(min(segment, max_sample));
+    num_centres = min(num_patterns - sinks, n);
+  }
+
   // Otherwise sinks and tokens are the patterns, as far as these reach.
   __host__ __device__ bool clusters() const { return num_centres > 0 && num_centres < n; }
   __host__ __device__ int num_outliers() const { return num_centres / kOutlierShare; }
