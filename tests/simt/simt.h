@@ -257,6 +257,7 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) { return simt::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bit_cast<int>(x); }
+inline float __uint_as_float(unsigned x) { return simt::bit_cast<float>(x); }
 inline float __int_as_float(int x) { return simt::bit_cast<float>(x); }
 
 inline float __fadd_rn(float x, float y) { return x + y; }
