@@ -23,7 +23,6 @@ from tests.simt_library import unavailable
 from tests.simt_mining import simt_mine
 
 
-
 class Mine:
     """``mine_table`` and ``mine_kv`` on CPU tensors, by the reference."""
 
@@ -321,9 +320,7 @@ def test_the_kernel_errs_like_the_reference(
     expected = mine_kv(q, k, v, impl="reference", **options)
     for x, table, reference in zip((k, v), mine.kv(q, k, v, **options), expected, strict=True):
         assert torch.equal(table.patterns[:, :num_sinks].transpose(0, 1).bfloat16(), x[:num_sinks])
-        torch.testing.assert_close(
-            table.channel_scale, reference.channel_scale, rtol=0.1, atol=0.0
-        )
+        torch.testing.assert_close(table.channel_scale, reference.channel_scale, rtol=0.1, atol=0.0)
         error = relative_error(x.float(), table, 4)
         assert error <= 1.02 * relative_error(x.float(), reference, 4)
 
