@@ -27,10 +27,9 @@ extern "C" void mine(const Arguments* arguments) {
     p.channel_scale[side] = static_cast<__half*>(outputs[side][1]);
     p.channel_weight[side] = static_cast<__half*>(outputs[side][2]);
   }
-  p.num_queries = a.queries;
   p.is_bf16 = a.bf16;
   p.h = a.h;
-  p.group = a.group;
+  p.count_queries(a.queries, a.group);
   p.num_patterns = a.num_patterns;
   p.iterations = a.iterations;
   p.count(a.rows, a.num_sinks, a.max_sample);

@@ -77,8 +77,7 @@ void mine(TensorView k, OptionalTensor v, OptionalTensor q, OptionalTensor weigh
   }
   if (q.has_value()) {
     params.q = vectors(q.value());
-    params.num_queries = q.value().size(0);
-    params.group = q.value().size(1) / k.size(1);
+    params.count_queries(q.value().size(0), q.value().size(1) / k.size(1));
   }
   if (weight.has_value()) params.weight = halves(weight.value());
   params.scratch = static_cast<uint8_t*>(scratch.data_ptr());

@@ -103,8 +103,7 @@ __device__ __forceinline__ void gather_step(GatherShared& shared, const MiningPa
   const int rows = p.sinks + p.n, share = (rows + kRanks - 1) / kRanks;
   const int first = min(problem.rank * share, rows), last = min(first + share, rows);
   const auto load = [&](int row) {
-    const int64_t token = row - p.sinks;
-    const int64_t at = token < 0 ? row : p.sinks + token * p.segment / p.n;
+    const int64_t at = row < p.sinks ? row : p.sinks + p.tokens(row - p.sinks);
     return load_chunk(x, at, problem.head, chunk);
   };
   // Of every thread, though some have no lane.
@@ -128,15 +127,15 @@ __device__ __forceinline__ void gather_step(GatherShared& shared, const MiningPa
   write_partial(shared, problem, kSquares, squares, Add());
   if (problem.side != 0 || p.q.data == nullptr) return;
 
-  const int sampled = static_cast<int>(min(p.num_queries, int64_t{kMaxTokens}));
-  const int queries = sampled * p.group, query_share = (queries + kRanks - 1) / kRanks;
+  const int queries = p.num_queries * p.group, query_share = (queries + kRanks - 1) / kRanks;
   const int first_query = min(problem.rank * query_share, queries);
   float query_squares[8] = {};
   for_each(
       first_query, min(first_query + query_share, queries),
       [&](int i) {
-        const int64_t token = int64_t{i / p.group} * p.num_queries / sampled;
-        return load_chunk(p.q, token, problem.head * p.group + i % p.group, chunk);
+        const int query = p.group == 1 ? i : __umulhi(i, p.group_inverse);
+        return load_chunk(p.q, p.queries(query), problem.head * p.group + i - query * p.group,
+                          chunk);
       },
       [&](int, uint4 loaded) {
         const Eight query = widened(loaded, p.is_bf16);

@@ -279,7 +279,7 @@ __device__ __forceinline__ void assign_step(AssignShared& shared, const MiningPa
   } else {
     assign_tiles<1>(shared, p, problem, channels, list);
   }
-  if (step.work == Work::kAssign) write_candidates(shared, p, problem);
+  if (step.work == Work::kAssign && step.last) write_candidates(shared, p, problem);
 }
 
 }  // namespace patternkv::mining

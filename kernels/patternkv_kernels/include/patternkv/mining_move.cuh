@@ -75,9 +75,8 @@ struct Split {
 
 // Sums of the members of all centres, dims [slice * kSlice, +kSlice), to shared memory.
 __device__ __forceinline__ void sum_members(MoveShared& shared, const MiningParams& p,
-                                            const Problem& problem, int slice, int m) {
+                                            const Problem& problem, const Split& own, int slice) {
   const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const Split own(m);
   const __half* tokens = problem.rows + int64_t{p.sinks} * HEAD_DIM + slice * kSlice;
   float sums[2][2][4] = {};
   __half2 id[2][2];
@@ -145,15 +144,14 @@ __device__ __forceinline__ void sum_members(MoveShared& shared, const MiningPara
 
 // Dims 2 * pair and the next, of the slice, of centre c.
 __device__ __forceinline__ float2 moved_centre(const MoveShared& shared, const MiningParams& p,
-                                               const Problem& problem, int slice, int m, int c,
-                                               int pair) {
+                                               const Problem& problem, const Split& own, int slice,
+                                               int c, int pair) {
   const int count = shared.count[c];
   if (count == 0) {
     const __half* token = problem.rows + int64_t{p.sinks + shared.moved[c]} * HEAD_DIM;
     const auto* pairs = reinterpret_cast<const uint32_t*>(token + slice * kSlice);
     return __half22float2(as_half2(load_coherent(pairs + pair)));
   }
-  const Split own(m);
   float2 sum = {0.0f, 0.0f};
   for (int split = 0; split < own.splits; ++split) {
     const int row = split * own.tiles * 16 + c;
@@ -171,13 +169,14 @@ __device__ __forceinline__ void move_step(MoveShared& shared, const MiningParams
   const int m = step.centres;
   if (problem.rank >= HEAD_DIM / kSlice) return;
   count_members(shared, p, problem, m);
+  const Split own(m);
   auto* patterns = reinterpret_cast<__half2*>(p.patterns[problem.side]) +
                    int64_t{problem.head} * p.num_patterns * (HEAD_DIM / 2);
   for (int slice = problem.rank; slice < HEAD_DIM / kSlice; slice += kRanks) {
-    sum_members(shared, p, problem, slice, m);
+    sum_members(shared, p, problem, own, slice);
     for (int i = threadIdx.x; i < m * kSlicePairs; i += kThreads) {
       const int c = i / kSlicePairs, pair = i % kSlicePairs;
-      const float2 x = moved_centre(shared, p, problem, slice, m, c, pair);
+      const float2 x = moved_centre(shared, p, problem, own, slice, c, pair);
       const float* unit = channels.unit + slice * kSlice + 2 * pair;
       auto* centre = reinterpret_cast<__half2*>(problem.centres + int64_t{c} * HEAD_DIM);
       centre[slice * kSlicePairs + pair] = __floats2half2_rn(x.x * unit[0], x.y * unit[1]);
@@ -192,7 +191,7 @@ __device__ __forceinline__ void move_step(MoveShared& shared, const MiningParams
             reinterpret_cast<const uint32_t*>(problem.rows + int64_t{id} * HEAD_DIM);
         x = as_half2(load_coherent(sink + slice * kSlicePairs + pair));
       } else {
-        const float2 mean = moved_centre(shared, p, problem, slice, m, id - p.sinks, pair);
+        const float2 mean = moved_centre(shared, p, problem, own, slice, id - p.sinks, pair);
         x = __floats2half2_rn(mean.x, mean.y);
       }
       patterns[int64_t{i / kSlicePairs} * (HEAD_DIM / 2) + slice * kSlicePairs + pair] = x;

@@ -29,27 +29,50 @@ struct Vectors {
   int64_t token_stride, head_stride;
 };
 
+// Evenly spaced rows: sample i of n is row floor(i * segment / n).
+struct Sampling {
+  int64_t whole;     // segment / n
+  uint32_t rest;     // segment % n
+  uint64_t inverse;  // ceil(2^42 / n): exact for i * rest below 2^22
+
+  static Sampling make(int64_t segment, int n) {
+    if (n == 0) return {};
+    return {segment / n, static_cast<uint32_t>(segment % n), ((uint64_t{1} << 42) + n - 1) / n};
+  }
+  __device__ int64_t operator()(int i) const {
+    return i * whole + static_cast<int64_t>(i * rest * inverse >> 42);
+  }
+};
+static_assert(kMaxTokens <= 1 << 11, "products of sample and rest below 2^22");
+
 // What ranks tell each other, a float per channel each.
 enum Partial { kQuerySquares, kLargest, kSum, kSquares, kResiduals, kPartials };
 
 struct MiningParams {
-  Vectors x[2];                  // K and V, [sinks + segment, h, HEAD_DIM]
-  Vectors q;                     // [num_queries, group * h, HEAD_DIM], of K
+  Vectors x[2];                  // K and V, [rows, h, HEAD_DIM]
+  Vectors q;                     // [rows, group * h, HEAD_DIM], of K
   const __half* weight;          // [h, HEAD_DIM] of side 0, where there is no q; null: all alike
   __half* patterns[2];           // [h, num_patterns, HEAD_DIM]
   __half* channel_scale[2];      // [h, HEAD_DIM]
   __half* channel_weight[2];     // [h, HEAD_DIM]; null: not asked for
   uint8_t* scratch;              // scratch_bytes() of each problem
-  int64_t segment, num_queries;  // rows that n tokens, and up to kMaxTokens queries, are sampled of
+  Sampling tokens, queries;      // n tokens behind the sinks, num_queries queries
   bool is_bf16;
-  int h, group, num_patterns, sinks, n, num_centres, iterations;
+  int h, group, num_patterns, sinks, n, num_queries, num_centres, iterations;
+  uint32_t group_inverse;  // ceil(2^32 / group)
 
   // Sets how many sinks, tokens and centres `rows` make.
   void count(int64_t rows, int64_t num_sinks, int64_t max_sample) {
     sinks = static_cast<int>(min(num_sinks, rows));
-    segment = rows - sinks;
-    n = static_cast<int>(min(segment, max_sample));
+    n = static_cast<int>(min(rows - sinks, max_sample));
+    tokens = Sampling::make(rows - sinks, n);
     num_centres = min(num_patterns - sinks, n);
+  }
+  void count_queries(int64_t rows, int of_group) {
+    num_queries = static_cast<int>(min(rows, int64_t{kMaxTokens}));
+    queries = Sampling::make(rows, num_queries);
+    group = of_group;
+    group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + group - 1) / group);
   }
 
   // Otherwise sinks and tokens are the patterns, as far as these reach.
@@ -136,7 +159,7 @@ struct Step {
   Work work;
   int centres;       // assigned to or moved
   bool from_tokens;  // centres are evenly spaced tokens still
-  bool last;         // of the moves
+  bool last;         // of its kind: all centres move, or the farthest tokens are looked for
 };
 
 __host__ __device__ inline int num_steps(const MiningParams& p) {
@@ -154,7 +177,7 @@ __host__ __device__ inline Step step_at(const MiningParams& p, int index) {
   const int num_starts = p.num_centres - p.num_outliers();
   if (behind == 3 && p.num_outliers() > 0) return {Work::kOutliers, num_starts};
   if (index % 2 == 0) return {Work::kMove, num_starts};
-  return {Work::kAssign, num_starts, index == 1};
+  return {Work::kAssign, num_starts, index == 1, index == 2 * p.iterations + 1};
 }
 
 // Channels of a problem, in shared memory.

@@ -18,6 +18,7 @@ constexpr int kManyWarps = 4;
 constexpr int kManyBlocksPerSm = HEAD_DIM <= 128 ? 3 : 2;
 // Tiles of 8 tokens that a warp of store_many scores together, so that a pattern is loaded once.
 constexpr int kGroups = HEAD_DIM <= 128 ? 2 : 1;
+constexpr int kManyAtOnce = 2;  // tiles of patterns that it scores together
 
 // The lane's share of a vector in float16: NaN as 0, clamped to the float16 range. Copies it as it
 // is to `copy` unless that is null.
@@ -232,7 +233,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
         prepared = &shared.others[warp];
       }
       Nearest nearest[kGroups];
-      nearest_patterns<kGroups>(*prepared, patterns, p.num_patterns, x, 0, 1, nearest);
+      nearest_patterns<kManyAtOnce>(*prepared, patterns, p.num_patterns, x, 0, 1, nearest);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const bool now = token[group].table == table;
