@@ -189,6 +189,19 @@ __global__ void __launch_bounds__(32 * kFewWarps, 1) store_few(const StoreParams
             [&](auto bits, int side) { store_few_side<T, bits()>(p, side, head, shared); });
 }
 
+// The vectors of kGroups tiles from token `first` on, which are stored next, to the L2 cache.
+template <typename T>
+__device__ __forceinline__ void prefetch_tokens(const StoreParams& p, int side, int head, int first,
+                                                int end) {
+  constexpr int kLine = 64, kLines = (HEAD_DIM + kLine - 1) / kLine;  // elements; of a vector
+  const Vectors vectors = side == 0 ? p.k : p.v;
+  const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
+  for (int i = threadIdx.x % 32; i < kGroups * kTileTokens * kLines; i += 32) {
+    const int token = first + i / kLines;
+    if (token < end) prefetch(of_head + int64_t{token} * vectors.token_stride + i % kLines * kLine);
+  }
+}
+
 struct ManyShared {
   StoreTable common;              // of the block's first token
   StoreTable others[kManyWarps];  // of whatever other table a warp meets
@@ -213,6 +226,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
       token[group] = load_tile<T>(p, side, head, first + group * kTileTokens, true, x[group]);
       done[group] = false;
     }
+    prefetch_tokens<T>(p, side, head, first + kManyWarps * kTokens, end);
     // Once per table among the tokens.
     while (true) {
       int table = -1;
