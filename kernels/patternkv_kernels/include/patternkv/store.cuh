@@ -218,6 +218,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
   __syncthreads();
 
   for (int first = begin + warp * kTokens; first < end; first += kManyWarps * kTokens) {
+    prefetch_tokens<T>(p, side, head, first + kManyWarps * kTokens, end);
     Share x[kGroups];
     Token token[kGroups];
     bool done[kGroups];
@@ -226,7 +227,6 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
       token[group] = load_tile<T>(p, side, head, first + group * kTileTokens, true, x[group]);
       done[group] = false;
     }
-    prefetch_tokens<T>(p, side, head, first + kManyWarps * kTokens, end);
     // Once per table among the tokens.
     while (true) {
       int table = -1;
