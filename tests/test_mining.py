@@ -85,6 +85,8 @@ EVERY = [
     *KERNEL,
 ]
 every_implementation = pytest.mark.parametrize("mine", EVERY)
+# What takes the emulator too long, and says nothing that shorter tests do not.
+all_but_the_emulator = pytest.mark.parametrize("mine", [x for x in EVERY if x is not SIMT])
 the_kernel = pytest.mark.parametrize("mine", KERNEL)
 
 
@@ -121,7 +123,7 @@ def test_same_tokens_give_the_same_bits(mine: Mine, n: int) -> None:
     assert torch.equal(first.channel_scale, second.channel_scale)
 
 
-@every_implementation
+@all_but_the_emulator
 @pytest.mark.parametrize("n", [1, 2, 40, 400])
 @pytest.mark.parametrize("num_patterns", [1, 16, 256])
 @pytest.mark.parametrize("d", [64, 96])
@@ -203,7 +205,7 @@ def test_channel_scale_follows_the_residuals(mine: Mine) -> None:
     assert abs(float(table.channel_scale.float().square().mean()) - 1) < 0.01
 
 
-@every_implementation
+@all_but_the_emulator
 @pytest.mark.parametrize("bits", [2, 4])
 def test_patterns_and_channel_scale_pay(mine: Mine, bits: int) -> None:
     x = clustered(1000)
@@ -306,12 +308,12 @@ def test_k_and_v_are_mined_together_as_alone(mine: Mine, n: int) -> None:
 @the_kernel
 @pytest.mark.parametrize(
     ("n", "num_patterns", "num_sinks", "d"),
-    [(600, 64, 4, 128), (2300, 256, 4, 64), (270, 100, 0, 96), (300, 40, 40, 256), (140, 9, 1, 64)],
+    [(600, 64, 4, 128), (1100, 256, 4, 64), (270, 100, 0, 96), (300, 40, 40, 256), (140, 9, 1, 64)],
 )
 def test_the_kernel_errs_like_the_reference(
     mine: Mine, n: int, num_patterns: int, num_sinks: int, d: int
 ) -> None:
-    h = 1 if n > 2000 else 2
+    h = 1 if n > 1000 else 2
     k, v = (clustered(n, h, d, 30, seed).bfloat16() for seed in (1, 2))
     k[:num_sinks] *= 20
     k += 10 * (torch.arange(d) % 16 == 3)  # channels far from zero, as keys have

@@ -3,8 +3,8 @@
 // A warp works on 8 tokens (or twice 8) of one side, K or V, of one head. Two kernels differ in how
 // warps share the work, not in what is computed for a token: `store_few` spreads the patterns of 8
 // tokens over the warps of a block, for decode batches; in `store_many` every warp has its own
-// tokens, for prefill. Bound by instruction issue: about 1070 warp instructions per 8 vectors of
-// 128 dims with 64 patterns.
+// tokens, for prefill. That takes about a thousand warp instructions per 8 vectors of 128 dims with
+// 64 patterns, by three warps per scheduler: chains of products have to overlap.
 #pragma once
 
 #include <type_traits>
