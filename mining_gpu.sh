@@ -1,11 +1,30 @@
 #!/bin/bash
-# GPU check of mining, dequantize and store: tests, then timings. From the repository root.
+# GPU check of mining, dequantize and store: tests, then timings, then variants of some constants.
+# From the repository root.
 set -o pipefail
-python -m patternkv_kernels.build --op mining dequantize --jobs 16 2>&1 | tail -1
-python -m patternkv_kernels.build --op store --bits 4:4 2:2 --head-dim 128 2>&1 | tail -1
-timeout 100 python -m pytest -q -x -m gpu tests/test_mining.py tests/test_store_cuda.py -k "mining or dequantize or few or shuffled" -p no:cacheprovider 2>&1 | grep -v SKIPPED | tail -25
+# Variants of some constants: name, header, sed expression, op.
+variant() {
+  rm -rf /tmp/v/$1 && mkdir -p /tmp/v/$1 && cp -r kernels/patternkv_kernels /tmp/v/$1/ && sed -i "$3" /tmp/v/$1/patternkv_kernels/include/patternkv/$2
+  PYTHONPATH=/tmp/v/$1 python -m patternkv_kernels.build --op $4 --bits 4:4 --head-dim 128 > /tmp/v/$1/log 2>&1 &
+}
+variant dequantize_base dequantize.cuh 's/x/x/' dequantize
+variant dequantize_batch2 dequantize.cuh 's/kBatch = 4;/kBatch = 2;/' dequantize
+variant dequantize_64registers dequantize.cuh 's/(kThreads, 3)/(kThreads, 4)/' dequantize
+variant dequantize_plain_stores ptx.cuh 's/__stcs(at, x)/*at = x/' dequantize
+variant dequantize_no_allocate ptx.cuh 's/ld.global.nc.u32/ld.global.nc.L1::no_allocate.u32/' dequantize
+variant store_base store.cuh 's/x/x/' store
+variant store_one_tile store.cuh 's/kManyAtOnce = 2;/kManyAtOnce = 1;/' store
+variant store_four_tiles store.cuh 's/kManyAtOnce = 2;/kManyAtOnce = 4;/' store
+variant store_four_blocks store.cuh 's/HEAD_DIM <= 128 ? 3 : 2/4/' store
+variant store_no_prefetch ptx.cuh 's/^  asm volatile("prefetch.*$//' store
+variant mining_base mining.cuh 's/x/x/' mining
+variant mining_one_block mining.cuh 's/HEAD_DIM <= 128 ? 2 : 1/1/' mining
+python -m patternkv_kernels.build --jobs 16 --op mining dequantize store 2>&1 | tail -1
+wait
+timeout 120 python -m pytest -q --maxfail=6 --tb=short -m gpu tests/test_mining.py tests/test_store_cuda.py \
+  -k "not follows_the_reference or bits0 or bits2" -p no:cacheprovider 2>&1 | grep -v SKIPPED | tail -40
 cat > /tmp/mining_gpu.py <<'PY'
-import time, torch
+import sys, time, torch
 from patternkv_kernels import LayerTables, SlotFormat, dequantize, mine_kv, mine_table, store_kv
 from benchmarks.timing import measure
 dev = torch.device("cuda"); torch.manual_seed(0)
@@ -60,5 +79,18 @@ for bits, P in (((4, 4), 64), ((4, 4), 256), ((2, 2), 64), ((2, 2), 256)):
         b = measure([lambda: dequantize(fmt, buf, s, tables, ids, torch.bfloat16, out, impl="cuda")], dev).us
         row.append(f"store {a:.0f} us {nbytes/a/1e3:.0f} GB/s {100*nbytes/a/1e3/copy:.0f}%  dequantize {b:.0f} us {nbytes/b/1e3:.0f} GB/s {100*nbytes/b/1e3/copy:.0f}%")
     print(bits, P, "random slots:", row[0], "| ordered:", row[1])
+import patternkv_kernels.jit as jit
+from pathlib import Path
+fmt = SlotFormat(4, 4, d, 1, h_kv=h); buf = fmt.allocate(n, dev)
+tables = LayerTables.allocate(2, h, 64, d, dev); tables.patterns.normal_()
+sets = [kv(2048) for _ in range(6)]
+for folder in sorted(Path("/tmp/v").iterdir()):
+    jit._PACKAGE = folder / "patternkv_kernels"
+    for cached in (jit.load_variant, jit.include_folders, jit._source_digest): cached.cache_clear()
+    calls = {"store": [lambda: store_kv(fmt, buf, slots, k, v, tables, ids, impl="cuda")],
+             "dequantize": [lambda: dequantize(fmt, buf, slots, tables, ids, torch.bfloat16, out, impl="cuda")],
+             "mining": [lambda s=s: mine_kv(*s, num_patterns=64, num_sinks=4, bits=(4, 4), out=tables.table(1), impl="cuda") for s in sets]}
+    try: print(folder.name, f"{measure(calls[folder.name.split('_')[0]], dev).us:.0f} us")
+    except Exception as e: print(folder.name, repr(e)[:200])
 PY
 timeout 60 python /tmp/mining_gpu.py 2>&1 | tail -40

@@ -59,7 +59,7 @@ def mine_cuda(
         first,
         aligned(sides[1]) if len(sides) > 1 else None,
         None if q is None else aligned(q),
-        None if channel_weight is None else channel_weight.contiguous(),
+        None if channel_weight is None else channel_weight.half().contiguous(),
         *out[0],
         *(out[1] if len(sides) > 1 else (None, None, None)),
         torch.empty(size, dtype=torch.uint8, device=first.device),

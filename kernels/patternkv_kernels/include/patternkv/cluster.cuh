@@ -10,6 +10,7 @@ namespace patternkv {
 // visible to all of them behind it. Clusters came with compute capability 9.0.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // aligned: by whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
