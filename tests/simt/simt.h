@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -46,7 +47,6 @@ constexpr uint8_t kPoison = 0xcd;  // what shared memory holds at first
 
 struct Thread {
   ucontext_t context;
-  std::vector<char> stack;
   bool done = false;
 };
 
@@ -65,6 +65,7 @@ struct Warpgroup : Meeting {
 };
 
 inline std::vector<Thread> threads;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of threads, kept from block to block
 inline std::vector<Warp> warps;
 inline std::vector<Warpgroup> groups;
 inline Meeting block, named[16];
@@ -127,11 +128,12 @@ inline void run_block(int num_threads, std::function<void()> kernel) {
   groups.assign(num_threads / kGroupThreads, Warpgroup());
   block = Meeting();
   std::fill(std::begin(named), std::end(named), Meeting());
-  for (Thread& thread : threads) {
-    thread.stack.resize(kStackBytes);
+  while (stacks.size() < threads.size()) stacks.emplace_back(new char[kStackBytes]);
+  for (size_t i = 0; i < threads.size(); ++i) {
+    Thread& thread = threads[i];
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_stack.ss_sp = stacks[i].get();
+    thread.context.uc_stack.ss_size = kStackBytes;
     thread.context.uc_link = &scheduler;
     void (*entry)() = [] {
       body();
