@@ -341,15 +341,15 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     ) -> None:
         config = self.config
         sinks = max(0, min(config.sinks, extend.num_tokens) - extend.prefix_len)
-        mined = mine_kv(
+        mine_kv(
             q,
             k,
             v,
             num_patterns=config.patterns,
             num_sinks=sinks,
             bits=(config.k_bits, config.v_bits),
+            out=self.pool.tables[index].table(extend.table),
         )
-        self.pool.tables[index].write(extend.table, *mined)
 
     def _store(
         self,

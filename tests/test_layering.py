@@ -17,8 +17,14 @@ PACKAGES = {
 
 # A module imports modules of earlier ranks only. A package's own name is its `__init__`.
 LAYERS = [
-    ["patternkv_kernels.format", "patternkv_kernels.plan", "patternkv_kernels.window"],
-    ["patternkv_kernels.jit", "patternkv_kernels.mining"],
+    [
+        "patternkv_kernels.format",
+        "patternkv_kernels.mined",
+        "patternkv_kernels.mining_reference",
+        "patternkv_kernels.plan",
+        "patternkv_kernels.window",
+    ],
+    ["patternkv_kernels.jit"],
     ["patternkv_kernels.build", "patternkv_kernels.dispatch", "patternkv_kernels.tables"],
     [
         "patternkv_kernels.dequantize_reference",
@@ -29,10 +35,12 @@ LAYERS = [
         "patternkv_kernels.decode_cuda",
         "patternkv_kernels.decode_reference",
         "patternkv_kernels.dequantize_cuda",
+        "patternkv_kernels.mining_cuda",
     ],
     [
         "patternkv_kernels.decode",
         "patternkv_kernels.dequantize",
+        "patternkv_kernels.mining",
         "patternkv_kernels.ragged",
         "patternkv_kernels.store",
     ],

@@ -9,7 +9,9 @@ from patternkv_kernels.decode_cuda import (
 )
 from patternkv_kernels.dequantize import dequantize
 from patternkv_kernels.format import SlotFormat, SlotViews
-from patternkv_kernels.mining import MinedTable, mine_kv, mine_table, query_weight
+from patternkv_kernels.mined import MinedTable
+from patternkv_kernels.mining import mine_kv, mine_table
+from patternkv_kernels.mining_reference import query_weight
 from patternkv_kernels.plan import DecodePlan, Window
 from patternkv_kernels.ragged import (
     RaggedAttention,

@@ -64,12 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     except jit.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    variants = [
-        jit.Variant(op, k_bits, v_bits, head_dim, arch)
-        for head_dim, (k_bits, v_bits), op in itertools.product(
-            options.head_dim, options.bits, options.op
-        )
-    ]
+    variants = []
+    for head_dim, widths, op in itertools.product(options.head_dim, options.bits, options.op):
+        k_bits, v_bits = jit.BITS_OF_ALL if op == "mining" else widths
+        variant = jit.Variant(op, k_bits, v_bits, head_dim, arch)
+        if variant not in variants:
+            variants.append(variant)
     started = time.perf_counter()
     failures = []
     # Threads, since each of them only waits for nvcc.

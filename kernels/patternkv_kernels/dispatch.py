@@ -18,18 +18,21 @@ logger = logging.getLogger(__name__)
 
 
 def use_cuda(
-    impl: Impl, op: jit.Op, fmt: SlotFormat, device: torch.device, unsupported: str | None
+    impl: Impl, op: jit.Op, fmt: SlotFormat | None, device: torch.device, unsupported: str | None
 ) -> bool:
     """Whether the CUDA kernels of ``op`` run; builds them at the first use.
 
-    ``unsupported`` says why they cannot take the op's arguments, None if they can. Raises
+    ``unsupported`` says why they cannot take the op's arguments, None if they can: then ``fmt`` is
+    what they are built for. Raises
     ``ValueError`` for ``impl="cuda"`` when they cannot run, and for an unknown ``impl``.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"impl={impl!r}: choose one of {get_args(Impl)}")
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
-    reason = unsupported or missing(op, fmt, device)
+    reason = unsupported
+    if reason is None and fmt is not None:
+        reason = missing(op, fmt, device)
     if impl == "cuda" and reason is not None:
         raise ValueError(f"impl='cuda' cannot run {op}: {reason}")
     if reason is not None:

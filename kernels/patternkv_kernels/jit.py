@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 
     Module = tvm_ffi.Module
 
-Op = Literal["decode", "dequantize", "store"]
+Op = Literal["decode", "dequantize", "mining", "store"]
 OPS: tuple[Op, ...] = get_args(Op)
+
+BITS_OF_ALL = (4, 4)
+"""What a library is called by that serves all bits: mining reads and writes no codes."""
 
 MIN_ARCH = 80
 """Asynchronous copies and bfloat16 tensor cores came with compute capability 8.0."""

@@ -40,8 +40,8 @@ def store_kv_cuda(
         buffer,
         fmt.page_size,
         index_tensor(slots),
-        _aligned(k),
-        _aligned(v),
+        aligned(k),
+        aligned(v),
         tables.patterns,
         tables.channel_scale,
         tables.channel_weight,
@@ -58,7 +58,7 @@ def index_tensor(slots: torch.Tensor) -> torch.Tensor:
     return slots.contiguous()
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
     """``x`` or a copy with contiguous vectors that start at multiples of 16 bytes."""
     token, head, dim = x.stride()
     if dim == 1 and token % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from patternkv_kernels.format import SlotFormat, centre, pack, write_slots
-from patternkv_kernels.mining import FLOAT16_MAX, sanitize
+from patternkv_kernels.mining_reference import FLOAT16_MAX, sanitize
 from patternkv_kernels.tables import LayerTables
 from patternkv_kernels.window import WindowWrite
 

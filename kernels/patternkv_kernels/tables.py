@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from patternkv_kernels.format import HEAD_DIMS, MAX_PATTERNS
-from patternkv_kernels.mining import MinedTable
+from patternkv_kernels.mined import MinedTable
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,20 @@ class LayerTables:
         """The same tables on ``device``."""
         return LayerTables(*(getattr(self, f.name).to(device) for f in fields(self)))
 
+    def table(self, table_id: int) -> tuple[MinedTable, MinedTable]:
+        """K's and V's content of table ``table_id``: views, to be filled in place."""
+        patterns = self.patterns[table_id].unbind(0)
+        scale = self.channel_scale[table_id].unbind(0)
+        weight = self.channel_weight[table_id].unbind(0)
+        return (
+            MinedTable(patterns[0], scale[0], weight[0]),
+            MinedTable(patterns[1], scale[1], weight[1]),
+        )
+
     def write(self, table_id: int, k: MinedTable, v: MinedTable) -> None:
         """Fill table ``table_id`` with mined content of at most ``num_patterns`` patterns each."""
-        for i, mined in enumerate((k, v)):
-            used = mined.patterns.shape[1]
-            if used > self.num_patterns:
-                raise ValueError(
-                    f"a mined table of {used} patterns does not fit "
-                    f"num_patterns={self.num_patterns}; mine fewer or allocate larger tables"
-                )
-            self.patterns[table_id, i, :, :used] = mined.patterns
-            self.patterns[table_id, i, :, used:] = mined.patterns[:, :1]
-            self.channel_scale[table_id, i] = mined.channel_scale
-            weight = mined.channel_weight
-            self.channel_weight[table_id, i] = 1.0 if weight is None else weight
+        for content, mined in zip(self.table(table_id), (k, v), strict=True):
+            content.fill(mined)
 
     def clear(self, table_id: int) -> None:
         """Turn table ``table_id`` back into the zero table."""

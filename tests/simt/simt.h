@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -46,7 +47,6 @@ constexpr uint8_t kPoison = 0xcd;  // what shared memory holds at first
 
 struct Thread {
   ucontext_t context;
-  std::vector<char> stack;
   bool done = false;
 };
 
@@ -65,6 +65,7 @@ struct Warpgroup : Meeting {
 };
 
 inline std::vector<Thread> threads;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of threads, kept from block to block
 inline std::vector<Warp> warps;
 inline std::vector<Warpgroup> groups;
 inline Meeting block, named[16];
@@ -127,11 +128,12 @@ inline void run_block(int num_threads, std::function<void()> kernel) {
   groups.assign(num_threads / kGroupThreads, Warpgroup());
   block = Meeting();
   std::fill(std::begin(named), std::end(named), Meeting());
-  for (Thread& thread : threads) {
-    thread.stack.resize(kStackBytes);
+  while (stacks.size() < threads.size()) stacks.emplace_back(new char[kStackBytes]);
+  for (size_t i = 0; i < threads.size(); ++i) {
+    Thread& thread = threads[i];
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_stack.ss_sp = stacks[i].get();
+    thread.context.uc_stack.ss_size = kStackBytes;
     thread.context.uc_link = &scheduler;
     void (*entry)() = [] {
       body();
@@ -257,7 +259,15 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) { return simt::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bit_cast<int>(x); }
+inline float __uint_as_float(unsigned x) { return simt::bit_cast<float>(x); }
 inline float __int_as_float(int x) { return simt::bit_cast<float>(x); }
+
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
 // cuda_fp16.h has it on the device only.
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
@@ -270,5 +280,6 @@ inline void __trap() {
   std::abort();
 }
 
+using std::isnan;
 using std::max;
 using std::min;

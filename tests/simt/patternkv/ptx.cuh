@@ -70,6 +70,11 @@ inline void cp_async_commit() {}
 template <int kPending>
 void cp_async_wait() {}
 
+inline uint4 load_early(const uint4* x) { return *x; }
+inline uint32_t load_early(const uint32_t* x) { return *x; }
+inline uint32_t load_early(const uint16_t* x) { return *x; }
+inline void store_streaming(uint4* at, uint4 x) { *at = x; }
+
 inline float4 load_shared_float4(uint32_t address) {
   return *reinterpret_cast<const float4*>(simt::memory.data() + address);
 }

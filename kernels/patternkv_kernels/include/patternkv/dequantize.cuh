@@ -1,9 +1,12 @@
 // Dequantize: packed slots back to vectors.
 //
-// A thread makes 8 consecutive dims of a vector: one code word, 16 bytes of its pattern, one
-// 16-byte store (two for float32). A block has one head; half of its warps do K, the others V.
-// Bound by memory: an exactly rounded float32 takes one multiply-add, since the product of the
-// scales has 22 bits and a level 4.
+// A block has one head and walks over runs of tokens; half of its warps make K, the others V. A
+// thread of the block works out where a vector's parts are, while the vectors of the run before are
+// made; then a thread makes 8 consecutive dims of a vector: one code word, 16 bytes of its pattern
+// and of the channel scales, one 16-byte store (two for float32). Blocks of all heads reach a token
+// at about the same time, so that its page is read and its vectors are written whole. Bound by
+// memory: an exactly rounded float32 takes one multiply-add, since the product of the scales has 22
+// bits and a level 4.
 #pragma once
 
 #include <type_traits>
@@ -19,8 +22,9 @@ constexpr int kTokens = HEAD_DIM == 96 ? 8 : 128 / kVectorThreads;  // of a bloc
 constexpr int kSideThreads = kTokens * kVectorThreads;
 static_assert(kSideThreads % 32 == 0, "a warp has one side");
 constexpr int kThreads = 2 * kSideThreads;
-constexpr int kUnroll = 4;  // tokens of a thread, whose loads are under way together
-constexpr int kBlockTokens = kTokens * kUnroll;
+constexpr int kBatch = 4;  // vectors of a thread, whose loads are under way together
+constexpr int kRunTokens = 2 * kBatch * kTokens;
+static_assert(2 * kRunTokens <= kThreads, "a thread for every place");
 
 struct DequantizeParams {
   SlotPool pool;
@@ -33,49 +37,85 @@ struct DequantizeParams {
   int n, num_patterns;
 };
 
-// What a thread loads of one token.
-struct Packed {
-  uint4 pattern, channel_scale;
-  uint32_t codes;  // two halves of four codes each, low bits first
+// Where the parts of a vector are.
+struct alignas(16) Place {
+  uint32_t codes;                   // 8 bytes each into the pool
+  uint32_t pattern, channel_scale;  // 16 bytes each
   float scale;
 };
 
-// Codes of a thread's dims as a half of codes 0-3 and a half of codes 4-7.
+struct Slot {
+  int slot, table;
+};
+
+// What a place is made from, as loaded.
+struct Record {
+  uint32_t ids, scale;
+};
+
+// What a thread loads of one vector.
+struct Packed {
+  uint4 pattern, channel_scale;
+  uint32_t codes;  // low bits first
+  float scale;
+};
+
+__device__ __forceinline__ Slot load_slot(const DequantizeParams& p, int token) {
+  token = min(token, p.n - 1);
+  // The low half of an int64.
+  const auto* words = static_cast<const uint32_t*>(p.slots);
+  const uint32_t slot = load_early(words + (p.slots_are_int64 ? 2 * int64_t{token} : token));
+  const uint32_t table = load_early(reinterpret_cast<const uint32_t*>(p.table_ids) + token);
+  return {static_cast<int>(slot), static_cast<int>(table)};
+}
+
+__device__ __forceinline__ Record load_record(const DequantizeParams& p, int side, int head,
+                                              Slot slot) {
+  const SlotPlace place = p.pool.locate(slot.slot);
+  const auto* metadata = reinterpret_cast<const uint16_t*>(p.pool.metadata(place, head));
+  return {load_early(metadata), load_early(metadata + 1 + side)};
+}
+
+__device__ __forceinline__ Place make_place(const DequantizeParams& p, int side, int head,
+                                            Slot slot, Record record) {
+  const SlotPlace place = p.pool.locate(slot.slot);
+  const uint8_t* codes = side == 0 ? p.pool.k_row(place, head) : p.pool.v_row(place, head);
+  const uint32_t table_head = (slot.table * 2 + side) * p.pool.h_kv + head;
+  const uint32_t id = side == 0 ? record.ids & 0xff : record.ids >> 8;
+  return {static_cast<uint32_t>((codes - p.pool.base) / 8),
+          (table_head * p.num_patterns + id) * kVectorThreads, table_head * kVectorThreads,
+          half_bits_to_float(record.scale)};
+}
+
 template <int kBits>
 __device__ __forceinline__ uint32_t load_codes(const uint8_t* row, int chunk) {
   if constexpr (kBits == 4) {
-    return __ldg(reinterpret_cast<const uint32_t*>(row) + chunk);
+    return load_early(reinterpret_cast<const uint32_t*>(row) + chunk);
   } else {
-    return __byte_perm(__ldg(reinterpret_cast<const uint16_t*>(row) + chunk), 0, 0x4140);
+    return load_early(reinterpret_cast<const uint16_t*>(row) + chunk);
   }
 }
 
-template <int kSide>
-__device__ __forceinline__ Packed load_packed(const DequantizeParams& p, int head, int token,
+template <int kBits>
+__device__ __forceinline__ Packed load_packed(const DequantizeParams& p, const Place& at,
                                               int chunk) {
-  constexpr int kBits = kSide == 0 ? K_BITS : V_BITS;
-  const int slot = p.slots_are_int64
-                       ? static_cast<int>(__ldg(static_cast<const int64_t*>(p.slots) + token))
-                       : __ldg(static_cast<const int*>(p.slots) + token);
-  const int64_t table_head = (int64_t{__ldg(p.table_ids + token)} * 2 + kSide) * p.pool.h_kv + head;
-  const SlotPlace place = p.pool.locate(slot);
-  const auto* metadata = reinterpret_cast<const uint16_t*>(p.pool.metadata(place, head));
-  const int id = kSide == 0 ? __ldg(metadata) & 0xff : __ldg(metadata) >> 8;
-  const __half* pattern = p.patterns + (table_head * p.num_patterns + id) * HEAD_DIM;
-  const __half* channel_scale = p.channel_scale + table_head * HEAD_DIM;
+  const uint4 words = reinterpret_cast<const uint4&>(at);  // one load
+  const Place place = {words.x, words.y, words.z, __uint_as_float(words.w)};
   Packed out;
-  out.codes =
-      load_codes<kBits>(kSide == 0 ? p.pool.k_row(place, head) : p.pool.v_row(place, head), chunk);
-  out.scale = half_bits_to_float(__ldg(metadata + 1 + kSide));
-  out.pattern = __ldg(reinterpret_cast<const uint4*>(pattern) + chunk);
-  out.channel_scale = __ldg(reinterpret_cast<const uint4*>(channel_scale) + chunk);
+  out.codes = load_codes<kBits>(p.pool.base + uint64_t{place.codes} * 8, chunk);
+  out.pattern = load_early(reinterpret_cast<const uint4*>(p.patterns) + chunk + place.pattern);
+  out.channel_scale =
+      load_early(reinterpret_cast<const uint4*>(p.channel_scale) + chunk + place.channel_scale);
+  out.scale = place.scale;
   return out;
 }
 
 template <int kBits>
 __device__ __forceinline__ void unpack(const Packed& packed, float (&x)[kDims]) {
   uint32_t pairs[Codes<kBits>::kPerHalf];  // pairs[r]: codes r and r + 4, scaled by a power of two
-  Codes<kBits>::expand_centred(packed.codes, pairs);
+  // A half of codes 0-3 and one of codes 4-7.
+  Codes<kBits>::expand_centred(kBits == 4 ? packed.codes : __byte_perm(packed.codes, 0, 0x4140),
+                               pairs);
   const uint32_t pattern[4] = {packed.pattern.x, packed.pattern.y, packed.pattern.z,
                                packed.pattern.w};
   const uint32_t channels[4] = {packed.channel_scale.x, packed.channel_scale.y,
@@ -100,11 +140,12 @@ __device__ __forceinline__ void unpack(const Packed& packed, float (&x)[kDims]) 
 template <typename T>
 __device__ __forceinline__ void store_dims(T* out, const float (&x)[kDims]) {
   if constexpr (std::is_same_v<T, float>) {
-    reinterpret_cast<float4*>(out)[0] = {x[0], x[1], x[2], x[3]};
-    reinterpret_cast<float4*>(out)[1] = {x[4], x[5], x[6], x[7]};
+    const auto* words = reinterpret_cast<const uint4*>(x);
+    store_streaming(reinterpret_cast<uint4*>(out), words[0]);
+    store_streaming(reinterpret_cast<uint4*>(out) + 1, words[1]);
   } else {
     using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    Pair pairs[kDims / 2];
+    alignas(16) Pair pairs[kDims / 2];
 #pragma unroll
     for (int j = 0; j < kDims / 2; ++j) {
       if constexpr (std::is_same_v<T, __half>) {
@@ -113,39 +154,69 @@ __device__ __forceinline__ void store_dims(T* out, const float (&x)[kDims]) {
         pairs[j] = __floats2bfloat162_rn(x[2 * j], x[2 * j + 1]);
       }
     }
-    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(pairs);
+    store_streaming(reinterpret_cast<uint4*>(out), *reinterpret_cast<const uint4*>(pairs));
+  }
+}
+
+// kWhole: all tokens of the run exist. A condition on stores would let loads move behind it.
+template <typename T, int kSide, bool kWhole>
+__device__ __forceinline__ void dequantize_run(const DequantizeParams& p, const Place* places,
+                                               int head, int first) {
+  constexpr int kBits = kSide == 0 ? K_BITS : V_BITS;
+  const int thread = threadIdx.x % kSideThreads;
+  const int own = thread / kVectorThreads, chunk = thread % kVectorThreads;
+  T* vectors = static_cast<T*>(p.x[kSide]) + int64_t{head} * HEAD_DIM + kDims * chunk;
+#pragma unroll 1
+  for (int batch = own; batch < kRunTokens; batch += kBatch * kTokens) {
+    Packed packed[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      packed[i] = load_packed<kBits>(p, places[batch + i * kTokens], chunk);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int token = first + batch + i * kTokens;
+      alignas(16) float x[kDims];
+      unpack<kBits>(packed[i], x);
+      if (kWhole || token < p.n) store_dims(vectors + int64_t{token} * (p.pool.h_kv * HEAD_DIM), x);
+    }
   }
 }
 
 template <typename T, int kSide>
-__device__ __forceinline__ void dequantize_side(const DequantizeParams& p, int head, int first,
-                                                int chunk) {
-  Packed packed[kUnroll];
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    packed[i] = load_packed<kSide>(p, head, min(first + i * kTokens, p.n - 1), chunk);
-  }
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    const int token = first + i * kTokens;
-    if (token >= p.n) return;
-    float x[kDims];
-    unpack<kSide == 0 ? K_BITS : V_BITS>(packed[i], x);
-    T* vector = static_cast<T*>(p.x[kSide]) + (int64_t{token} * p.pool.h_kv + head) * HEAD_DIM;
-    store_dims(vector + kDims * chunk, x);
+__device__ __forceinline__ void dequantize_side(const DequantizeParams& p, const Place* places,
+                                                int head, int first) {
+  if (first + kRunTokens <= p.n) {
+    dequantize_run<T, kSide, true>(p, places, head, first);
+  } else {
+    dequantize_run<T, kSide, false>(p, places, head, first);
   }
 }
 
-// Grid: runs of kBlockTokens tokens, h_kv.
+// Grid: h_kv, up to the number of runs of kRunTokens tokens.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeParams p) {
-  const int thread = threadIdx.x % kSideThreads;
-  const int first = blockIdx.x * kBlockTokens + thread / kVectorThreads;
-  const int chunk = thread % kVectorThreads;
-  if (threadIdx.x < kSideThreads) {
-    dequantize_side<T, 0>(p, blockIdx.y, first, chunk);
-  } else {
-    dequantize_side<T, 1>(p, blockIdx.y, first, chunk);
+__global__ void __launch_bounds__(kThreads, 3) dequantize_kernel(const DequantizeParams p) {
+  // Of two runs, so that one barrier a run keeps makers and readers of places apart.
+  __shared__ Place places[2][2][kRunTokens];
+  const int head = blockIdx.x, stride = gridDim.y * kRunTokens;
+  const bool is_k = threadIdx.x < kSideThreads;
+  // The vector whose place this thread makes.
+  const int side = threadIdx.x / kRunTokens, token = threadIdx.x % kRunTokens;
+  int first = blockIdx.y * kRunTokens;
+  Slot slot = load_slot(p, first + token);
+  Record record = load_record(p, side & 1, head, slot);
+  Slot next_slot = load_slot(p, first + stride + token);
+  for (int turn = 0; first < p.n; first += stride, turn ^= 1) {
+    if (side < 2) places[turn][side][token] = make_place(p, side, head, slot, record);
+    __syncthreads();
+    slot = next_slot;
+    record = load_record(p, side & 1, head, slot);
+    next_slot = load_slot(p, first + 2 * stride + token);
+    if (is_k) {
+      dequantize_side<T, 0>(p, places[turn][0], head, first);
+    } else {
+      dequantize_side<T, 1>(p, places[turn][1], head, first);
+    }
   }
 }
 

@@ -71,6 +71,36 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* x) {
   return y;
 }
 
+// The same of what others do read again. These loads stay where they are written, ahead of what
+// waits for their values, instead of moving behind a branch.
+__device__ __forceinline__ uint4 load_early(const uint4* x) {
+  uint4 y;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+               : "l"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t load_early(const uint32_t* x) {
+  uint32_t y;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(y) : "l"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t load_early(const uint16_t* x) {
+  uint16_t y;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(y) : "l"(x));
+  return y;
+}
+
+// Brings the line of an address to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* x) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
+}
+
+// Writes what is first to leave the caches.
+__device__ __forceinline__ void store_streaming(uint4* at, uint4 x) { __stcs(at, x); }
+
 // Shared memory by 32-bit address: where addresses are computed once and used with offsets.
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   float4 x;

@@ -3,8 +3,8 @@
 // A warp works on 8 tokens (or twice 8) of one side, K or V, of one head. Two kernels differ in how
 // warps share the work, not in what is computed for a token: `store_few` spreads the patterns of 8
 // tokens over the warps of a block, for decode batches; in `store_many` every warp has its own
-// tokens, for prefill. Bound by instruction issue: about 1070 warp instructions per 8 vectors of
-// 128 dims with 64 patterns.
+// tokens, for prefill. That takes about a thousand warp instructions per 8 vectors of 128 dims with
+// 64 patterns, by three warps per scheduler: chains of products have to overlap.
 #pragma once
 
 #include <type_traits>
@@ -18,6 +18,7 @@ constexpr int kManyWarps = 4;
 constexpr int kManyBlocksPerSm = HEAD_DIM <= 128 ? 3 : 2;
 // Tiles of 8 tokens that a warp of store_many scores together, so that a pattern is loaded once.
 constexpr int kGroups = HEAD_DIM <= 128 ? 2 : 1;
+constexpr int kManyAtOnce = 2;  // tiles of patterns that it scores together
 
 // The lane's share of a vector in float16: NaN as 0, clamped to the float16 range. Copies it as it
 // is to `copy` unless that is null.
@@ -188,6 +189,19 @@ __global__ void __launch_bounds__(32 * kFewWarps, 1) store_few(const StoreParams
             [&](auto bits, int side) { store_few_side<T, bits()>(p, side, head, shared); });
 }
 
+// The vectors of kGroups tiles from token `first` on, which are stored next, to the L2 cache.
+template <typename T>
+__device__ __forceinline__ void prefetch_tokens(const StoreParams& p, int side, int head, int first,
+                                                int end) {
+  constexpr int kLine = 64, kLines = (HEAD_DIM + kLine - 1) / kLine;  // elements; of a vector
+  const Vectors vectors = side == 0 ? p.k : p.v;
+  const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
+  for (int i = threadIdx.x % 32; i < kGroups * kTileTokens * kLines; i += 32) {
+    const int token = first + i / kLines;
+    if (token < end) prefetch(of_head + int64_t{token} * vectors.token_stride + i % kLines * kLine);
+  }
+}
+
 struct ManyShared {
   StoreTable common;              // of the block's first token
   StoreTable others[kManyWarps];  // of whatever other table a warp meets
@@ -204,6 +218,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
   __syncthreads();
 
   for (int first = begin + warp * kTokens; first < end; first += kManyWarps * kTokens) {
+    prefetch_tokens<T>(p, side, head, first + kManyWarps * kTokens, end);
     Share x[kGroups];
     Token token[kGroups];
     bool done[kGroups];
@@ -232,7 +247,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
         prepared = &shared.others[warp];
       }
       Nearest nearest[kGroups];
-      nearest_patterns<kGroups>(*prepared, patterns, p.num_patterns, x, 0, 1, nearest);
+      nearest_patterns<kManyAtOnce>(*prepared, patterns, p.num_patterns, x, 0, 1, nearest);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const bool now = token[group].table == table;

@@ -56,9 +56,10 @@ struct TokenOperand {
   }
 };
 
-// Scores every `step`-th tile of patterns from tile `first` on for kGroups tiles of 8 tokens.
+// Scores every `step`-th tile of patterns from tile `first` on for kGroups tiles of 8 tokens,
+// kAtOnce tiles of patterns together, so that their chains of products overlap.
 // best[group]: of token `row`, the same in its four lanes.
-template <bool kPlainWeight, int kGroups>
+template <bool kPlainWeight, int kAtOnce, int kGroups>
 __device__ __forceinline__ void score_patterns(const StoreTable& table, const __half* patterns,
                                                int num_patterns, const Share (&x)[kGroups],
                                                int first, int step, Nearest (&best)[kGroups]) {
@@ -67,41 +68,60 @@ __device__ __forceinline__ void score_patterns(const StoreTable& table, const __
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) best[group] = {-INFINITY, 0};
   const uint4* row_of_first_tile = share_of(patterns + row * HEAD_DIM);
-  for (int tile = first * kTilePatterns; tile < num_patterns; tile += step * kTilePatterns) {
-    // Rows past the end repeat the last pattern, which then wins with its own, lower id.
-    const int64_t ahead = min(tile, num_patterns - 1 - row);
-    const uint4* pattern = row_of_first_tile + ahead * (HEAD_DIM / 8);
-    const float2 bias = *reinterpret_cast<const float2*>(&table.score_bias[tile + 2 * part]);
-    float sums[tokens.kCount][4];
+  for (int tile = first * kTilePatterns; tile < num_patterns;
+       tile += kAtOnce * step * kTilePatterns) {
+    float sums[kAtOnce][tokens.kCount][4];
+    const uint4* pattern[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < tokens.kCount; ++k) {
-      sums[k][0] = bias.x, sums[k][1] = bias.y;
-      sums[k][2] = kPlainWeight ? bias.x : 0.0f, sums[k][3] = kPlainWeight ? bias.y : 0.0f;
+    for (int t = 0; t < kAtOnce; ++t) {
+      // Rows past the end repeat the last pattern, which then wins with its own, lower id.
+      const int at = tile + t * step * kTilePatterns;
+      const int64_t ahead = min(at, num_patterns - 1 - row);
+      pattern[t] = row_of_first_tile + ahead * (HEAD_DIM / 8);
+      // Whole tiles past the end never win.
+      const float2 bias =
+          kAtOnce == 1 || at < num_patterns
+              ? *reinterpret_cast<const float2*>(&table.score_bias[at + 2 * part])
+              : float2{-INFINITY, -INFINITY};
+#pragma unroll
+      for (int k = 0; k < tokens.kCount; ++k) {
+        sums[t][k][0] = bias.x, sums[t][k][1] = bias.y;
+        sums[t][k][2] = kPlainWeight ? bias.x : 0.0f, sums[t][k][3] = kPlainWeight ? bias.y : 0.0f;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      __half2 p[4];
-      load_chunk(pattern, i, p);
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        const int at = 4 * i + j;
+      for (int t = 0; t < kAtOnce; ++t) {
+        __half2 p[4];
+        load_chunk(pattern[t], i, p);
 #pragma unroll
-        for (int k = 0; k < tokens.kCount; ++k) {
-          mma_m16n8k16(sums[k], as_u32(tokens.upper[k][at]), as_u32(tokens.lower[k][at]),
-                       as_u32(tokens.upper[k][at + 1]), as_u32(tokens.lower[k][at + 1]),
-                       as_u32(p[j]), as_u32(p[j + 1]));
+        for (int j = 0; j < 4; j += 2) {
+          const int at = 4 * i + j;
+#pragma unroll
+          for (int k = 0; k < tokens.kCount; ++k) {
+            mma_m16n8k16(sums[t][k], as_u32(tokens.upper[k][at]), as_u32(tokens.lower[k][at]),
+                         as_u32(tokens.upper[k][at + 1]), as_u32(tokens.lower[k][at + 1]),
+                         as_u32(p[j]), as_u32(p[j + 1]));
+          }
         }
       }
     }
     // A lane has the patterns 2 * part and 2 * part + 1 of the tile. Its ids ascend, so the first
     // of equals is the lowest.
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int t = 0; t < kAtOnce; ++t) {
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const float score = kPlainWeight ? sums[group / 2][2 * (group % 2) + column]
-                                         : __fadd_rn(sums[group][column], sums[group][2 + column]);
-        if (score > best[group].score) best[group] = {score, tile + column};
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const float(&sum)[4] = sums[t][kPlainWeight ? group / 2 : group];
+          const float score = kPlainWeight ? sum[2 * (group % 2) + column]
+                                           : __fadd_rn(sum[column], sum[2 + column]);
+          if (score > best[group].score) {
+            best[group] = {score, tile + t * step * kTilePatterns + column};
+          }
+        }
       }
     }
   }
@@ -116,14 +136,14 @@ __device__ __forceinline__ void score_patterns(const StoreTable& table, const __
   }
 }
 
-template <int kGroups>
+template <int kAtOnce, int kGroups>
 __device__ __forceinline__ void nearest_patterns(const StoreTable& table, const __half* patterns,
                                                  int num_patterns, const Share (&x)[kGroups],
                                                  int first, int step, Nearest (&best)[kGroups]) {
   if (table.plain_weight) {
-    score_patterns<true>(table, patterns, num_patterns, x, first, step, best);
+    score_patterns<true, kAtOnce>(table, patterns, num_patterns, x, first, step, best);
   } else {
-    score_patterns<false>(table, patterns, num_patterns, x, first, step, best);
+    score_patterns<false, kAtOnce>(table, patterns, num_patterns, x, first, step, best);
   }
 }
 

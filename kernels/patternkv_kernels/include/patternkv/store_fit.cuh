@@ -127,19 +127,19 @@ __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Res
         __floats2half2_rn(__fmul_rn(0.5f / trial_scale<kBits>(2 * k), by_cover),
                           __fmul_rn(0.5f / trial_scale<kBits>(2 * k + 1), by_cover));
   }
-  Scale best = {0.0f, -INFINITY};
-#pragma unroll 1
-  for (int trial = 0; trial < kTrials; trial += 2) {
-    const __half2 both = trial == 0 ? inverse_ranges[0] : inverse_ranges[1];
-    const __half2 inverse_range[2] = {__low2half2(both), __high2half2(both)};
-    // Of both trials: sum of weighted level * code, of weight * code, of weight * code^2.
-    float dot[4] = {}, linear[4] = {}, square[4] = {};
+  // Of pairs of trials: sum of weighted level * code, of weight * code, of weight * code^2.
+  float dot[kTrials / 2][4] = {}, linear[kTrials / 2][4] = {}, square[kTrials / 2][4] = {};
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      __half2 weight[4];
-      read_chunk(table.fit_weight, i, weight);
+  for (int i = 0; i < kChunks; ++i) {
+    __half2 weight[4];
+    read_chunk(table.fit_weight, i, weight);
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t w0 = as_u32(weight[j]), w1 = as_u32(weight[j + 1]);
+#pragma unroll
+      for (int pair = 0; pair < kTrials / 2; ++pair) {
+        const __half2 inverse_range[2] = {__low2half2(inverse_ranges[pair]),
+                                          __high2half2(inverse_ranges[pair])};
         uint32_t code[4], code_square[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -149,25 +149,27 @@ __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Res
           code[k] = as_u32(plain);
           code_square[k] = as_u32(__hmul2_rn(plain, plain));
         }
-        const uint32_t w0 = as_u32(weight[j]), w1 = as_u32(weight[j + 1]);
-        mma_m16n8k16(dot, code[0], code[1], code[2], code[3], as_u32(r.weighted[4 * i + j]),
-                     as_u32(r.weighted[4 * i + j + 1]));
-        mma_m16n8k16(linear, code[0], code[1], code[2], code[3], w0, w1);
-        mma_m16n8k16(square, code_square[0], code_square[1], code_square[2], code_square[3], w0,
-                     w1);
+        mma_m16n8k16(dot[pair], code[0], code[1], code[2], code[3],
+                     as_u32(r.weighted[4 * i + j]), as_u32(r.weighted[4 * i + j + 1]));
+        mma_m16n8k16(linear[pair], code[0], code[1], code[2], code[3], w0, w1);
+        mma_m16n8k16(square[pair], code_square[0], code_square[1], code_square[2], code_square[3],
+                     w0, w1);
       }
     }
+  }
+  Scale best = {0.0f, -INFINITY};
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      // From codes to levels, which are codes less kCentre.
-      const float product =
-          __fmaf_rn(-kCentre, r.weighted_sum, diagonal(dot[2 * k], dot[2 * k + 1]));
-      const float norm = __fmaf_rn(kCentre * kCentre, table.fit_weight_sum,
-                                   __fmaf_rn(-kTop, linear[2 * k], square[2 * k]));
-      const float scale = __fdividef(product, norm);
-      const float explained = __fmul_rn(scale, product);
-      if (explained > best.explained) best = {scale, explained};
-    }
+  for (int trial = 0; trial < kTrials; ++trial) {
+    const int pair = trial / 2, k = trial % 2;
+    // From codes to levels, which are codes less kCentre.
+    const float product = __fmaf_rn(-kCentre, r.weighted_sum,
+                                    diagonal(dot[pair][2 * k], dot[pair][2 * k + 1]));
+    const float norm =
+        __fmaf_rn(kCentre * kCentre, table.fit_weight_sum,
+                  __fmaf_rn(-kTop, linear[pair][2 * k], square[pair][2 * k]));
+    const float scale = __fdividef(product, norm);
+    const float explained = __fmul_rn(scale, product);
+    if (explained > best.explained) best = {scale, explained};
   }
   return best;
 }
