@@ -151,7 +151,9 @@ def refuse_model(model_config: Any) -> None:
             f"{name} uses {model_config.attention_arch.name} attention: --kv-quant patternkv "
             f"serves MHA and GQA; {remedy}"
         )
-    if model_config.is_hybrid_swa:
+    # SGLang calls a model hybrid only if it keeps a pool of its own for the windows.
+    layer_types = getattr(hf_config.get_text_config(), "layer_types", None) or ()
+    if model_config.is_hybrid_swa or "sliding_attention" in layer_types:
         raise ValueError(
             f"{name} mixes sliding-window and full attention: --kv-quant patternkv serves full "
             f"attention only; {remedy}"
