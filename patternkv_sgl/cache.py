@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from patternkv_sgl.batch import CurrentBatch, DecodePlanner, ExtendBatch, read_batch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from patternkv_sgl.batch import (
+    CurrentBatch,
+    DecodeBatch,
+    DecodePlanner,
+    ExtendBatch,
+    may_decode,
+    read_batch,
+)
 from patternkv_sgl.pool import PatternKVPool
 from patternkv_sgl.radix import PatternRadixCache
 from patternkv_sgl.stats import Gauges, Stats
@@ -13,6 +22,7 @@ from patternkv_sgl.tables import TableRefs
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Scheduler, tree and attention backend share one process and thread; the backend exists before the
 # tree does, so what both need is made at import.
@@ -36,9 +46,18 @@ class PatternCache:
         self.planner = DecodePlanner(self.tree)
         self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
 
-    def begin(self, batch: ScheduleBatch) -> None:
-        """Hand ``batch`` to the backend; called just before its forward."""
-        current = read_batch(self.tree, self.planner, batch, self.pool.num_windows - 1)
+    def begin(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> None:
+        """Hand ``batch`` to the backend; called just before ``forward_batch``, its forward, which
+        may become a decode step."""
+        current = read_batch(
+            self.tree,
+            self.planner,
+            batch,
+            self.pool.num_windows - 1,
+            as_decode=may_decode(forward_batch, is_generation=batch.model_config.is_generation),
+        )
+        if isinstance(current, DecodeBatch):
+            forward_batch.forward_mode = ForwardMode.DECODE
         CURRENT.put(current)
         if self.gauges is not None and isinstance(current, ExtendBatch):
             self.gauges.set(self.numbers())

@@ -13,7 +13,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.BUILD_POOL` | our pool class and its extra arguments | dense pool, asserted |
 | `hooks.CELL_SIZE`, `hooks.POOL_SIZES` | capacity from packed bytes, room for tables | asserted |
 | `hooks.FUSED_STORE` | fused RoPE kernels must not write K and V into the pool | dense writes |
-| `hooks.INIT_FORWARD_BATCH` | the batch's requests, for tables and shared segments | asserted |
+| `hooks.INIT_FORWARD_BATCH` | the batch's requests: tables, shared segments | asserted |
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
@@ -190,7 +190,8 @@ def _init_forward_batch(
 ) -> Any:
     forward_batch = original(cls, batch, model_runner, **kwargs)
     if _cache is not None:
-        _cache.begin(batch)
+        # A prefill of one token each may become a decode step here.
+        _cache.begin(batch, forward_batch)
     return forward_batch
 
 

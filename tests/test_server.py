@@ -89,6 +89,23 @@ def test_warm_answers_agree_with_cold_and_repeat_exactly(server: Server, model: 
         assert outputs(warm) == outputs(again)
 
 
+def test_a_stored_prompt_is_joined_by_a_decode_step(server: Server, model: Model) -> None:
+    """Unless the request wants logprobs; both read the same bytes."""
+    text = model.prompt(PROMPT, 3)
+    server.generate(text, 1)
+    before = server.settle()
+    prefilled = server.generate(text, 1)
+    assert "kv_reads" not in grown(before, server.settle())
+    body = greedy(text, 1) | {"return_logprob": False, "top_logprobs_num": 0}
+    joined = server.post("generate", body).json()
+    assert grown(before, server.settle())["kv_reads"] == PROMPT
+    assert (joined["text"], cached(joined)) == (prefilled["text"], PROMPT - 1)
+    body["sampling_params"] |= {"n": 4, "max_new_tokens": 8}
+    branches = server.post("generate", body).json()
+    assert len({branch["text"] for branch in branches}) == 1
+    assert branches[0]["text"].startswith(joined["text"])
+
+
 def test_equal_prompts_in_one_call_mine_once_and_agree(server: Server, model: Model) -> None:
     before = server.stats()
     text = model.prompt(PROMPT, 4)
