@@ -16,7 +16,7 @@ from patternkv_sgl.batch import (
 )
 from patternkv_sgl.pool import PatternKVPool
 from patternkv_sgl.radix import PatternRadixCache
-from patternkv_sgl.stats import Gauges, Stats
+from patternkv_sgl.stats import Gauges, Stats, device_memory
 from patternkv_sgl.tables import TableRefs
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class PatternCache:
     """
 
     def __init__(self, params: CacheInitParams) -> None:
-        pool = params.token_to_kv_pool_allocator.get_kvcache()
+        self._allocator = params.token_to_kv_pool_allocator
+        pool = self._allocator.get_kvcache()
         assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
         self.pool = pool
         self.refs = TableRefs(pool.num_tables)
@@ -72,6 +73,7 @@ class PatternCache:
             "table_bytes": self.pool.table_bytes,
             "window_bytes": self.pool.window_bytes,
             "kv_tokens": self.pool.size,
+            "kv_tokens_free": self._allocator.available_size(),
             "table_slots": self.pool.num_tables - 1,
             "tables_live": self.refs.live,
             "table_refs": sum(self.refs.refs.values()),
@@ -91,6 +93,7 @@ class PatternCache:
             "sinks": config.sinks,
             "mine_tokens": config.mine_tokens,
             **self.numbers(),
+            **device_memory(self.pool.slot_table.device),
         }
 
 
