@@ -16,6 +16,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.INIT_FORWARD_BATCH` | the batch's requests: tables, shared segments | asserted |
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
+| `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
 """
 
@@ -73,6 +74,7 @@ def load() -> None:
     HookRegistry.register(hooks.CAN_RUN_GRAPH, _can_run_graph, HookType.AROUND)
     HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
     HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
+    HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
 
 
@@ -122,15 +124,19 @@ def _reserve(
     global _num_tables
     if _geometry is None or _scratch is None:
         return None
-    from sglang.srt.runtime_context import get_schedule
+    from sglang.srt.runtime_context import get_observability, get_schedule
 
+    from patternkv_sgl import canary
     from patternkv_sgl.metadata import DecodeBuffers, most_tokens
 
     _num_tables = _geometry.num_tables(available_bytes)
     windows = get_schedule().max_running_requests + 1
     tokens = most_tokens(available_bytes // _geometry.bytes_per_token, _scratch.max_rows)
-    buffers = DecodeBuffers.nbytes(_scratch.max_rows, _scratch.max_entries, tokens)
-    reserved = _geometry.reserved_bytes(available_bytes, windows, _scratch_bytes + buffers)
+    other = _scratch_bytes
+    other += DecodeBuffers.nbytes(_scratch.max_rows, _scratch.max_entries, tokens)
+    if get_observability().kv_canary != "none":
+        other += canary.nbytes(tokens)
+    reserved = _geometry.reserved_bytes(available_bytes, windows, other)
     return (self, available_bytes - reserved, page_size), {}
 
 
@@ -139,8 +145,12 @@ def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
         return original(self, **kwargs)
     from functools import partial
 
+    from sglang.srt.kv_canary.pool_patcher.api import register_pool_attacher
+
+    from patternkv_sgl import canary
     from patternkv_sgl.pool import PatternKVPool
 
+    register_pool_attacher(PatternKVPool, canary.attach)
     kwargs["mha_pool_class"] = partial(
         PatternKVPool,
         geometry=_geometry,
@@ -205,6 +215,14 @@ def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
     if _cache is not None:
         result.internal_state["patternkv"] = _cache.snapshot()
     return result
+
+
+def _canary_walk(original: Callable[..., Any], *, radix_cache: Any, **kwargs: Any) -> Any:
+    if _cache is None or radix_cache is not _cache.tree:
+        return original(radix_cache=radix_cache, **kwargs)
+    from patternkv_sgl import canary
+
+    return canary.walk(radix_cache, unlocked_only=kwargs.get("unlocked_only", False))
 
 
 def _no_beam_search(original: Callable[..., Any], self: Any, req: Any, recv_req: Any) -> Any:

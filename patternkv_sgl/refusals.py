@@ -71,7 +71,6 @@ CONFLICTS = (
         "prefill attention plans each batch on the host",
     ),
     Conflict("dllm_algorithm", (None,), "block diffusion rewrites stored tokens"),
-    Conflict("kv_canary", ("none",), "its checks know only dense pools"),
     Conflict("dcp_size", (1,), "a sequence must be whole on its rank"),
     Conflict("attn_cp_size", (1,), "a sequence must be whole on its rank"),
     Conflict("pp_size", (1,), "table decisions are made once per scheduler, not per stage"),
@@ -129,6 +128,19 @@ def refuse_options(args: Any) -> None:
         raise ValueError(
             f"--max-total-tokens {max_tokens}: expected at least 2 tokens and one page of "
             f"{page_size or 1}; raise it, or leave it unset to use the memory there is"
+        )
+
+
+def refuse_canary_on_cpu(args: Any) -> None:
+    """Refuse SGLang's KV canary where its kernels cannot run.
+
+    Raises:
+        ValueError: the canary is on.
+    """
+    if args.kv_canary != "none":
+        raise ValueError(
+            f"--kv-canary {args.kv_canary!r} needs a GPU: SGLang checks slots with Triton kernels. "
+            "Leave it at 'none' here; --kv-quant-check verifies tables and slots on a CPU too"
         )
 
 
