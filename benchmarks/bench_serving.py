@@ -62,6 +62,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--suite", choices=("design", "best_of_n", "others", "all", "smoke"), default="all"
     )
     parser.add_argument("--prompts", help="only these prompt lengths, such as 2048,16384")
+    parser.add_argument("--branches", help="only these numbers of branches, such as 1,32")
+    parser.add_argument("--workloads", help="only these workloads, such as tree,saturation")
     parser.add_argument(
         "--kv",
         default=",".join(KINDS),
@@ -90,8 +92,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.kv = args.kv.split(",")
-    if args.prompts:
-        args.prompts = {int(prompt) for prompt in args.prompts.split(",")}
+    for name in ("prompts", "branches"):
+        if chosen := getattr(args, name):
+            setattr(args, name, {int(number) for number in chosen.split(",")})
+    if args.workloads:
+        args.workloads = set(args.workloads.split(","))
     if unknown := set(args.kv) - set(KINDS):
         parser.error(f"--kv {','.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
     return args
@@ -197,9 +202,18 @@ class EngineProcess:
         self._process.wait()
 
 
+def is_chosen(cell: Cell, args: argparse.Namespace) -> bool:
+    filters = (
+        (args.prompts, cell.prompt),
+        (args.branches, cell.branches),
+        (args.workloads, cell.workload),
+    )
+    return all(not chosen or value in chosen for chosen, value in filters)
+
+
 def measure_all(args: argparse.Namespace) -> int:
     """Measure, print and write row by row, so that an interrupted run leaves what it has."""
-    chosen = [cell for cell in cells(args.suite) if cell.prompt in (args.prompts or {cell.prompt})]
+    chosen = [cell for cell in cells(args.suite) if is_chosen(cell, args)]
     made_with = {"gpu": hardware()["gpu"], "versions": versions(), "commit": git_commit()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

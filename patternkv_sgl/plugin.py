@@ -148,7 +148,7 @@ def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     from sglang.srt.kv_canary.pool_patcher.api import register_pool_attacher
 
     from patternkv_sgl import canary
-    from patternkv_sgl.pool import PatternKVPool
+    from patternkv_sgl.pool import PatternKVPool, explained_memory
 
     register_pool_attacher(PatternKVPool, canary.attach)
     kwargs["mha_pool_class"] = partial(
@@ -158,7 +158,8 @@ def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
         # One row per running request and SGLang's padding row 0.
         num_windows=self.resolve_max_num_reqs(kwargs["max_total_num_tokens"]) + 1,
     )
-    pool = original(self, **kwargs)
+    with explained_memory("the cache", "--mem-fraction-static", "--max-total-tokens"):
+        pool = original(self, **kwargs)
     logger.info(pool.describe())
     return pool
 
@@ -176,7 +177,7 @@ def _build_backend(runner: Any) -> AttentionBackend:
 
     from patternkv_sgl.backend import PatternKVBackend
     from patternkv_sgl.cache import CURRENT, STATS
-    from patternkv_sgl.pool import PatternKVPool
+    from patternkv_sgl.pool import PatternKVPool, explained_memory
     from patternkv_sgl.refusals import refuse_layers
     from patternkv_sgl.scratch import Scratch
 
@@ -187,8 +188,10 @@ def _build_backend(runner: Any) -> AttentionBackend:
     refuse_layers(runner.model)
     assert _scratch is not None
     req_to_token = runner.req_to_token_pool.req_to_token
-    scratch = Scratch(_scratch, req_to_token.device)
-    return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch)
+    flags = ("--mem-fraction-static", "--max-running-requests", "--context-length")
+    with explained_memory("kernel scratch", *flags):
+        scratch = Scratch(_scratch, req_to_token.device)
+        return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch)
 
 
 def _no_fused_store(original: Callable[..., bool], forward_batch: Any) -> bool:

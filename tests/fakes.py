@@ -43,8 +43,9 @@ def make_pool(
     h_kv: int = 1,
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
 ) -> PatternKVPool:
-    """A real pool on the CPU."""
+    """A real pool."""
     return PatternKVPool(
         size,
         geometry=PoolGeometry(config, num_layers, h_kv, head_dim, page_size, dtype),
@@ -55,7 +56,7 @@ def make_pool(
         head_num=h_kv,
         head_dim=head_dim,
         layer_num=num_layers,
-        device="cpu",
+        device=device,
         enable_memory_saver=False,
     )
 

@@ -14,6 +14,7 @@ from benchmarks.bench_serving import (
     LLAMA_8B,
     EngineProcess,
     engine_args,
+    is_chosen,
     limited,
     main,
     parse_args,
@@ -151,6 +152,14 @@ def test_arguments_of_each_kind() -> None:
     assert all(found["tp_size"] == 2 and found["load_format"] == "dummy" for found in (bf16, ours))
     with pytest.raises(SystemExit):
         parse_args(["--kv", "3/3"])
+
+
+def test_cells_are_chosen_by_all_filters() -> None:
+    args = parse_args(["--prompts", "2048,8192", "--branches", "1,320"])
+    chosen = [cell.name for cell in cells("all") if is_chosen(cell, args)]
+    assert chosen == [best_of_n(2048, 1).name, "saturation 8192 n=320 new=1024"]
+    args = parse_args(["--workloads", "tree"])
+    assert {cell.workload for cell in cells("all") if is_chosen(cell, args)} == {"tree"}
 
 
 def worker(folder: Path, code: str) -> Path:
