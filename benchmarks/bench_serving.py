@@ -24,10 +24,13 @@ from benchmarks.rows import Row, read_rows
 from benchmarks.serving_cases import Cell, cells
 from benchmarks.serving_results import HEADER, headline, line, markdown, misses, plot
 from benchmarks.serving_worker import READY
+from patternkv_sgl.config import PatternKVConfig, default_patterns
 from recipes.environment import git_commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 KINDS = ("bf16", "fp8", "4/4", "4/2", "2/2")
+MAX_REQUESTS = 256
+"""That run at once under ``--kv-gib``, with any cache; the default of ours."""
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -59,6 +62,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--suite", choices=("design", "best_of_n", "others", "all", "smoke"), default="all"
     )
     parser.add_argument("--prompts", help="only these prompt lengths, such as 2048,16384")
+    parser.add_argument("--branches", help="only these numbers of branches, such as 1,32")
+    parser.add_argument("--workloads", help="only these workloads, such as tree,saturation")
     parser.add_argument(
         "--kv",
         default=",".join(KINDS),
@@ -78,19 +83,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--mem-fraction is then that of the memory the ones before left free",
     )
     parser.add_argument(
+        "--kv-gib",
+        type=float,
+        help="limit the KV cache of every engine to this much, tables and windows of ours included",
+    )
+    parser.add_argument(
         "--engine-args", type=json.loads, default={}, help="JSON with more arguments of Engine"
     )
     args = parser.parse_args(argv)
     args.kv = args.kv.split(",")
-    if args.prompts:
-        args.prompts = {int(prompt) for prompt in args.prompts.split(",")}
+    for name in ("prompts", "branches"):
+        if chosen := getattr(args, name):
+            setattr(args, name, {int(number) for number in chosen.split(",")})
+    if args.workloads:
+        args.workloads = set(args.workloads.split(","))
     if unknown := set(args.kv) - set(KINDS):
         parser.error(f"--kv {','.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
     return args
 
 
 def engine_args(args: argparse.Namespace, kv: str, model: str) -> dict[str, Any]:
-    """Keyword arguments of ``sglang.Engine`` for one kind of KV cache."""
+    """Keyword arguments of ``sglang.Engine`` for one kind of KV cache.
+
+    Args:
+        model: folder of the model.
+    """
     found: dict[str, Any] = {
         "model_path": model,
         "skip_tokenizer_init": True,
@@ -107,7 +124,40 @@ def engine_args(args: argparse.Namespace, kv: str, model: str) -> dict[str, Any]
         found["kv_cache_dtype"] = "fp8_e4m3"
     elif kv != "bf16":
         found |= {"kv_quant": "patternkv", "kv_quant_bits": kv.replace("/", ":")}
+    if args.kv_gib is not None:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        most = args.engine_args.get("max_running_requests", MAX_REQUESTS)
+        found |= {"max_running_requests": most, **limited(kv, args.kv_gib, config, most)}
     return found | args.engine_args
+
+
+def limited(kv: str, kv_gib: float, config: dict[str, Any], max_requests: int) -> dict[str, Any]:
+    """Arguments that hold a KV cache to ``kv_gib``.
+
+    Args:
+        kv: see `KINDS`.
+        config: the model's ``config.json``.
+        max_requests: most that run; each has a window with ours.
+    """
+    import torch
+
+    # SGLang takes seconds to import.
+    from patternkv_sgl.pool import PoolGeometry
+
+    dense = kv in ("bf16", "fp8")
+    k_bits, v_bits = (4, 4) if dense else map(int, kv.split("/"))
+    options = PatternKVConfig(k_bits, v_bits, patterns=default_patterns(k_bits))
+    heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+    geometry = PoolGeometry(options, layers, heads, config["head_dim"], 1, torch.bfloat16)
+    kv_bytes = int(kv_gib * 2**30)
+    if dense:
+        per_token = geometry.dense_bytes_per_token // (2 if kv == "fp8" else 1)
+        return {"max_total_tokens": kv_bytes // per_token}
+    left = kv_bytes - geometry.reserved_bytes(kv_bytes, max_requests + 1)
+    return {
+        "max_total_tokens": left // geometry.bytes_per_token,
+        "kv_quant_tables": geometry.num_tables(kv_bytes),
+    }
 
 
 class EngineProcess:
@@ -152,9 +202,18 @@ class EngineProcess:
         self._process.wait()
 
 
+def is_chosen(cell: Cell, args: argparse.Namespace) -> bool:
+    filters = (
+        (args.prompts, cell.prompt),
+        (args.branches, cell.branches),
+        (args.workloads, cell.workload),
+    )
+    return all(not chosen or value in chosen for chosen, value in filters)
+
+
 def measure_all(args: argparse.Namespace) -> int:
     """Measure, print and write row by row, so that an interrupted run leaves what it has."""
-    chosen = [cell for cell in cells(args.suite) if cell.prompt in (args.prompts or {cell.prompt})]
+    chosen = [cell for cell in cells(args.suite) if is_chosen(cell, args)]
     made_with = {"gpu": hardware()["gpu"], "versions": versions(), "commit": git_commit()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -180,6 +239,7 @@ def measure_all(args: argparse.Namespace) -> int:
                         "kv": engine.kv,
                         "kv_tokens": engine.ready(),
                         "mem_fraction": args.mem_fraction,
+                        "kv_gib": args.kv_gib,
                     }
                     for cell in chosen:
                         row = engine_row | engine.measure(cell) | made_with

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.rows import Row, packages
-from benchmarks.serving_cases import FLOOR, TARGETS
+from benchmarks.serving_cases import FLOOR, FLOORS, TARGETS
 
 BASELINE = "bf16"
 JUDGED = "4/4"
@@ -14,19 +14,20 @@ JUDGED = "4/4"
 
 HEADER = (
     f"{'case':46}{'kv':>5}{'tok/s':>9}{'step ms':>9}{'TTFT ms':>9}{'ITL p50':>9}{'p99':>7}"
-    f"{'running':>8}{'KV tokens':>11}"
+    f"{'running':>8}{'KV tokens':>11}{'samples/min':>12}"
 )
 
 
 def line(row: Row) -> str:
     """One row under :data:`HEADER`."""
-    gaps = [
-        "" if row[name] is None else f"{row[name]:.2f}" for name in ("itl_ms_p50", "itl_ms_p99")
-    ]
+
+    def shown(name: str, digits: int) -> str:
+        return "" if row[name] is None else f"{row[name]:.{digits}f}"
+
     return (
-        f"{row['case']:46}{row['kv']:>5}{row['tok_s']:9.0f}{row['step_ms']:9.2f}"
-        f"{row['ttft_ms']:9.1f}{gaps[0]:>9}{gaps[1]:>7}{row['peak_running']:8d}"
-        f"{row['kv_tokens']:11d}"
+        f"{row['case']:46}{row['kv']:>5}{row['tok_s']:9.0f}{shown('step_ms', 2):>9}"
+        f"{shown('ttft_ms', 1):>9}{shown('itl_ms_p50', 2):>9}{shown('itl_ms_p99', 2):>7}"
+        f"{shown('peak_running', 0):>8}{row['kv_tokens']:11d}{shown('samples_min', 0):>12}"
     )
 
 
@@ -44,8 +45,9 @@ def misses(rows: list[Row]) -> list[str]:
     cases = by_case(rows)
     missed = []
     for case in dict.fromkeys([*targets, *cases]):
-        target = targets.get(case, FLOOR)
         kinds = cases.get(case, {})
+        workload = next((row["workload"] for row in kinds.values()), None)
+        target = targets.get(case, FLOORS.get(workload, FLOOR) if workload else FLOOR)
         if JUDGED not in kinds or BASELINE not in kinds:
             missed.append(f"{case}: {JUDGED} or {BASELINE} not measured, target {target:g} x")
             continue
@@ -65,7 +67,10 @@ def markdown(rows: list[Row]) -> str:
         values = [f"{found[kv]['tok_s']:.0f}" if kv in found else "–" for kv in kinds]
         both = JUDGED in found and BASELINE in found
         gain = f"{found[JUDGED]['tok_s'] / found[BASELINE]['tok_s']:.2f}" if both else "–"
-        ttft = [f"{found[kv]['ttft_ms']:.0f}" if kv in found else "–" for kv in (BASELINE, JUDGED)]
+        ttft = [
+            f"{found[kv]['ttft_ms']:.0f}" if kv in found and found[kv]["ttft_ms"] else "–"
+            for kv in (BASELINE, JUDGED)
+        ]
         lines.append([case, *values, gain, " · ".join(ttft)])
     row = rows[0]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -15,13 +15,12 @@ import random
 import sys
 import time
 from collections.abc import Coroutine
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from benchmarks.rows import Row
-from benchmarks.serving_cases import Cell
+from benchmarks.serving_cases import Cell, mixed_requests
 
 T = TypeVar("T")
 READY = "ready"
@@ -55,8 +54,11 @@ class Worker:
         return int(self._engine.get_server_info()["max_total_num_tokens"])
 
     def measure(self, cell: Cell) -> Row:
-        """Latency of a fresh prompt, then throughput and token latencies over cached ones."""
+        """Latency of a fresh prompt, then throughput and token latencies over cached ones; of a
+        mixed stream, throughput alone."""
         self._engine.flush_cache()
+        if cell.workload == "saturation":
+            return self._measure_stream(cell)
         shared = self._tokens(cell.prompt)
         ttft = self._run(self._stream(shared, 1))[1]
         prompts = [shared]
@@ -75,15 +77,9 @@ class Worker:
             _gather([self._stream(ids, new_tokens) for ids in prompts for _ in range(each)])
         )
         gaps = [1e3 * gap for times in streams for gap in np.diff(times[1:])]
-        return {
-            "workload": cell.workload,
-            "case": cell.name,
-            "prompt": cell.prompt,
-            "prompts": cell.prompts,
-            "own": cell.own,
-            "branches": cell.branches,
-            "new_tokens": cell.new_tokens,
+        return _described(cell) | {
             "tok_s": cell.branches * cell.new_tokens / seconds,
+            "samples_min": 60 * cell.branches / seconds,
             "step_ms": 1e3 * seconds / cell.new_tokens,
             "ttft_ms": 1e3 * ttft,
             "itl_ms_p50": float(np.percentile(gaps, 50)) if gaps else None,
@@ -93,20 +89,38 @@ class Worker:
             ),
         }
 
+    def _measure_stream(self, cell: Cell) -> Row:
+        """Completed samples of requests that all wait at once, the queue's last ones included."""
+        requests = mixed_requests(cell)
+        sent = [(self._tokens(request.prompt), request) for request in requests]
+        start = time.perf_counter()
+        answers = self._run(_gather([self._generate(ids, r.n, r.new_tokens) for ids, r in sent]))
+        seconds = time.perf_counter() - start
+        for answer, request in zip(answers, requests, strict=True):
+            _check(answer, request.new_tokens)
+        return _described(cell) | {
+            "tok_s": sum(request.n * request.new_tokens for request in requests) / seconds,
+            "samples_min": 60 * cell.branches / seconds,
+            **dict.fromkeys(("step_ms", "ttft_ms", "itl_ms_p50", "itl_ms_p99", "peak_running")),
+        }
+
+    def _generate(self, ids: list[int], n: int, new_tokens: int) -> Coroutine[Any, Any, Any]:
+        params = {"n": n, "max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 1.0}
+        work: Coroutine[Any, Any, Any] = self._engine.async_generate(
+            input_ids=ids, sampling_params=params
+        )
+        return work
+
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocab_size) for _ in range(count)]
 
     def _timed(self, prompts: list[list[int]], n: int, new_tokens: int) -> float:
         """Seconds until ``n`` branches of every prompt have ``new_tokens`` each."""
-        params = {"n": n, "max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 1.0}
         start = time.perf_counter()
-        generate = partial(self._engine.async_generate, sampling_params=params)
-        answers = self._run(_gather([generate(input_ids=ids) for ids in prompts]))
+        answers = self._run(_gather([self._generate(ids, n, new_tokens) for ids in prompts]))
         seconds = time.perf_counter() - start
         for answer in answers:
-            for branch in answer if isinstance(answer, list) else [answer]:
-                done = branch["meta_info"]["completion_tokens"]
-                assert done == new_tokens, f"{done} of {new_tokens} tokens: {branch['meta_info']}"
+            _check(answer, new_tokens)
         return seconds
 
     async def _stream(self, ids: list[int], new_tokens: int) -> list[float]:
@@ -125,6 +139,25 @@ class Worker:
         # The engine's sockets are bound to the loop it was made with.
         result: T = self._engine.loop.run_until_complete(work)
         return result
+
+
+def _described(cell: Cell) -> Row:
+    return {
+        "workload": cell.workload,
+        "case": cell.name,
+        "prompt": cell.prompt,
+        "prompts": cell.prompts,
+        "own": cell.own,
+        "branches": cell.branches,
+        "new_tokens": cell.new_tokens,
+    }
+
+
+def _check(answer: Any, new_tokens: int) -> None:
+    """Assert that every branch of an answer has all of its tokens."""
+    for branch in answer if isinstance(answer, list) else [answer]:
+        done = branch["meta_info"]["completion_tokens"]
+        assert done == new_tokens, f"{done} of {new_tokens} tokens: {branch['meta_info']}"
 
 
 async def _gather(work: list[Coroutine[Any, Any, T]]) -> list[T]:

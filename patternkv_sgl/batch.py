@@ -20,6 +20,7 @@ from patternkv_sgl.segments import Reader, Segments, build_segments
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from patternkv_sgl.radix import PatternRadixCache
 
@@ -153,10 +154,45 @@ def plan_extend(
     return ExtendBatch(extends, req_pool_indices, frozenset(chosen), segments)
 
 
+def may_decode(forward_batch: ForwardBatch, *, is_generation: bool) -> bool:
+    """Whether an extend forward of one token per request may run as a decode step.
+
+    A prompt that is stored already is prefilled again for its last token alone, by every branch of
+    a best-of-n. SGLang pads such a forward to no prefill graph; as a decode step it replays one.
+    Hidden states, logprobs of the prompt and what only prefill prepares keep it a prefill.
+    """
+    prepared = (
+        forward_batch.input_embeds,
+        forward_batch.replace_embeds,
+        forward_batch.token_indices_to_pool,
+        forward_batch.mrope_positions,
+        forward_batch.spec_info,
+        forward_batch.global_num_tokens_cpu,
+    )
+    return (
+        forward_batch.forward_mode.is_extend_without_speculative()
+        and not forward_batch.forward_mode.is_mixed()
+        and is_generation
+        and not forward_batch.return_logprob
+        and not forward_batch.capture_hidden_mode.need_capture()
+        and not forward_batch.contains_mm_inputs()
+        and all(value is None for value in prepared)
+        and not any(forward_batch.lora_ids or ())
+    )
+
+
 def read_batch(
-    tree: PatternRadixCache, planner: DecodePlanner, batch: ScheduleBatch, max_tree_rows: int
+    tree: PatternRadixCache,
+    planner: DecodePlanner,
+    batch: ScheduleBatch,
+    max_tree_rows: int,
+    *,
+    as_decode: bool = False,
 ) -> Batch | None:
     """What the backend must know of ``batch``; advances the tree's requests for an extend.
+
+    ``as_decode`` makes a decode step of an extend batch whose requests have one new token each and
+    a stored prefix; the token is then in the window as well.
 
     Raises:
         RuntimeError: a batch kind that start-up refuses, such as speculative verification.
@@ -168,5 +204,11 @@ def read_batch(
         return planner.plan(batch.reqs, batch.seq_lens_cpu.numpy())
     if mode.is_extend_without_speculative():
         extends = tree.begin_extends(batch.reqs, batch.prefix_lens, batch.extend_lens)
+        if as_decode and all(
+            extend.num_tokens == 1 and extend.prefix_len > 0 for extend in extends
+        ):
+            for req in batch.reqs:
+                getattr(req, ATTRIBUTE).window_start -= 1
+            return planner.plan(batch.reqs, batch.seq_lens_cpu.numpy())
         return plan_extend(tree, batch.reqs, extends, max_tree_rows)
     raise RuntimeError(f"forward mode {mode.name} is not available with --kv-quant patternkv")

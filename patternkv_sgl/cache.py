@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from patternkv_sgl.batch import CurrentBatch, DecodePlanner, ExtendBatch, read_batch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from patternkv_sgl.batch import (
+    CurrentBatch,
+    DecodeBatch,
+    DecodePlanner,
+    ExtendBatch,
+    may_decode,
+    read_batch,
+)
 from patternkv_sgl.pool import PatternKVPool
 from patternkv_sgl.radix import PatternRadixCache
-from patternkv_sgl.stats import Gauges, Stats
+from patternkv_sgl.stats import Gauges, Stats, device_memory
 from patternkv_sgl.tables import TableRefs
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Scheduler, tree and attention backend share one process and thread; the backend exists before the
 # tree does, so what both need is made at import.
@@ -28,7 +38,8 @@ class PatternCache:
     """
 
     def __init__(self, params: CacheInitParams) -> None:
-        pool = params.token_to_kv_pool_allocator.get_kvcache()
+        self._allocator = params.token_to_kv_pool_allocator
+        pool = self._allocator.get_kvcache()
         assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
         self.pool = pool
         self.refs = TableRefs(pool.num_tables)
@@ -36,9 +47,18 @@ class PatternCache:
         self.planner = DecodePlanner(self.tree)
         self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
 
-    def begin(self, batch: ScheduleBatch) -> None:
-        """Hand ``batch`` to the backend; called just before its forward."""
-        current = read_batch(self.tree, self.planner, batch, self.pool.num_windows - 1)
+    def begin(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> None:
+        """Hand ``batch`` to the backend; called just before ``forward_batch``, its forward, which
+        may become a decode step."""
+        current = read_batch(
+            self.tree,
+            self.planner,
+            batch,
+            self.pool.num_windows - 1,
+            as_decode=may_decode(forward_batch, is_generation=batch.model_config.is_generation),
+        )
+        if isinstance(current, DecodeBatch):
+            forward_batch.forward_mode = ForwardMode.DECODE
         CURRENT.put(current)
         if self.gauges is not None and isinstance(current, ExtendBatch):
             self.gauges.set(self.numbers())
@@ -53,6 +73,7 @@ class PatternCache:
             "table_bytes": self.pool.table_bytes,
             "window_bytes": self.pool.window_bytes,
             "kv_tokens": self.pool.size,
+            "kv_tokens_free": self._allocator.available_size(),
             "table_slots": self.pool.num_tables - 1,
             "tables_live": self.refs.live,
             "table_refs": sum(self.refs.refs.values()),
@@ -72,6 +93,7 @@ class PatternCache:
             "sinks": config.sinks,
             "mine_tokens": config.mine_tokens,
             **self.numbers(),
+            **device_memory(self.pool.slot_table.device),
         }
 
 

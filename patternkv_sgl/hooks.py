@@ -23,6 +23,8 @@ INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
 VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 
+CANARY_WALK = "sglang.srt.kv_canary.radix_cache_walker.walk_radix_cache_for_canary"
+
 # Parameters that each hook passes on or relies on, as SGLang 0.5.23 names them.
 PARAMETERS = {
     BUILD_POOL: ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
@@ -34,6 +36,7 @@ PARAMETERS = {
     INTERNAL_STATE: ("self", "recv_req"),
     BEAM_SEARCH: ("self", "req", "recv_req"),
     VALIDATE_REQUEST: ("self", "obj", "input_ids"),
+    CANARY_WALK: ("radix_cache", "unlocked_only", "swa_resident_only"),
 }
 
 _moved: list[str] = []

@@ -13,9 +13,10 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.BUILD_POOL` | our pool class and its extra arguments | dense pool, asserted |
 | `hooks.CELL_SIZE`, `hooks.POOL_SIZES` | capacity from packed bytes, room for tables | asserted |
 | `hooks.FUSED_STORE` | fused RoPE kernels must not write K and V into the pool | dense writes |
-| `hooks.INIT_FORWARD_BATCH` | the batch's requests, for tables and shared segments | asserted |
+| `hooks.INIT_FORWARD_BATCH` | the batch's requests: tables, shared segments | asserted |
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
+| `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
 """
 
@@ -73,6 +74,7 @@ def load() -> None:
     HookRegistry.register(hooks.CAN_RUN_GRAPH, _can_run_graph, HookType.AROUND)
     HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
     HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
+    HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
 
 
@@ -122,15 +124,19 @@ def _reserve(
     global _num_tables
     if _geometry is None or _scratch is None:
         return None
-    from sglang.srt.runtime_context import get_schedule
+    from sglang.srt.runtime_context import get_observability, get_schedule
 
+    from patternkv_sgl import canary
     from patternkv_sgl.metadata import DecodeBuffers, most_tokens
 
     _num_tables = _geometry.num_tables(available_bytes)
     windows = get_schedule().max_running_requests + 1
     tokens = most_tokens(available_bytes // _geometry.bytes_per_token, _scratch.max_rows)
-    buffers = DecodeBuffers.nbytes(_scratch.max_rows, _scratch.max_entries, tokens)
-    reserved = _geometry.reserved_bytes(available_bytes, windows, _scratch_bytes + buffers)
+    other = _scratch_bytes
+    other += DecodeBuffers.nbytes(_scratch.max_rows, _scratch.max_entries, tokens)
+    if get_observability().kv_canary != "none":
+        other += canary.nbytes(tokens)
+    reserved = _geometry.reserved_bytes(available_bytes, windows, other)
     return (self, available_bytes - reserved, page_size), {}
 
 
@@ -139,8 +145,12 @@ def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
         return original(self, **kwargs)
     from functools import partial
 
-    from patternkv_sgl.pool import PatternKVPool
+    from sglang.srt.kv_canary.pool_patcher.api import register_pool_attacher
 
+    from patternkv_sgl import canary
+    from patternkv_sgl.pool import PatternKVPool, explained_memory
+
+    register_pool_attacher(PatternKVPool, canary.attach)
     kwargs["mha_pool_class"] = partial(
         PatternKVPool,
         geometry=_geometry,
@@ -148,7 +158,8 @@ def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
         # One row per running request and SGLang's padding row 0.
         num_windows=self.resolve_max_num_reqs(kwargs["max_total_num_tokens"]) + 1,
     )
-    pool = original(self, **kwargs)
+    with explained_memory("the cache", "--mem-fraction-static", "--max-total-tokens"):
+        pool = original(self, **kwargs)
     logger.info(pool.describe())
     return pool
 
@@ -166,7 +177,7 @@ def _build_backend(runner: Any) -> AttentionBackend:
 
     from patternkv_sgl.backend import PatternKVBackend
     from patternkv_sgl.cache import CURRENT, STATS
-    from patternkv_sgl.pool import PatternKVPool
+    from patternkv_sgl.pool import PatternKVPool, explained_memory
     from patternkv_sgl.refusals import refuse_layers
     from patternkv_sgl.scratch import Scratch
 
@@ -177,8 +188,10 @@ def _build_backend(runner: Any) -> AttentionBackend:
     refuse_layers(runner.model)
     assert _scratch is not None
     req_to_token = runner.req_to_token_pool.req_to_token
-    scratch = Scratch(_scratch, req_to_token.device)
-    return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch)
+    flags = ("--mem-fraction-static", "--max-running-requests", "--context-length")
+    with explained_memory("kernel scratch", *flags):
+        scratch = Scratch(_scratch, req_to_token.device)
+        return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch)
 
 
 def _no_fused_store(original: Callable[..., bool], forward_batch: Any) -> bool:
@@ -190,7 +203,8 @@ def _init_forward_batch(
 ) -> Any:
     forward_batch = original(cls, batch, model_runner, **kwargs)
     if _cache is not None:
-        _cache.begin(batch)
+        # A prefill of one token each may become a decode step here.
+        _cache.begin(batch, forward_batch)
     return forward_batch
 
 
@@ -204,6 +218,14 @@ def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
     if _cache is not None:
         result.internal_state["patternkv"] = _cache.snapshot()
     return result
+
+
+def _canary_walk(original: Callable[..., Any], *, radix_cache: Any, **kwargs: Any) -> Any:
+    if _cache is None or radix_cache is not _cache.tree:
+        return original(radix_cache=radix_cache, **kwargs)
+    from patternkv_sgl import canary
+
+    return canary.walk(radix_cache, unlocked_only=kwargs.get("unlocked_only", False))
 
 
 def _no_beam_search(original: Callable[..., Any], self: Any, req: Any, recv_req: Any) -> Any:

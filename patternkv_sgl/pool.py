@@ -6,6 +6,8 @@ numbers that `PatternKVPool` allocates, so the reported capacity is the allocate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,22 @@ if TYPE_CHECKING:
 TABLE_MEMORY_SHARE = 0.01  # of the KV memory, for table slots, when --kv-quant-tables is unset
 MIN_TABLES, MAX_TABLES = 16, 1024
 TABLE_ID_BYTES = torch.int32.itemsize
+
+
+@contextmanager
+def explained_memory(what: str, *flags: str) -> Iterator[None]:
+    """Say what did not fit and which ``flags`` to lower, where allocating ``what`` fails.
+
+    Raises:
+        RuntimeError: in place of PyTorch's out-of-memory error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"no GPU memory for {what} of --kv-quant patternkv: lower {', '.join(flags)}, or free "
+            f"the memory that other processes hold. PyTorch says: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)

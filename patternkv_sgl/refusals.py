@@ -71,7 +71,6 @@ CONFLICTS = (
         "prefill attention plans each batch on the host",
     ),
     Conflict("dllm_algorithm", (None,), "block diffusion rewrites stored tokens"),
-    Conflict("kv_canary", ("none",), "its checks know only dense pools"),
     Conflict("dcp_size", (1,), "a sequence must be whole on its rank"),
     Conflict("attn_cp_size", (1,), "a sequence must be whole on its rank"),
     Conflict("pp_size", (1,), "table decisions are made once per scheduler, not per stage"),
@@ -132,6 +131,19 @@ def refuse_options(args: Any) -> None:
         )
 
 
+def refuse_canary_on_cpu(args: Any) -> None:
+    """Refuse SGLang's KV canary where its kernels cannot run.
+
+    Raises:
+        ValueError: the canary is on.
+    """
+    if args.kv_canary != "none":
+        raise ValueError(
+            f"--kv-canary {args.kv_canary!r} needs a GPU: SGLang checks slots with Triton kernels. "
+            "Leave it at 'none' here; --kv-quant-check verifies tables and slots on a CPU too"
+        )
+
+
 def refuse_model(model_config: Any) -> None:
     """Refuse a model whose attention the cache cannot serve, from its configuration alone.
 
@@ -151,7 +163,9 @@ def refuse_model(model_config: Any) -> None:
             f"{name} uses {model_config.attention_arch.name} attention: --kv-quant patternkv "
             f"serves MHA and GQA; {remedy}"
         )
-    if model_config.is_hybrid_swa:
+    # SGLang calls a model hybrid only if it keeps a pool of its own for the windows.
+    layer_types = getattr(hf_config.get_text_config(), "layer_types", None) or ()
+    if model_config.is_hybrid_swa or "sliding_attention" in layer_types:
         raise ValueError(
             f"{name} mixes sliding-window and full attention: --kv-quant patternkv serves full "
             f"attention only; {remedy}"

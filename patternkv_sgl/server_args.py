@@ -12,7 +12,12 @@ import torch
 from sglang.srt.arg_groups.arg_utils import A, Arg
 
 from patternkv_sgl.config import PatternKVConfig, default_patterns, parse_bits
-from patternkv_sgl.refusals import refuse_model, refuse_options, refuse_sglang
+from patternkv_sgl.refusals import (
+    refuse_canary_on_cpu,
+    refuse_model,
+    refuse_options,
+    refuse_sglang,
+)
 
 BACKEND = "patternkv"
 DEFAULT_MAX_RUNNING_REQUESTS = 256
@@ -118,6 +123,7 @@ def _prepare(args: Any) -> None:
     refuse_options(args)
     args.attention_backend = args.radix_cache_backend = BACKEND
     if args.device == "cpu" or not torch.cuda.is_available():
+        refuse_canary_on_cpu(args)
         # The torch operators read the batch's plan on the host, which a captured graph cannot.
         args.disable_cuda_graph = True
     if args.max_running_requests is None:

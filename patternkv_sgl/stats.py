@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 
 @dataclass
 class Stats:
@@ -30,6 +32,18 @@ class Stats:
         names = {"mined": "tables_mined", "inherited": "tables_inherited"}
         names["exhausted"] = "tables_exhausted"
         return {names.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+
+
+def device_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of GPU memory that this process has allocated, keeps from the driver, and had allocated
+    at most; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "device_bytes": torch.cuda.memory_allocated(device),
+        "device_bytes_reserved": torch.cuda.memory_reserved(device),
+        "device_bytes_peak": torch.cuda.max_memory_allocated(device),
+    }
 
 
 class Gauges:

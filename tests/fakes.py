@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from sglang.srt.mem_cache.common import (
     release_kv_cache,
 )
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from patternkv_sgl.batch import Batch, DecodeBatch, DecodePlanner, ExtendBatch, plan_extend
+from patternkv_sgl.batch import Batch, DecodeBatch, DecodePlanner, ExtendBatch, read_batch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.pool import PatternKVPool, PoolGeometry
 from patternkv_sgl.radix import PatternRadixCache
@@ -41,8 +43,9 @@ def make_pool(
     h_kv: int = 1,
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
 ) -> PatternKVPool:
-    """A real pool on the CPU."""
+    """A real pool."""
     return PatternKVPool(
         size,
         geometry=PoolGeometry(config, num_layers, h_kv, head_dim, page_size, dtype),
@@ -53,7 +56,7 @@ def make_pool(
         head_num=h_kv,
         head_dim=head_dim,
         layer_num=num_layers,
-        device="cpu",
+        device=device,
         enable_memory_saver=False,
     )
 
@@ -126,8 +129,15 @@ class Scheduler:
         self.running.append(req)
         return req
 
-    def extend(self, reqs: Sequence[Req], lengths: Sequence[int] | None = None) -> list[Extend]:
-        """Store each request's next ``lengths`` tokens (default: all) in one batch.
+    def extend(
+        self,
+        reqs: Sequence[Req],
+        lengths: Sequence[int] | None = None,
+        *,
+        as_decode: bool = False,
+    ) -> list[Extend]:
+        """Store each request's next ``lengths`` tokens (default: all) in one batch, which becomes a
+        decode step if it may and ``as_decode``.
 
         Returns an empty list, with nothing changed, when slots or request rows run out.
         """
@@ -152,9 +162,20 @@ class Scheduler:
             row = torch.cat([prefix, new])
             self.rows.write((req.kv.req_pool_idx, slice(0, len(row))), row.int())
             req.kv.kv_allocated_len = req.kv.kv_committed_len = len(row)
-        extends = self.tree.begin_extends(reqs, prefix_lens, extend_lens)
-        self.forward(plan_extend(self.tree, reqs, extends, 64), reqs, new_slots)
-        return extends
+        stated = SimpleNamespace(
+            forward_mode=ForwardMode.EXTEND,
+            reqs=reqs,
+            prefix_lens=prefix_lens,
+            extend_lens=extend_lens,
+            seq_lens_cpu=torch.tensor([req.kv.kv_allocated_len for req in reqs]),
+        )
+        batch = read_batch(self.tree, self.planner, stated, 64, as_decode=as_decode)
+        assert batch is not None
+        self.forward(batch, reqs, new_slots)
+        if isinstance(batch, ExtendBatch):
+            return batch.extends
+        steps = zip(prefix_lens, batch.tables.tolist(), strict=True)
+        return [Extend(prefix_len, 1, table, mine=False) for prefix_len, table in steps]
 
     def decode(self, reqs: Sequence[Req], tokens: Sequence[int]) -> DecodeBatch | None:
         """Store one sampled token of each request; None when slots run out."""

@@ -9,7 +9,8 @@ import pytest
 
 from tests.answers import greedy
 from tests.engines import EngineRun
-from tests.servers import DEMO, PATTERNKV, Launcher, Model, Server, environment, make_tiny_model
+from tests.models import make_model, make_tokenizer
+from tests.servers import DEMO, PATTERNKV, Launcher, Model, Server, environment
 
 # Of the engines below.
 CHUNK = 128  # chunked_prefill_size
@@ -23,7 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     if (DEMO / "config.json").exists():
         return Model.load(DEMO)
     folder = tmp_path_factory.mktemp("model")
-    make_tiny_model(folder)
+    make_model(folder)
+    make_tokenizer(folder)
     return Model.load(folder)
 
 

@@ -63,37 +63,6 @@ class Model:
         return " ".join(random.Random(seed).choices(self.words, k=num_tokens))
 
 
-def make_tiny_model(folder: Path) -> None:
-    """A Llama with random weights and a word-level tokenizer, a few megabytes."""
-    import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {f"w{index}": index for index in range(510)} | {"<unk>": 510, "<eos>": 511}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-        eos_token_id=vocabulary["<eos>"],
-        bos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.08,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-
-
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a test's subprocess: CPU defaults and ``extra``."""
     defaults = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 
-import patternkv_kernels.jit as jit
 from patternkv_kernels import SlotFormat
 from tests.cases import DecodeInputs
-
-SOURCES = Path(__file__).parent / "simt"
-INCLUDE = Path(jit.__file__).parent / "include"
+from tests.simt_library import compile_library
 
 _POINTERS = [
     "q",
@@ -63,56 +55,9 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def unavailable() -> str | None:
-    """Why kernels cannot be compiled for the CPU here, or None."""
-    if shutil.which("g++") is None:
-        return "no g++ on PATH"
-    return None if _cuda_headers() else "no CUDA headers beside nvcc"
-
-
-@functools.cache
-def _cuda_headers() -> Path | None:
-    try:
-        folder = jit.nvcc().resolve().parents[1] / "include"
-    except jit.BuildError:
-        return None
-    return folder if (folder / "cuda_fp16.h").exists() else None
-
-
 @functools.cache
 def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
-    folder = tempfile.mkdtemp(prefix="patternkv_simt_")
-    library = Path(folder) / "decode.so"
-    subprocess.run(
-        [
-            "g++",
-            "-std=c++17",
-            "-O2",
-            "-w",
-            "-fPIC",
-            "-shared",
-            # Kernels read shared memory as other types than they wrote, which nvcc allows.
-            "-fno-strict-aliasing",
-            # Libraries of other formats have variables of the same names.
-            "-fno-gnu-unique",
-            "-Wl,-Bsymbolic",
-            "-include",
-            "simt.h",
-            f"-DPKV_K_BITS={k_bits}",
-            f"-DPKV_V_BITS={v_bits}",
-            f"-DPKV_HEAD_DIM={head_dim}",
-            "-DPKV_WGMMA=1",
-            *(f"-I{folder}" for folder in (SOURCES, INCLUDE, _cuda_headers())),
-            "-o",
-            str(library),
-            str(SOURCES / "decode.cpp"),
-        ],
-        check=True,
-        env={**os.environ, "LC_ALL": "C"},
-    )
-    loaded = ctypes.CDLL(str(library))
-    shutil.rmtree(folder)
-    return loaded
+    return compile_library("decode", k_bits, v_bits, head_dim)
 
 
 def simt_decode(

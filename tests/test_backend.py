@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 from sglang.srt.runtime_context import get_context
 
 import patternkv_sgl.backend
 from patternkv_kernels import dequantize
 from patternkv_sgl.backend import PatternKVBackend
-from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, read_batch
+from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, may_decode, read_batch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.metadata import DecodeBuffers
 from patternkv_sgl.scratch import Scratch, ScratchShape
@@ -123,6 +123,9 @@ class Model(Scheduler):
         starts = [e.prefix_len for e in batch.extends] if extending else [n - 1 for n in ends]
         if extending:
             self.prompt_end |= {req.rid: end for req, end in zip(reqs, ends, strict=True)}
+        for req, end in zip(reqs, ends, strict=True):
+            # A step that joins a stored prompt has its last token in the window.
+            self.prompt_end.setdefault(req.rid, end - 1)
         forward_batch = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND if extending else ForwardMode.DECODE,
             req_pool_indices=torch.tensor([req.kv.req_pool_idx for req in reqs]),
@@ -513,6 +516,71 @@ def test_stored_tokens_are_near_the_exact_ones(bits: tuple[int, int], error: flo
         squares = (held - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
         for part in (squares[:, :64], squares[:, 64:]):
             assert part.mean(1).max() < error
+
+
+# Prefill of one token each, run as a decode step
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_branches_join_a_stored_prompt_in_a_decode_step(window: int) -> None:
+    model = Model(config(window))
+    model.prefill(tokens(0, 64))
+    reqs = [model.admit(tokens(0, 64)) for _ in range(3)]
+    model.extend(reqs, as_decode=True)
+    model.check()
+    assert (model.stats.kv_reads, model.stats.kv_reads_shared) == (3 * 64, 2 * 63)
+    for req in reqs:
+        model.checkpoint(req)
+    for step in range(6):
+        model.decode(reqs, sampled(reqs, step))
+        model.check()
+
+
+@pytest.mark.parametrize("prompts", [[tokens(0, 64), tokens(0, 66)], [tokens(300, 1)]])
+def test_more_tokens_or_no_prefix_stay_a_prefill(prompts: list[list[int]]) -> None:
+    model = Model(config())
+    model.prefill(tokens(0, 64))
+    model.extend([model.admit(prompt) for prompt in prompts], as_decode=True)
+    model.check()
+    assert model.stats.kv_reads == 0
+
+
+PLAIN = {
+    "forward_mode": ForwardMode.EXTEND,
+    "return_logprob": False,
+    "capture_hidden_mode": CaptureHiddenMode.NULL,
+    "contains_mm_inputs": lambda: False,
+    "input_embeds": None,
+    "replace_embeds": None,
+    "token_indices_to_pool": None,
+    "mrope_positions": None,
+    "spec_info": None,
+    "global_num_tokens_cpu": None,
+    "lora_ids": [None],
+}
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"forward_mode": ForwardMode.MIXED},
+        {"forward_mode": ForwardMode.DECODE},
+        {"return_logprob": True},
+        {"capture_hidden_mode": CaptureHiddenMode.LAST},
+        {"contains_mm_inputs": lambda: True},
+        {"input_embeds": 0},
+        {"replace_embeds": 0},
+        {"token_indices_to_pool": 0},
+        {"mrope_positions": 0},
+        {"spec_info": 0},
+        {"global_num_tokens_cpu": [1]},
+        {"lora_ids": [None, "adapter"]},
+    ],
+)
+def test_what_only_a_prefill_gives_keeps_it_one(special: dict[str, Any]) -> None:
+    assert may_decode(SimpleNamespace(**PLAIN), is_generation=True)
+    assert not may_decode(SimpleNamespace(**PLAIN), is_generation=False)
+    assert not may_decode(SimpleNamespace(**PLAIN | special), is_generation=True)
 
 
 # Batches without requests

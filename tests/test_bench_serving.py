@@ -9,9 +9,25 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_serving
-from benchmarks.bench_serving import EngineProcess, engine_args, main, parse_args
+from benchmarks.bench_serving import (
+    KINDS,
+    LLAMA_8B,
+    EngineProcess,
+    engine_args,
+    is_chosen,
+    limited,
+    main,
+    parse_args,
+)
 from benchmarks.rows import read_rows
-from benchmarks.serving_cases import SUITES, TARGETS, Cell, best_of_n, cells
+from benchmarks.serving_cases import (
+    SUITES,
+    TARGETS,
+    Cell,
+    best_of_n,
+    cells,
+    mixed_requests,
+)
 from benchmarks.serving_results import headline, line, markdown, misses
 from benchmarks.serving_worker import _peak
 
@@ -26,6 +42,7 @@ def row(cell: Cell, kv: str, tok_s: float, **values: Any) -> dict[str, Any]:
         "branches": cell.branches,
         "new_tokens": cell.new_tokens,
         "tok_s": tok_s,
+        "samples_min": 600.0,
         "step_ms": 10.0,
         "ttft_ms": 50.0,
         "itl_ms_p50": 9.0,
@@ -88,6 +105,38 @@ def test_a_table_has_a_line_per_case_and_says_what_is_missing() -> None:
     assert line(rows[0] | {"itl_ms_p50": None}).split()[:3] == ["best_of_n", "2048", "n=8"]
 
 
+def test_a_mixed_stream_has_a_floor_of_its_own_and_no_latencies() -> None:
+    (cell,) = (cell for cell in SUITES["others"] if cell.workload == "saturation")
+    latencies = dict.fromkeys(("step_ms", "ttft_ms", "itl_ms_p50", "itl_ms_p99", "peak_running"))
+    rows = [row(cell, "bf16", 100, **latencies), row(cell, "4/4", 299, **latencies)]
+    assert misses([*reached(), *rows]) == [
+        f"{cell.name}: 2.99 x the tokens per second of stock, target 3"
+    ]
+    assert line(rows[0]).split()[-2:] == ["1000", "600"]
+    assert markdown(rows).splitlines()[2].endswith("| 2.99 | – · – |")
+
+
+def test_a_mixed_stream_is_always_the_same() -> None:
+    for cell in (SUITES["others"][-1], SUITES["smoke"][-1]):
+        requests = mixed_requests(cell)
+        assert requests == mixed_requests(cell)
+        assert sum(request.n for request in requests) == cell.branches
+        assert all(0 < request.prompt <= cell.prompt for request in requests)
+        assert all(0 < request.new_tokens <= cell.new_tokens for request in requests)
+        assert len({request.n for request in requests}) > 1
+
+
+def test_equal_memory_holds_more_tokens_of_ours() -> None:
+    found = {kv: limited(kv, 4.0, LLAMA_8B, 256)["max_total_tokens"] for kv in KINDS}
+    assert (found["bf16"], found["fp8"]) == (4 * 2**30 // 2**17, 4 * 2**30 // 2**16)
+    # Windows of 256 requests take a quarter of so little memory.
+    assert 2.7 < found["4/4"] / found["bf16"] < 3.82
+    assert found["4/4"] < found["4/2"] < found["2/2"]
+    large = {kv: limited(kv, 96.0, LLAMA_8B, 256)["max_total_tokens"] for kv in KINDS}
+    gains = [large[kv] / large["bf16"] for kv in ("4/4", "4/2", "2/2")]
+    assert gains[0] > 3.7 and gains[1] > 4.9 and gains[2] > 6.8
+
+
 def test_peak_counts_what_overlaps() -> None:
     assert _peak([(0, 2), (1, 3), (2.5, 4)]) == 2
     assert _peak([(0, 1)]) == 1
@@ -103,6 +152,14 @@ def test_arguments_of_each_kind() -> None:
     assert all(found["tp_size"] == 2 and found["load_format"] == "dummy" for found in (bf16, ours))
     with pytest.raises(SystemExit):
         parse_args(["--kv", "3/3"])
+
+
+def test_cells_are_chosen_by_all_filters() -> None:
+    args = parse_args(["--prompts", "2048,8192", "--branches", "1,320"])
+    chosen = [cell.name for cell in cells("all") if is_chosen(cell, args)]
+    assert chosen == [best_of_n(2048, 1).name, "saturation 8192 n=320 new=1024"]
+    args = parse_args(["--workloads", "tree"])
+    assert {cell.workload for cell in cells("all") if is_chosen(cell, args)} == {"tree"}
 
 
 def worker(folder: Path, code: str) -> Path:
@@ -172,7 +229,9 @@ def test_an_engine_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(arguments) == 0, capsys.readouterr().out
     rows = [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]
     assert [found["case"] for found in rows] == [cell.name for cell in SUITES["smoke"]]
-    for found in rows:
+    *measured, stream = rows
+    assert stream["samples_min"] > 0 and stream["itl_ms_p50"] is None
+    for found in measured:
         assert found["kv_tokens"] == 5000 and found["peak_running"] == found["branches"]
         assert min(found["tok_s"], found["ttft_ms"], found["itl_ms_p50"]) > 0
         assert found["itl_ms_p50"] <= found["itl_ms_p99"]

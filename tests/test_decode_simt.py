@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.cases import CASES, DecodeCase, Segment, balanced_tree, make_inputs
-from tests.simt_decode import simt_decode, unavailable
+from tests.simt_decode import simt_decode
+from tests.simt_library import unavailable
 from tests.test_decode import ungrouped
 from tests.test_decode_cuda import HARD_CASES, assert_as_good_as_low_precision
 
@@ -99,7 +100,9 @@ def test_grouped_equals_ungrouped() -> None:
     torch.testing.assert_close(grouped_lse, separate_lse, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("branches", "hopper"), [(1, False), (4, False), (1, True), (4, True), (20, True)])
+@pytest.mark.parametrize(
+    ("branches", "hopper"), [(1, False), (4, False), (1, True), (4, True), (20, True)]
+)
 def test_references_that_keep_rising(branches: int, hopper: bool) -> None:
     """Logits far apart: sums are rescaled again and again along a row."""
     tree = [Segment(900, tuple(range(branches)))]

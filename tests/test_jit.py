@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -340,3 +340,29 @@ def test_falling_back_warns_once(
         dispatch.use_cuda("cuda", "store", FMT, CUDA, None)
     with pytest.raises(ValueError, match="k is complex"):
         dispatch.use_cuda("cuda", "store", FMT, CUDA, "k is complex")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets ``PATTERNKV_IMPL`` as at the start of a process."""
+
+    def ask(impl: str) -> None:
+        monkeypatch.setenv("PATTERNKV_IMPL", impl)
+        dispatch.auto_impl.cache_clear()
+
+    yield ask
+    dispatch.auto_impl.cache_clear()
+
+
+def test_the_environment_decides_what_auto_is(asked: Callable[[str], None]) -> None:
+    asked("reference")
+    assert not dispatch.use_cuda("auto", "store", FMT, CUDA, None)
+    assert dispatch.missing("store", FMT, CUDA) == "PATTERNKV_IMPL=reference asks for the torch ops"
+    with pytest.raises(ValueError, match="the tensors are on cpu"):
+        dispatch.use_cuda("cuda", "store", FMT, CPU, None)
+    asked("cuda")
+    with pytest.raises(ValueError, match="impl='cuda' cannot run store: the tensors are on cpu"):
+        dispatch.use_cuda("auto", "store", FMT, CPU, None)
+    asked("fast")
+    with pytest.raises(ValueError, match="PATTERNKV_IMPL='fast': choose one of"):
+        dispatch.use_cuda("auto", "store", FMT, CPU, None)

@@ -50,7 +50,7 @@ LAYERS = [
     ["patternkv_sgl.pool", "patternkv_sgl.requests", "patternkv_sgl.stats"],
     ["patternkv_sgl.radix", "patternkv_sgl.scratch", "patternkv_sgl.segments"],
     ["patternkv_sgl.batch"],
-    ["patternkv_sgl.metadata", "patternkv_sgl.prefill"],
+    ["patternkv_sgl.canary", "patternkv_sgl.metadata", "patternkv_sgl.prefill"],
     ["patternkv_sgl.backend"],
     ["patternkv_sgl.refusals"],
     ["patternkv_sgl.server_args"],

@@ -68,7 +68,6 @@ REFUSED = {
     "enable_deterministic_inference": True,
     "cuda_graph_backend_prefill": "full",
     "dllm_algorithm": "LowConfidence",
-    "kv_canary": "log",
     "dcp_size": 2,
     "attn_cp_size": 2,
     "pp_size": 2,
@@ -133,6 +132,12 @@ def test_the_remedy_of_a_refusal_is_accepted(conflict: Any) -> None:
 def test_a_malformed_size_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         serve(**options)
+
+
+def test_the_canary_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="--kv-canary 'log' needs a GPU") as error:
+        serve(kv_canary="log")
+    assert "'none'" in str(error.value)
 
 
 @pytest.mark.parametrize("scheme", ["", "Patternkv", "kivi", True])

@@ -23,7 +23,7 @@ COLD_TO_WARM = 1.5
 CONFIGURATION = {"bits": "4/4", "patterns": 64, "window": 32, "sinks": 4, "mine_tokens": 256}
 COUNTS = {
     *("bytes_per_token", "bf16_bytes_per_token", "bytes_allocated", "table_bytes"),
-    *("window_bytes", "kv_tokens", "table_slots", "tables_live", "table_refs"),
+    *("window_bytes", "kv_tokens", "kv_tokens_free", "table_slots", "tables_live", "table_refs"),
     *("running_requests", "tables_mined", "tables_inherited", "tables_exhausted"),
     *("kv_reads", "kv_reads_shared", "max_branches"),
 }
@@ -89,6 +89,23 @@ def test_warm_answers_agree_with_cold_and_repeat_exactly(server: Server, model: 
         assert outputs(warm) == outputs(again)
 
 
+def test_a_stored_prompt_is_joined_by_a_decode_step(server: Server, model: Model) -> None:
+    """Unless the request wants logprobs; both read the same bytes."""
+    text = model.prompt(PROMPT, 3)
+    server.generate(text, 1)
+    before = server.settle()
+    prefilled = server.generate(text, 1)
+    assert "kv_reads" not in grown(before, server.settle())
+    body = greedy(text, 1) | {"return_logprob": False, "top_logprobs_num": 0}
+    joined = server.post("generate", body).json()
+    assert grown(before, server.settle())["kv_reads"] == PROMPT
+    assert (joined["text"], cached(joined)) == (prefilled["text"], PROMPT - 1)
+    body["sampling_params"] |= {"n": 4, "max_new_tokens": 8}
+    branches = server.post("generate", body).json()
+    assert len({branch["text"] for branch in branches}) == 1
+    assert branches[0]["text"].startswith(joined["text"])
+
+
 def test_equal_prompts_in_one_call_mine_once_and_agree(server: Server, model: Model) -> None:
     before = server.stats()
     text = model.prompt(PROMPT, 4)
@@ -143,7 +160,7 @@ def test_abort_in_mid_stream_gives_everything_back(server: Server, model: Model,
             assert server.post(how, {"rid": rid}).ok
             assert any(b'"type":"abort"' in line for line in lines)
     after = server.settle()
-    assert {*grown(idle, after)} <= {"kv_reads", "tables_inherited", "table_refs"}
+    assert {*grown(idle, after)} <= {"kv_reads", "kv_tokens_free", "tables_inherited", "table_refs"}
     assert after["tables_live"] == idle["tables_live"] == 1
     assert cached(server.generate(text)) == PROMPT - 1
 
@@ -207,7 +224,13 @@ def test_prometheus_shows_the_numbers_with_their_rank(server: Server, model: Mod
     assert set(found) == COUNTS
     assert all('dp_rank="0"' in labels and 'tp_rank="0"' in labels for labels, _ in found.values())
     # No request held a table before or after the last prefill, so only its own differ.
-    steady = COUNTS - {"running_requests", "table_refs", "kv_reads", "kv_reads_shared"}
+    steady = COUNTS - {
+        "running_requests",
+        "table_refs",
+        "kv_reads",
+        "kv_reads_shared",
+        "kv_tokens_free",
+    }
     assert {name: found[name][1] for name in steady} == {name: stats[name] for name in steady}
     assert found["running_requests"][1] == 1
     assert found["tables_live"][1] == 1

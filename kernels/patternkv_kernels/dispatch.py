@@ -1,9 +1,15 @@
-"""Which implementation of an op runs: the CUDA kernels or the torch reference."""
+"""Which implementation of an op runs: the CUDA kernels or the torch reference.
+
+Environment: ``PATTERNKV_IMPL``, what ``impl="auto"`` stands for: ``reference`` runs the torch ops
+on a GPU too, to compare a server's kernels with; ``cuda`` makes it an error where the kernels
+cannot run; ``auto``, the default, takes the torch ops there. It is read at a process's first op.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +18,7 @@ import patternkv_kernels.jit as jit
 from patternkv_kernels.format import SlotFormat
 
 Impl = Literal["auto", "cuda", "reference"]
+IMPLS: tuple[Impl, ...] = get_args(Impl)
 """``cuda`` raises where the kernels cannot run, ``auto`` then takes the torch reference."""
 
 logger = logging.getLogger(__name__)
@@ -26,13 +33,15 @@ def use_cuda(
     what they are built for. Raises
     ``ValueError`` for ``impl="cuda"`` when they cannot run, and for an unknown ``impl``.
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl={impl!r}: choose one of {get_args(Impl)}")
+    if impl == "auto":
+        impl = auto_impl()
+    elif impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: choose one of {IMPLS}")
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
     reason = unsupported
     if reason is None and fmt is not None:
-        reason = missing(op, fmt, device)
+        reason = _missing(op, fmt, device)
     if impl == "cuda" and reason is not None:
         raise ValueError(f"impl='cuda' cannot run {op}: {reason}")
     if reason is not None:
@@ -40,9 +49,25 @@ def use_cuda(
     return reason is None
 
 
+@functools.cache
+def auto_impl() -> Impl:
+    """``PATTERNKV_IMPL``. Raises ``ValueError`` for a value that is no implementation."""
+    value = os.environ.get("PATTERNKV_IMPL", "auto")
+    for impl in IMPLS:
+        if value == impl:
+            return impl
+    raise ValueError(f"PATTERNKV_IMPL={value!r}: choose one of {IMPLS}, or leave it unset")
+
+
 def missing(op: jit.Op, fmt: SlotFormat, device: torch.device) -> str | None:
-    """Why there are no CUDA kernels of ``op`` for ``device``, or None; builds them at the first
-    use."""
+    """Why ``impl="auto"`` runs no CUDA kernels of ``op`` on ``device``, or None; builds them at the
+    first use."""
+    if auto_impl() == "reference":
+        return "PATTERNKV_IMPL=reference asks for the torch ops"
+    return _missing(op, fmt, device)
+
+
+def _missing(op: jit.Op, fmt: SlotFormat, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}"
     return _failure(op, fmt.k_bits, fmt.v_bits, fmt.head_dim, device.index)

@@ -1,0 +1,128 @@
+"""Device memory: what is reported is what is allocated, and nothing is allocated behind it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from patternkv_sgl.config import PatternKVConfig
+from patternkv_sgl.metadata import DecodeBuffers
+from patternkv_sgl.pool import explained_memory
+from patternkv_sgl.scratch import Scratch, ScratchShape
+from tests.engines import EngineRun
+from tests.fakes import make_pool
+from tests.models import WORDS, make_model
+from tests.servers import environment
+
+MIB = 2**20
+BLOCK = 512  # bytes that PyTorch's allocator rounds to
+CHUNK, CONTEXT, ROWS = 8192, 65536, 128
+SLACK = 64 * MIB  # of cuBLAS and the like, which allocate once when first used
+
+
+def test_memory_that_does_not_fit_is_explained() -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"memory for the cache .* lower --a, --b") as error,
+        explained_memory("the cache", "--a", "--b"),
+    ):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+    assert "PyTorch says: tried to allocate 2 GiB" in str(error.value)
+
+
+def grown(make: Any) -> tuple[Any, int]:
+    """What ``make`` returns, and the bytes that it left allocated."""
+    before = torch.cuda.memory_allocated()
+    made = make()
+    return made, torch.cuda.memory_allocated() - before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [(4, 4), (4, 2), (2, 2)])
+def test_a_pool_reports_what_it_allocates(bits: tuple[int, int]) -> None:
+    config = PatternKVConfig(*bits, patterns=64)
+    shape: dict[str, Any] = {"num_layers": 4, "h_kv": 8, "head_dim": 128, "size": 4096}
+    pool, allocated = grown(lambda: make_pool(config, device="cuda", num_windows=17, **shape))
+    tensors = 4 * (1 + 4 + 2) + 1  # packed, tables, windows of each layer; ids of the tables
+    assert 0 <= allocated - pool.get_kv_size_bytes() <= tensors * BLOCK
+    slots = sum(packed.nbytes for packed in pool.packed) + pool.slot_table.nbytes
+    assert slots == (4096 + 1) * pool.geometry.bytes_per_token
+
+
+@pytest.mark.gpu
+def test_scratch_is_what_start_up_set_aside() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    fmt = PatternKVConfig(4, 4, patterns=64).slot_format(8, 128, 1)
+    shape = ScratchShape(fmt, 64, 32, ROWS, CONTEXT, torch.bfloat16)
+    rows = torch.zeros(ROWS + 1, CONTEXT, dtype=torch.int32, device=device)
+    stated = shape.nbytes(device)
+    _scratch, allocated = grown(lambda: Scratch(shape, device))
+    assert abs(allocated - stated) <= MIB
+    sizes = (ROWS, shape.max_entries, 10 * CONTEXT)
+    _buffers, allocated = grown(lambda: DecodeBuffers(rows, *sizes))
+    assert 0 <= allocated - DecodeBuffers.nbytes(*sizes) <= 8 * BLOCK
+
+
+def job(folder: Path, requests: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    kwargs = {
+        "model_path": str(folder),
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "grammar_backend": "none",
+        "kv_quant": "patternkv",
+        "mem_fraction_static": 0.3,
+        "max_total_tokens": 3 * CONTEXT,
+        "chunked_prefill_size": CHUNK,
+        "max_running_requests": ROWS,
+        "cuda_graph_max_bs_decode": ROWS,
+        "random_seed": 0,
+        "log_level": "warning",
+    }
+    return {"kwargs": kwargs | options, "environment": {}, "requests": requests}
+
+
+def prompt(tokens: int, new_tokens: int, n: int = 1) -> dict[str, Any]:
+    params = {"temperature": 0.8, "n": n, "max_new_tokens": new_tokens, "ignore_eos": True}
+    ids = random.Random(tokens).choices(range(WORDS), k=tokens)
+    return {"input_ids": ids, "sampling_params": params}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_serving_allocates_nothing_that_stays_and_no_more_for_a_long_prefix(tmp_path: Path) -> None:
+    """The largest chunk over the longest prefix, then the largest decode batch, twice."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make_model(folder, max_position_embeddings=CONTEXT)
+    work = [
+        prompt(64, 1),
+        prompt(CHUNK, 1),
+        prompt(CONTEXT - 64, 1),
+        prompt(CHUNK // 2, 32, n=ROWS),
+    ]
+    again = [prompt(CHUNK - 1, 1), prompt(CONTEXT - 65, 8), prompt(CHUNK // 2 - 1, 32, n=ROWS)]
+    (result,) = EngineRun([job(folder, [*work, *again])], tmp_path, environment()).results()
+    held = [stats["device_bytes"] for stats in result["stats"]]
+    peaks = [stats["device_bytes_peak"] for stats in result["stats"]]
+    print("MiB held:", [x // MIB for x in held], "peak:", [x // MIB for x in peaks])
+    chunk, longest, batch = peaks[1:4]
+    assert longest - chunk <= SLACK, "a long prefix takes memory of its own"
+    assert batch - chunk <= SLACK, "a large decode batch takes memory of its own"
+    assert peaks[-1] - batch <= SLACK, "the same work takes more the second time"
+    assert max(held) - held[1] <= SLACK, "served requests leave memory behind"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_too_many_tables_say_what_to_lower(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make_model(folder)
+    options = {"mem_fraction_static": 0.05, "kv_quant_tables": 32768, "kv_quant_patterns": 256}
+    run = EngineRun([job(folder, [prompt(8, 1)], **options)], tmp_path, environment())
+    with pytest.raises(AssertionError, match="leave nothing of the KV memory") as error:
+        run.results()
+    assert "lower --kv-quant-patterns, --kv-quant-tables" in str(error.value)
