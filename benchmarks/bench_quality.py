@@ -262,7 +262,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    chosen = [setting for text in args.methods for setting in Setting.parse(text)]
+    chosen = list(
+        dict.fromkeys(setting for text in args.methods for setting in Setting.parse(text))
+    )
     for name in args.models:
         bench = Bench(name, chosen or SETTINGS, args)
         for level in args.levels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,14 +20,71 @@ _MINED_ELEMENTS = 2**25
 """Distances of tokens to patterns that are in memory at a time while prompts are mined."""
 
 
+@dataclass(frozen=True)
+class Basis:
+    """In which basis K is stored: ``(k * balance) @ turn.T``, and queries to match.
+
+    ``turn`` is orthogonal ``[d, d]``; ``balance`` ``[h_kv, d]`` is the root of the queries' size
+    over K's spread in each channel, which is the best diagonal before a rotation: it minimises the
+    product of K's energy and the queries', and with it the error of a logit.
+    """
+
+    turn: torch.Tensor | None
+    balance: torch.Tensor | None
+
+    @classmethod
+    def of(cls, prompt: LayerPrompt, rotate: int) -> Basis:
+        """``rotate``: 0 as K is, 1 rotated, 2 balanced (over all prompts) and rotated.
+
+        Raises:
+            ValueError: another value.
+        """
+        if rotate not in (0, 1, 2):
+            raise ValueError(f"rotate={rotate}: use 0, 1 (rotated) or 2 (balanced and rotated)")
+        if rotate == 0:
+            return cls(None, None)
+        turn = rotation(prompt.k.shape[-1]).to(prompt.k.device)
+        if rotate == 1:
+            return cls(turn, None)
+        q = prompt.q.float().unflatten(1, (prompt.k.shape[1], -1)).square().mean((0, 2, 3)).sqrt()
+        balance = (q / prompt.k.float().std(2).mean(0)).clamp(2**-16, 2**16).sqrt()
+        return cls(turn, balance)
+
+    def k(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., h_kv, d]`` in this basis and its own dtype, as a server would have it."""
+        if self.turn is None:
+            return x
+        balanced = x.float() if self.balance is None else x.float() * self.balance
+        return (balanced @ self.turn.T).to(x.dtype)
+
+    def q(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., h_q, d]``, so that its products with K are what they were."""
+        if self.turn is None:
+            return x
+        balanced = x.float()
+        if self.balance is not None:
+            balanced = (
+                balanced.unflatten(-2, (len(self.balance), -1)) / self.balance[:, None]
+            ).flatten(-3, -2)
+        return (balanced @ self.turn.T).to(x.dtype)
+
+    def back(self, k: torch.Tensor) -> torch.Tensor:
+        """``k [..., h_kv, d]`` of this basis as the model knows it."""
+        if self.turn is None:
+            return k
+        turned = k @ self.turn
+        return turned if self.balance is None else turned / self.balance
+
+
 class PatternKVSgl(LayerCache):
     """What a server does for a request whose prompt is prefilled whole: a table is mined from the
     prompt, every token is stored with it, and the latest generated tokens are read exactly.
 
     Options are those of ``PatternKVConfig``, and three ideas that a server does not have:
     ``tokens_per_pattern`` lets tables grow with their prompts, up to ``patterns``; ``rotate=1``
-    turns K by a Hadamard matrix before it is mined and stored; ``generated=N`` adds one pattern for
-    every N generated tokens, their mean, before the first of them leaves the window.
+    turns K by a Hadamard matrix before it is mined and stored, ``rotate=2`` balances channels
+    before that; ``generated=N`` adds one pattern for every N generated tokens, their mean, before
+    the first of them leaves the window.
 
     Raises:
         ValueError: ``generated`` exceeds the window, so the mean would not be known in time.
@@ -43,7 +101,7 @@ class PatternKVSgl(LayerCache):
         self.config = PatternKVConfig(k_bits, v_bits, **chosen)
         self._format = SlotFormat(k_bits, v_bits, self.d, h_kv=self.h)
         self._dtype = prompt.k.dtype
-        self._turn = rotation(self.d).to(prompt.k.device) if self.options.get("rotate") else None
+        self._basis = Basis.of(prompt, self.options.get("rotate", 0))
         self._generated = self.options.get("generated", 0)
         if self._generated > self.config.window:
             raise ValueError(
@@ -55,7 +113,7 @@ class PatternKVSgl(LayerCache):
             self._patterns = min(wanted, self._patterns)
         self._mined = self.prompt_len >= self.config.mine_tokens
         q, k, v = (x.permute(0, 2, 1, 3) for x in (prompt.q, prompt.k, prompt.v))
-        self._tables = self._mine(self._turned(q), self._turned(k), v)
+        self._tables = self._mine(self._basis.q(q), self._basis.k(k), v)
         of_prompts = torch.arange(self.p, device=k.device) * self._tables_per_prompt
         k, v = self._stored(k, v, of_prompts.repeat_interleave(self.prompt_len))
         self._hold(k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3), self.prompt_len)
@@ -125,15 +183,9 @@ class PatternKVSgl(LayerCache):
         if at >= self._tables.num_patterns:
             return  # the block is cut off by the length limit
         tokens = slice(block * self._generated, (block + 1) * self._generated)
-        for i, own in enumerate(
-            (self._turned(self.own_k[..., tokens, :]), self.own_v[..., tokens, :])
-        ):
-            self._tables.patterns[:, i, :, at] = own.mean(-2).flatten(0, 1).half()
-
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., d]`` in the rotated basis, if there is one; in the model's dtype, as a server
-        would have it."""
-        return x if self._turn is None else (x.float() @ self._turn.T).to(self._dtype)
+        k, v = (own[..., tokens, :].mean(-2) for own in (self.own_k, self.own_v))
+        for i, mean in enumerate((self._basis.k(k), v)):
+            self._tables.patterns[:, i, :, at] = mean.flatten(0, 1).half()
 
     def _stored(
         self, k: torch.Tensor, v: torch.Tensor, table_ids: torch.Tensor
@@ -143,17 +195,14 @@ class PatternKVSgl(LayerCache):
         buffer = self._format.allocate(tokens, k.device)
         slots = torch.arange(tokens, device=k.device)
         flat_k, flat_v = (
-            x.reshape(tokens, self.h, self.d).to(self._dtype) for x in (self._turned(k), v)
+            x.reshape(tokens, self.h, self.d).to(self._dtype) for x in (self._basis.k(k), v)
         )
         store_kv(self._format, buffer, slots, flat_k, flat_v, self._tables, table_ids)
         new_k, new_v = dequantize(self._format, buffer, slots, self._tables, table_ids)
         if self.flatness is None:  # the prompt comes first
             rows = read_slots(self._format, buffer, slots.unsqueeze(1)).squeeze(2)
             self.flatness = self._flatness(flat_k.float(), flat_v.float(), rows, table_ids)
-        new_k = new_k.float()
-        if self._turn is not None:
-            new_k = new_k @ self._turn
-        return new_k.view(k.shape), new_v.float().view(v.shape)
+        return self._basis.back(new_k.float()).view(k.shape), new_v.float().view(v.shape)
 
     def _flatness(
         self, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, table_ids: torch.Tensor

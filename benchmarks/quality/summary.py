@@ -12,6 +12,9 @@ from benchmarks.quality.cells import Cell
 from benchmarks.quality.statistics import Paired
 from recipes.metrics import maj_at_k, mean_and_stderr, pass_at_k, powers_of_two
 
+VOTES = 8
+"""The k of the maj@k that caches are compared by."""
+
 
 @dataclass(frozen=True)
 class Result:
