@@ -71,6 +71,7 @@ class PatternCache:
             "window": config.window,
             "sinks": config.sinks,
             "mine_tokens": config.mine_tokens,
+            "rotate": config.rotate,
             **self.numbers(),
         }
 

@@ -11,12 +11,13 @@ import sglang.srt.server_args as sglang_server_args
 import torch
 from sglang.srt.arg_groups.arg_utils import A, Arg
 
-from patternkv_sgl.config import PatternKVConfig, default_patterns, parse_bits
+from patternkv_sgl.config import PatternKVConfig, default_patterns, default_rotate, parse_bits
 from patternkv_sgl.refusals import refuse_model, refuse_options, refuse_sglang
 
 BACKEND = "patternkv"
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DEFAULTS = PatternKVConfig()
+SWITCH = {"on": True, "off": False}
 # The tuning flags; --kv-quant itself is not one.
 FLAG_DEFAULTS: dict[str, Any] = {
     "kv_quant_bits": str(DEFAULTS.k_bits),
@@ -24,6 +25,7 @@ FLAG_DEFAULTS: dict[str, Any] = {
     "kv_quant_window": DEFAULTS.window,
     "kv_quant_sinks": DEFAULTS.sinks,
     "kv_quant_mine_tokens": DEFAULTS.mine_tokens,
+    "kv_quant_rotate": None,
     "kv_quant_tables": DEFAULTS.tables,
     "kv_quant_check": DEFAULTS.check,
 }
@@ -73,6 +75,15 @@ def _build(base: Any) -> Any:
             "A prefill of at least this many new tokens mines a pattern table of its own; a "
             f"shorter one uses the table of its prefix ({_range('mine_tokens')}).",
         ] = FLAG_DEFAULTS["kv_quant_mine_tokens"]
+        kv_quant_rotate: A[
+            Optional[str],  # noqa: UP045
+            Arg(
+                help="Whether K is stored rotated, which spreads outliers over all channels and "
+                "takes two small matrix products per layer and step. Default: on with K at 2 "
+                "bits, off at 4.",
+                choices=list(SWITCH),
+            ),
+        ] = FLAG_DEFAULTS["kv_quant_rotate"]
         kv_quant_tables: A[
             Optional[int],  # noqa: UP045
             f"Table slots, the zero table included ({_range('tables')}). Default: 1 percent of "
@@ -148,7 +159,9 @@ def config_of(args: Any) -> PatternKVConfig:
         ValueError: a malformed or out-of-range flag.
     """
     k_bits, v_bits = parse_bits(args.kv_quant_bits)
-    patterns = args.kv_quant_patterns
+    patterns, rotate = args.kv_quant_patterns, args.kv_quant_rotate
+    if rotate is not None and rotate not in SWITCH:
+        raise ValueError(f"--kv-quant-rotate {rotate!r}: expected on or off")
     return PatternKVConfig(
         k_bits,
         v_bits,
@@ -156,6 +169,7 @@ def config_of(args: Any) -> PatternKVConfig:
         window=args.kv_quant_window,
         sinks=args.kv_quant_sinks,
         mine_tokens=args.kv_quant_mine_tokens,
+        rotate=default_rotate(k_bits) if rotate is None else SWITCH[rotate],
         tables=args.kv_quant_tables,
         check=args.kv_quant_check,
     )

@@ -25,6 +25,8 @@ class LayerPrompt:
     """Exact vectors of prefilled prompts in one layer, K after RoPE.
 
     ``q`` is ``[p, h_q, n, d]``; ``k`` and ``v`` are ``[p, h_kv, n, d]``; all in the model's dtype.
+    ``balance`` ``[h_kv, d]``: factors of K's channels that the layer's weights suggest
+    (``patternkv_sgl/basis.py``); None: 1.
     """
 
     q: torch.Tensor
@@ -32,6 +34,7 @@ class LayerPrompt:
     v: torch.Tensor
     layer: int
     num_layers: int
+    balance: torch.Tensor | None = None
 
 
 class LayerCache(ABC):

@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from benchmarks.quality.cache import LayerCache, LayerPrompt
+from patternkv_sgl.basis import balance, projected_sizes
 
 ATTENTION = "kv_bench"
 MakeCache = Callable[[LayerPrompt], LayerCache]
@@ -100,8 +101,19 @@ def prefill(model: PreTrainedModel, prompts: torch.Tensor) -> Prefilled:
     layers = []
     for layer in sorted(seen):
         q, k, v = (torch.cat(x) for x in zip(*seen[layer], strict=True))
-        layers.append(LayerPrompt(q, k, v, layer, len(seen)))
+        layers.append(LayerPrompt(q, k, v, layer, len(seen), _balance(model, layer, q, k)))
     return Prefilled(layers, torch.cat(logits).float(), prompts.shape[1])
+
+
+def _balance(
+    model: PreTrainedModel, layer: int, q: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor | None:
+    """Of the attention module of ``layer``, whose vectors are ``[p, heads, n, d]``."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == layer and hasattr(module, "k_proj"):
+            sizes = projected_sizes(module, q.shape[1], k.shape[1], k.shape[3])
+            return None if sizes is None else balance(*sizes)
+    return None
 
 
 class Decoder:

@@ -2,89 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from benchmarks.quality.cache import EXACT_BITS, LayerCache, LayerPrompt
 from benchmarks.quality.flatness import Flatness
-from benchmarks.quality.hadamard_lloyd import rotation
 from patternkv_kernels import LayerTables, SlotFormat, dequantize, mine_kv, store_kv
 from patternkv_kernels.format import read_slots
-from patternkv_sgl.config import PatternKVConfig, default_patterns
+from patternkv_sgl.basis import KBasis
+from patternkv_sgl.config import PatternKVConfig, default_patterns, default_rotate
 
 _TABLE_ID_BITS = 32  # per token, for all layers and heads together
-_CONFIGURED = frozenset({"patterns", "window", "sinks", "mine_tokens"})
+_CONFIGURED = frozenset({"patterns", "window", "sinks", "mine_tokens", "rotate"})
 _MINED_ELEMENTS = 2**25
 """Distances of tokens to patterns that are in memory at a time while prompts are mined."""
-
-
-@dataclass(frozen=True)
-class Basis:
-    """In which basis K is stored: ``(k * balance) @ turn.T``, and queries to match.
-
-    ``turn`` is orthogonal ``[d, d]``; ``balance`` ``[h_kv, d]`` is the root of the queries' size
-    over K's spread in each channel, which is the best diagonal before a rotation: it minimises the
-    product of K's energy and the queries', and with it the error of a logit.
-    """
-
-    turn: torch.Tensor | None
-    balance: torch.Tensor | None
-
-    @classmethod
-    def of(cls, prompt: LayerPrompt, rotate: int) -> Basis:
-        """``rotate``: 0 as K is, 1 rotated, 2 balanced (over all prompts) and rotated.
-
-        Raises:
-            ValueError: another value.
-        """
-        if rotate not in (0, 1, 2):
-            raise ValueError(f"rotate={rotate}: use 0, 1 (rotated) or 2 (balanced and rotated)")
-        if rotate == 0:
-            return cls(None, None)
-        turn = rotation(prompt.k.shape[-1]).to(prompt.k.device)
-        if rotate == 1:
-            return cls(turn, None)
-        q = prompt.q.float().unflatten(1, (prompt.k.shape[1], -1)).square().mean((0, 2, 3)).sqrt()
-        balance = (q / prompt.k.float().std(2).mean(0)).clamp(2**-16, 2**16).sqrt()
-        return cls(turn, balance)
-
-    def k(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., h_kv, d]`` in this basis and its own dtype, as a server would have it."""
-        if self.turn is None:
-            return x
-        balanced = x.float() if self.balance is None else x.float() * self.balance
-        return (balanced @ self.turn.T).to(x.dtype)
-
-    def q(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., h_q, d]``, so that its products with K are what they were."""
-        if self.turn is None:
-            return x
-        balanced = x.float()
-        if self.balance is not None:
-            balanced = (
-                balanced.unflatten(-2, (len(self.balance), -1)) / self.balance[:, None]
-            ).flatten(-3, -2)
-        return (balanced @ self.turn.T).to(x.dtype)
-
-    def back(self, k: torch.Tensor) -> torch.Tensor:
-        """``k [..., h_kv, d]`` of this basis as the model knows it."""
-        if self.turn is None:
-            return k
-        turned = k @ self.turn
-        return turned if self.balance is None else turned / self.balance
 
 
 class PatternKVSgl(LayerCache):
     """What a server does for a request whose prompt is prefilled whole: a table is mined from the
     prompt, every token is stored with it, and the latest generated tokens are read exactly.
 
-    Options are those of ``PatternKVConfig``, and three ideas that a server does not have:
-    ``tokens_per_pattern`` lets tables grow with their prompts, up to ``patterns``; ``rotate=1``
-    turns K by a Hadamard matrix before it is mined and stored, ``rotate=2`` balances channels
-    before that; ``generated=N`` adds one pattern for every N generated tokens, their mean, before
-    the first of them leaves the window.
+    Options are those of ``PatternKVConfig`` (``rotate`` 0 or 1), and three ideas that a server does
+    not have: ``tokens_per_pattern`` lets tables grow with their prompts, up to ``patterns``;
+    ``balance=0`` rotates without balancing; ``generated=N`` adds one pattern for every N generated
+    tokens, their mean, before the first of them leaves the window.
 
     Raises:
         ValueError: ``generated`` exceeds the window, so the mean would not be known in time.
@@ -92,16 +34,22 @@ class PatternKVSgl(LayerCache):
 
     name = "patternkv_sgl"
     bit_widths: ClassVar[tuple[tuple[int, int], ...]] = ((4, 4), (4, 2), (2, 2))
-    known_options = _CONFIGURED | {"tokens_per_pattern", "rotate", "generated"}
+    known_options = _CONFIGURED | {"tokens_per_pattern", "balance", "generated"}
 
     def _open(self, prompt: LayerPrompt) -> None:
         k_bits, v_bits = self.bits
-        chosen = {key: value for key, value in self.options.items() if key in _CONFIGURED}
-        chosen = {"patterns": default_patterns(k_bits)} | chosen
+        chosen: dict[str, Any] = {
+            "patterns": default_patterns(k_bits),
+            "rotate": default_rotate(k_bits),
+        }
+        chosen |= {key: value for key, value in self.options.items() if key in _CONFIGURED}
         self.config = PatternKVConfig(k_bits, v_bits, **chosen)
         self._format = SlotFormat(k_bits, v_bits, self.d, h_kv=self.h)
         self._dtype = prompt.k.dtype
-        self._basis = Basis.of(prompt, self.options.get("rotate", 0))
+        self._basis: KBasis | None = None
+        if self.config.rotate:
+            balance = prompt.balance if self.options.get("balance", 1) else None
+            self._basis = KBasis(self.d, balance, dtype=self._dtype, device=prompt.k.device)
         self._generated = self.options.get("generated", 0)
         if self._generated > self.config.window:
             raise ValueError(
@@ -113,7 +61,9 @@ class PatternKVSgl(LayerCache):
             self._patterns = min(wanted, self._patterns)
         self._mined = self.prompt_len >= self.config.mine_tokens
         q, k, v = (x.permute(0, 2, 1, 3) for x in (prompt.q, prompt.k, prompt.v))
-        self._tables = self._mine(self._basis.q(q), self._basis.k(k), v)
+        self._tables = self._mine(
+            q if self._basis is None else self._basis.q(q), self._turned(k), v
+        )
         of_prompts = torch.arange(self.p, device=k.device) * self._tables_per_prompt
         k, v = self._stored(k, v, of_prompts.repeat_interleave(self.prompt_len))
         self._hold(k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3), self.prompt_len)
@@ -184,8 +134,12 @@ class PatternKVSgl(LayerCache):
             return  # the block is cut off by the length limit
         tokens = slice(block * self._generated, (block + 1) * self._generated)
         k, v = (own[..., tokens, :].mean(-2) for own in (self.own_k, self.own_v))
-        for i, mean in enumerate((self._basis.k(k), v)):
+        for i, mean in enumerate((self._turned(k), v)):
             self._tables.patterns[:, i, :, at] = mean.flatten(0, 1).half()
+
+    def _turned(self, k: torch.Tensor) -> torch.Tensor:
+        """``k [..., h_kv, d]`` as a server would store it."""
+        return k if self._basis is None else self._basis.k(k.to(self._dtype))
 
     def _stored(
         self, k: torch.Tensor, v: torch.Tensor, table_ids: torch.Tensor
@@ -195,14 +149,15 @@ class PatternKVSgl(LayerCache):
         buffer = self._format.allocate(tokens, k.device)
         slots = torch.arange(tokens, device=k.device)
         flat_k, flat_v = (
-            x.reshape(tokens, self.h, self.d).to(self._dtype) for x in (self._basis.k(k), v)
+            x.reshape(tokens, self.h, self.d).to(self._dtype) for x in (self._turned(k), v)
         )
         store_kv(self._format, buffer, slots, flat_k, flat_v, self._tables, table_ids)
         new_k, new_v = dequantize(self._format, buffer, slots, self._tables, table_ids)
         if self.flatness is None:  # the prompt comes first
             rows = read_slots(self._format, buffer, slots.unsqueeze(1)).squeeze(2)
             self.flatness = self._flatness(flat_k.float(), flat_v.float(), rows, table_ids)
-        return self._basis.back(new_k.float()).view(k.shape), new_v.float().view(v.shape)
+        new_k = new_k.float() if self._basis is None else self._basis.k_back(new_k.float())
+        return new_k.view(k.shape), new_v.float().view(v.shape)
 
     def _flatness(
         self, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, table_ids: torch.Tensor

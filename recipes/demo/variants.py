@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .llama import Llama, LlamaShape
+from .llama import Layer, Llama, LlamaShape
 
 DEMO = Path(__file__).parent / "model"
 BIAS_PAIRS = 3
@@ -46,9 +46,11 @@ def with_k_bias(demo: Llama) -> Llama:
     half = demo.shape.head_dim // 2
     slowest = torch.arange(half - BIAS_PAIRS, half)
     for layer in (model.model.layers[0], model.model.layers[-1]):
-        attention, norm = layer.self_attn, layer.input_layernorm.weight
+        assert isinstance(layer, Layer)
+        attention = layer.self_attn
         # Normalised inputs have unit components before the norm's weight.
-        size = (attention.k_proj.weight * norm).square().sum(1).mean().sqrt()
+        weight = attention.k_proj.weight * layer.input_layernorm.weight
+        size = weight.square().sum(1).mean().sqrt()
         bias = attention.k_proj.bias.view(-1, 2, half)
         signs = 1 - 2 * (torch.arange(bias.shape[0]) % 2)
         bias[:, 0, slowest] = BIAS * size * signs[:, None]
