@@ -158,8 +158,14 @@ def test_patterns_default_by_the_bits_of_k(bits: str, chosen: int | None, patter
 
 @pytest.mark.parametrize(
     ("bits", "chosen", "rotate"),
-    [("4", None, False), ("4:2", None, False), ("2", None, True), ("2:4", None, True)]
-    + [("2", "off", False), ("4", "on", True)],
+    [
+        ("4", None, False),
+        ("4:2", None, False),
+        ("2", None, True),
+        ("2:4", None, True),
+        ("2", "off", False),
+        ("4", "on", True),
+    ],
 )
 def test_k_is_rotated_by_default_at_two_bits(bits: str, chosen: str | None, rotate: bool) -> None:
     assert config_of(serve(kv_quant_bits=bits, kv_quant_rotate=chosen)).rotate is rotate
@@ -406,7 +412,7 @@ def test_keyword_arguments_carry_every_field() -> None:
     args = KVQuantServerArgs(model_path="m", **CHOSEN)
     assert chosen(args) == CHOSEN
     assert config_of(args) == PatternKVConfig(
-        4, 2, patterns=32, window=0, sinks=3, mine_tokens=99, tables=7, check=True
+        4, 2, patterns=32, window=0, sinks=3, mine_tokens=99, rotate=True, tables=7, check=True
     )
 
 

@@ -78,9 +78,10 @@ class PatternKVSgl(LayerCache):
         return self.n if self._generated else 1
 
     def _mine(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> LayerTables:
-        """Tables of ``q``, ``k``, ``v`` ``[p, tokens, heads, d]``; zero tables of short prompts.
+        """Tables of ``q``, ``k``, ``v`` ``[p, tokens, heads, d]``.
 
-        Heads are mined independently, so the heads of many prompts are mined together.
+        Heads are mined independently, so the heads of many prompts are mined together. Short
+        prompts all have the first one's, as the first prompt's table is the root's on a server.
         """
         count, added = self._tables_per_prompt, 0
         if self._generated:
@@ -88,11 +89,10 @@ class PatternKVSgl(LayerCache):
         tables = LayerTables.allocate(
             self.p * count, self.h, self._patterns + added, self.d, k.device
         )
-        if not self._mined:
-            return tables
+        mined = self.p if self._mined else 1
         together = max(1, _MINED_ELEMENTS // (2 * self.h * self.prompt_len * self._patterns))
-        for first in range(0, self.p, together):
-            prompts = range(first, min(first + together, self.p))
+        for first in range(0, mined, together):
+            prompts = range(first, min(first + together, mined))
             k_table, v_table = mine_kv(
                 *(x[first : prompts.stop].transpose(0, 1).flatten(1, 2) for x in (q, k, v)),
                 num_patterns=self._patterns,
@@ -111,7 +111,8 @@ class PatternKVSgl(LayerCache):
                     )
                     for table in (k_table, v_table)
                 )
-                for table_id in range(i * count, (i + 1) * count):
+                owners = range(i * count, (i + 1) * count) if self._mined else range(self.p * count)
+                for table_id in owners:
                     tables.write(table_id, k_own, v_own)
         return tables
 
@@ -172,7 +173,8 @@ class PatternKVSgl(LayerCache):
         return Flatness.of(k, residuals[0], v, residuals[1])
 
     def stored_bits(self) -> float:
-        """A window is in use as far as generated tokens fill it; their slots exist as well."""
+        """A window is in use as far as generated tokens fill it; their slots exist as well. The
+        table of short prompts is everyone's and not counted."""
         window = min(self.config.window, self.held)
         slots = 8 * self._format.bytes_per_token / self.h * self.length
         patterns = self._patterns

@@ -40,7 +40,7 @@ class Result:
 
     @property
     def problems(self) -> list[str]:
-        return sorted(name for cell in self.cells for name in cell.problems)
+        return sorted({name for cell in self.cells for name in cell.problems})
 
     @property
     def bits_per_element(self) -> float:
