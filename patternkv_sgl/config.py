@@ -27,11 +27,6 @@ def parse_bits(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def default_patterns(k_bits: int) -> int:
-    """Patterns per table where the user sets none: K at 2 bits needs the most there can be."""
-    return 256 if k_bits == 2 else 64
-
-
 def default_rotate(k_bits: int) -> bool:
     """Whether K is rotated where the user does not say: at 4 bits there is nothing to gain."""
     return k_bits == 2

@@ -11,7 +11,7 @@ from benchmarks.quality.flatness import Flatness
 from patternkv_kernels import LayerTables, SlotFormat, dequantize, mine_kv, store_kv
 from patternkv_kernels.format import read_slots
 from patternkv_sgl.basis import KBasis
-from patternkv_sgl.config import PatternKVConfig, default_patterns, default_rotate
+from patternkv_sgl.config import PatternKVConfig, default_rotate
 
 _TABLE_ID_BITS = 32  # per token, for all layers and heads together
 _CONFIGURED = frozenset({"patterns", "window", "sinks", "mine_tokens", "rotate"})
@@ -38,10 +38,7 @@ class PatternKVSgl(LayerCache):
 
     def _open(self, prompt: LayerPrompt) -> None:
         k_bits, v_bits = self.bits
-        chosen: dict[str, Any] = {
-            "patterns": default_patterns(k_bits),
-            "rotate": default_rotate(k_bits),
-        }
+        chosen: dict[str, Any] = {"rotate": default_rotate(k_bits)}
         chosen |= {key: value for key, value in self.options.items() if key in _CONFIGURED}
         self.config = PatternKVConfig(k_bits, v_bits, **chosen)
         self._format = SlotFormat(k_bits, v_bits, self.d, h_kv=self.h)
