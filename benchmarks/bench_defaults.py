@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.simulate import Cache, divergence, mined, prepare, simulated
-from patternkv_sgl.config import PatternKVConfig, default_patterns
+from patternkv_sgl.config import PatternKVConfig, default_rotate
 from recipes.demo.ledger import Level, make_problems
 from recipes.environment import git_commit, hardware, versions
 
@@ -30,6 +30,7 @@ STUDIES: dict[str, tuple[Any, ...]] = {
     "patterns": (8, 16, 32, 64, 128, 256),
     "window": (0, 8, 16, 32, 64, 128),
     "sinks": (0, 1, 4, 16),
+    "rotate": (False, True),
 }
 SEGMENTS = (64, 128, 256, 512, 1024)
 
@@ -48,7 +49,7 @@ class Sequence:
 
 
 def default_config(k_bits: int, v_bits: int) -> PatternKVConfig:
-    return PatternKVConfig(k_bits, v_bits, patterns=default_patterns(k_bits))
+    return PatternKVConfig(k_bits, v_bits, rotate=default_rotate(k_bits))
 
 
 def token_sequences(tokenizer: Any, level: Level, count: int, seed: int) -> list[Sequence]:
@@ -81,6 +82,7 @@ def row(study: str, config: PatternKVConfig, kls: list[float], **extra: Any) -> 
         "bits_k": config.k_bits,
         "bits_v": config.v_bits,
         "patterns": config.patterns,
+        "rotate": config.rotate,
         "window": config.window,
         "sinks": config.sinks,
         "kl": mean(kls),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -57,11 +58,12 @@ class Bench:
     """Runs settings on one model and appends what is missing to a file of cells.
 
     Args:
-        name: ``demo``, ``demo_outliers_STRENGTH``, or a Hugging Face name or folder.
+        name: ``demo``, ``demo_outliers_STRENGTH``, or a Hugging Face name or folder; cells have a
+            folder's last part.
     """
 
     def __init__(self, name: str, settings: Sequence[Setting], args: argparse.Namespace) -> None:
-        self.name, self.settings, self.args = name, settings, args
+        self.name, self.settings, self.args = Path(name).name, settings, args
         strength = re.fullmatch(r"demo_outliers_(\d+)", name)
         path = DEMO if strength or name == "demo" else name
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -135,13 +137,14 @@ class Bench:
                 stop_ids=stop_ids,
                 seeds=[self.args.seed + _number(name) for name in ids],
             )
-            answers, correct = [], []
+            right: list[int] = []
+            wrong: list[dict[str, int]] = []
             no_answer = looped = 0
             for problem, group in zip(prompts.problems, rows, strict=True):
-                texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in group]
+                texts = self.tokenizer.batch_decode(group, skip_special_tokens=True)
                 graded = [problems.grade(problem, text) for text in texts]
-                answers.append([answer for answer, _ in graded])
-                correct.append([right for _, right in graded])
+                right.append(sum(correct for _, correct in graded))
+                wrong.append(dict(Counter(a for a, correct in graded if a and not correct)))
                 for row, (answer, _) in zip(group, graded, strict=True):
                     loop = loops(row, row[-1] in stop_ids)
                     looped += loop
@@ -153,8 +156,9 @@ class Bench:
                 begin,
                 start,
                 decoder,
-                answers=answers,
-                correct=correct,
+                samples=branches,
+                right=right,
+                wrong=wrong,
                 no_answer=no_answer,
                 loops=looped,
             )
@@ -258,7 +262,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    chosen = [setting for text in args.methods for setting in Setting.parse(text)]
+    chosen = list(
+        dict.fromkeys(setting for text in args.methods for setting in Setting.parse(text))
+    )
     for name in args.models:
         bench = Bench(name, chosen or SETTINGS, args)
         for level in args.levels:

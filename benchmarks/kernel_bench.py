@@ -32,7 +32,7 @@ from patternkv_kernels import (
     lower,
     tree_decode,
 )
-from patternkv_sgl.config import default_patterns
+from patternkv_sgl.config import PatternKVConfig
 
 SMOKE = flat(2, 64, 64)
 """A tiny case, to build kernels with."""
@@ -165,7 +165,7 @@ class KernelBench:
 
     def _cache(self, tree: Tree, bits: tuple[int, int]) -> PackedCache:
         fmt = SlotFormat(*bits, HEAD_DIM, self._page_size, h_kv=H_KV)
-        patterns = default_patterns(fmt.k_bits)
+        patterns = PatternKVConfig.patterns
         pool = random_pool(fmt, tree, patterns)
         tables = random_tables(tree.case, patterns, self._device)
         return PackedCache(fmt, pool, tables, self._workspace(tree, fmt, patterns))

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from benchmarks.quality.cells import CURVE_STEP, Cell
-from benchmarks.quality.methods import METHODS, SETTINGS
+from benchmarks.quality.methods import METHODS, SETTINGS, split_method
 from benchmarks.quality.statistics import ALPHA, POWER, Paired
 from benchmarks.quality.storage import bits_at
 from benchmarks.quality.summary import Result, compare, results, rows
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = Path(__file__).parent / "quality" / "report.md"
 STORAGE_CONTEXT = 4096
-OURS = ("patternkv_sgl 2/2", "patternkv_sgl_p64 2/2", "patternkv_sgl_w128 2/2")
+OURS = ("patternkv_sgl 2/2", "patternkv_sgl[patterns=64] 2/2", "patternkv_sgl[window=128] 2/2")
 RIVALS = ("kivi_g32 2/2", "kivi_g128 2/2", "patternkv_paper 2/2", "ott 2/2")
 """What ours has to beat."""
 PAPER_CLAIMS = (
@@ -38,9 +38,10 @@ def name(result: Result) -> str:
     return f"{result.first.method} {result.first.bits_k}/{result.first.bits_v}"
 
 
-def order(result: Result) -> tuple[int, int, int]:
+def order(result: Result) -> tuple[int, str, int, int]:
     cell = result.first
-    return list(METHODS).index(cell.method), -cell.bits_k, -cell.bits_v
+    method, _ = split_method(cell.method)
+    return list(METHODS).index(method), cell.method, -cell.bits_k, -cell.bits_v
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -23,6 +23,7 @@ from patternkv_kernels import (
     mine_kv,
     store_kv,
 )
+from patternkv_sgl.basis import KBasis, balance, projected_sizes
 from patternkv_sgl.config import PatternKVConfig
 
 ATTENTION = "patternkv_simulated"
@@ -64,7 +65,7 @@ def _attend(
     visible, exact = column <= row, torch.ones(n, n, dtype=torch.bool, device=q.device)
     stored_k, stored_v = k, v
     if _cache is not None:
-        stored_k, stored_v = _store(_cache, module.layer_idx, query[0], key[0], value[0])
+        stored_k, stored_v = _store(_cache, module, query[0], key[0], value[0])
         prompt = _cache.prompt_len
         first_exact = torch.clamp(row + 1 - _cache.config.window, min=prompt)
         exact = (row < prompt) | (column >= first_exact)
@@ -76,28 +77,36 @@ def _attend(
 
 
 def _store(
-    cache: Cache, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    cache: Cache, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config, device, (h_kv, n, d) = cache.config, key.device, key.shape
-    k, v = key.transpose(0, 1), value.transpose(0, 1)
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    basis = None
+    if config.rotate:
+        sizes = projected_sizes(module, len(query), h_kv, d)
+        factors = None if sizes is None else balance(*sizes)
+        basis = KBasis(d, factors, dtype=key.dtype, device=device)
+        q, k = basis.q(q), basis.k(k)
     if cache.tables is None:
         tables = LayerTables.allocate(1, h_kv, config.patterns, d, device)
         mined_kv = mine_kv(
-            *(x[: cache.prompt_len] for x in (query.transpose(0, 1), k, v)),
+            *(x[: cache.prompt_len] for x in (q, k, v)),
             num_patterns=config.patterns,
             num_sinks=config.sinks,
             bits=(config.k_bits, config.v_bits),
         )
         tables.write(0, *mined_kv)
     else:
-        tables = cache.tables[layer]
-    mined[layer] = tables
+        tables = cache.tables[module.layer_idx]
+    mined[module.layer_idx] = tables
     fmt = SlotFormat(config.k_bits, config.v_bits, d, h_kv=h_kv)
     buffer, slots = fmt.allocate(n, device), torch.arange(n, device=device)
     table_ids = torch.zeros(n, dtype=torch.int32, device=device)
     store_kv(fmt, buffer, slots, k, v, tables, table_ids)
-    stored = dequantize(fmt, buffer, slots, tables, table_ids)
-    return stored[0].transpose(0, 1), stored[1].transpose(0, 1)
+    k, v = dequantize(fmt, buffer, slots, tables, table_ids)
+    if basis is not None:
+        k = basis.k_back(k)
+    return k.transpose(0, 1), v.transpose(0, 1)
 
 
 @contextmanager

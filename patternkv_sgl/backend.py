@@ -5,7 +5,8 @@ CPU and CUDA tensors take the same path through ``patternkv_kernels``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
+    from patternkv_sgl.basis import KBasis
     from patternkv_sgl.pool import PatternKVPool
     from patternkv_sgl.stats import Stats
 
@@ -50,6 +52,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         current: slot that holds the requests of the batch about to run.
         stats: counters that decode advances.
         scratch: device memory for kernels.
+        bases: of the layers whose K is stored rotated, by layer id.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         current: CurrentBatch,
         stats: Stats,
         scratch: Scratch,
+        bases: Mapping[int, KBasis] = MappingProxyType({}),
     ) -> None:
         super().__init__()
+        self.bases = bases
         assert pool.num_windows >= len(req_to_token), (
             f"{pool.num_windows} windows for {len(req_to_token)} request rows"
         )
@@ -259,12 +264,14 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         assert isinstance(plan, ExtendPlan) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
+        turned_q, turned_k = self._turned(q, k, layer)
         for extend, start in zip(plan.batch.extends, plan.batch.token_indptr, strict=False):
             if extend.mine:
-                self._mine(index, extend, *(x[start:][: extend.num_tokens] for x in (q, k, v)))
-        self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables)
+                vectors = (x[start:][: extend.num_tokens] for x in (turned_q, turned_k, v))
+                self._mine(index, extend, *vectors)
+        self._store(index, forward_batch.out_cache_loc, turned_k, v, plan.token_tables)
         out, lse = plan.new(q, k, v, sm_scale=layer.scaling, logit_cap=layer.logit_cap)
-        for tokens, other_out, other_lse in self._attend_prefixes(index, q, plan, layer):
+        for tokens, other_out, other_lse in self._attend_prefixes(index, turned_q, plan, layer):
             out[tokens], lse[tokens] = merge_states(out[tokens], lse[tokens], other_out, other_lse)
         return out.to(q.dtype).reshape(len(out), -1)
 
@@ -310,6 +317,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         assert isinstance(plan, TreePlan) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
+        q, k = self._turned(q, k, layer)
         window, write = self._window(index, plan)
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables, write)
         out = tree_decode(
@@ -335,6 +343,13 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
         )
+
+    def _turned(
+        self, q: torch.Tensor, k: torch.Tensor, layer: RadixAttention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys in the basis that the pool and the windows have K in."""
+        basis = self.bases.get(layer.layer_id)
+        return (q, k) if basis is None else (basis.q(q), basis.k(k))
 
     def _mine(
         self, index: int, extend: Extend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -92,6 +92,7 @@ class PatternCache:
             "window": config.window,
             "sinks": config.sinks,
             "mine_tokens": config.mine_tokens,
+            "rotate": config.rotate,
             **self.numbers(),
             **device_memory(self.pool.slot_table.device),
         }

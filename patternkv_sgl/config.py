@@ -27,9 +27,9 @@ def parse_bits(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def default_patterns(k_bits: int) -> int:
-    """Patterns per table where the user sets none: K at 2 bits needs the most there can be."""
-    return 256 if k_bits == 2 else 64
+def default_rotate(k_bits: int) -> bool:
+    """Whether K is rotated where the user does not say: at 4 bits there is nothing to gain."""
+    return k_bits == 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class PatternKVConfig:
         window: most recent generated tokens of a running request kept in the model dtype.
         sinks: first tokens of a sequence that become patterns of their own (stored exactly).
         mine_tokens: a prefill of at least this many new tokens gets its own table.
+        rotate: K is stored in a balanced, rotated basis (``basis.py``).
         tables: table slots; None derives them from the memory budget.
         check: verify the conservation laws and the per-slot table ids while serving.
 
@@ -55,6 +56,7 @@ class PatternKVConfig:
     window: int = 32
     sinks: int = 4
     mine_tokens: int = 256
+    rotate: bool = False
     tables: int | None = None
     check: bool = False
 

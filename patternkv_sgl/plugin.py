@@ -176,6 +176,7 @@ def _build_backend(runner: Any) -> AttentionBackend:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from patternkv_sgl.backend import PatternKVBackend
+    from patternkv_sgl.basis import model_bases
     from patternkv_sgl.cache import CURRENT, STATS
     from patternkv_sgl.pool import PatternKVPool, explained_memory
     from patternkv_sgl.refusals import refuse_layers
@@ -191,7 +192,10 @@ def _build_backend(runner: Any) -> AttentionBackend:
     flags = ("--mem-fraction-static", "--max-running-requests", "--context-length")
     with explained_memory("kernel scratch", *flags):
         scratch = Scratch(_scratch, req_to_token.device)
-        return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch)
+        bases = {}
+        if pool.geometry.config.rotate:
+            bases = model_bases(runner.model, pool.dtype, req_to_token.device)
+        return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch, bases)
 
 
 def _no_fused_store(original: Callable[..., bool], forward_batch: Any) -> bool:

@@ -11,7 +11,7 @@ import sglang.srt.server_args as sglang_server_args
 import torch
 from sglang.srt.arg_groups.arg_utils import A, Arg
 
-from patternkv_sgl.config import PatternKVConfig, default_patterns, parse_bits
+from patternkv_sgl.config import PatternKVConfig, default_rotate, parse_bits
 from patternkv_sgl.refusals import (
     refuse_canary_on_cpu,
     refuse_model,
@@ -22,13 +22,15 @@ from patternkv_sgl.refusals import (
 BACKEND = "patternkv"
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DEFAULTS = PatternKVConfig()
+SWITCH = {"on": True, "off": False}
 # The tuning flags; --kv-quant itself is not one.
 FLAG_DEFAULTS: dict[str, Any] = {
     "kv_quant_bits": str(DEFAULTS.k_bits),
-    "kv_quant_patterns": None,
+    "kv_quant_patterns": DEFAULTS.patterns,
     "kv_quant_window": DEFAULTS.window,
     "kv_quant_sinks": DEFAULTS.sinks,
     "kv_quant_mine_tokens": DEFAULTS.mine_tokens,
+    "kv_quant_rotate": None,
     "kv_quant_tables": DEFAULTS.tables,
     "kv_quant_check": DEFAULTS.check,
 }
@@ -58,10 +60,9 @@ def _build(base: Any) -> Any:
             "Bits of the residuals with --kv-quant patternkv: 4, 2, or K:V such as 4:2.",
         ] = FLAG_DEFAULTS["kv_quant_bits"]
         kv_quant_patterns: A[
-            Optional[int],  # noqa: UP045
+            int,
             f"Patterns per table, for K and V each ({_range('patterns')}). More patterns mean "
-            f"smaller residuals and larger tables. Default: {default_patterns(4)}, or "
-            f"{default_patterns(2)} with K at 2 bits.",
+            "smaller residuals, larger tables and, beyond 64, slower kernels.",
         ] = FLAG_DEFAULTS["kv_quant_patterns"]
         kv_quant_window: A[
             int,
@@ -78,6 +79,15 @@ def _build(base: Any) -> Any:
             "A prefill of at least this many new tokens mines a pattern table of its own; a "
             f"shorter one uses the table of its prefix ({_range('mine_tokens')}).",
         ] = FLAG_DEFAULTS["kv_quant_mine_tokens"]
+        kv_quant_rotate: A[
+            Optional[str],  # noqa: UP045
+            Arg(
+                help="Whether K is stored rotated, which spreads outliers over all channels and "
+                "takes two small matrix products per layer and step. Default: on with K at 2 "
+                "bits, off at 4.",
+                choices=list(SWITCH),
+            ),
+        ] = FLAG_DEFAULTS["kv_quant_rotate"]
         kv_quant_tables: A[
             Optional[int],  # noqa: UP045
             f"Table slots, the zero table included ({_range('tables')}). Default: 1 percent of "
@@ -154,14 +164,17 @@ def config_of(args: Any) -> PatternKVConfig:
         ValueError: a malformed or out-of-range flag.
     """
     k_bits, v_bits = parse_bits(args.kv_quant_bits)
-    patterns = args.kv_quant_patterns
+    rotate = args.kv_quant_rotate
+    if rotate is not None and rotate not in SWITCH:
+        raise ValueError(f"--kv-quant-rotate {rotate!r}: expected on or off")
     return PatternKVConfig(
         k_bits,
         v_bits,
-        patterns=default_patterns(k_bits) if patterns is None else patterns,
+        patterns=args.kv_quant_patterns,
         window=args.kv_quant_window,
         sinks=args.kv_quant_sinks,
         mine_tokens=args.kv_quant_mine_tokens,
+        rotate=default_rotate(k_bits) if rotate is None else SWITCH[rotate],
         tables=args.kv_quant_tables,
         check=args.kv_quant_check,
     )

@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_context
 import patternkv_sgl.backend
 from patternkv_kernels import dequantize
 from patternkv_sgl.backend import PatternKVBackend
+from patternkv_sgl.basis import KBasis
 from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, may_decode, read_batch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.metadata import DecodeBuffers
@@ -78,6 +79,10 @@ class Model(Scheduler):
         )
         self.current = CurrentBatch()
         geometry = self.pool.geometry
+        balance = torch.ones(H_KV, D)
+        balance[0, [3, 3 + D // 2]] = 0.125
+        basis = KBasis(D, balance, dtype=dtype, device="cpu")
+        self.bases = dict.fromkeys(range(LAYERS), basis) if options.rotate else {}
         rows, context = self.rows.req_to_token.shape
         self.scratch_shape = ScratchShape(
             geometry.slot_format, options.patterns, H_Q, rows - 1, context, dtype
@@ -88,6 +93,7 @@ class Model(Scheduler):
             self.current,
             self.stats,
             Scratch(self.scratch_shape, torch.device("cpu")),
+            self.bases,
         )
         self.dtype, self.logit_cap = dtype, logit_cap
         self.random = torch.Generator().manual_seed(5)
@@ -110,12 +116,14 @@ class Model(Scheduler):
         return self.vectors[layer][:, self.index(req, positions)].to(self.dtype)
 
     def stored(self, layer: int, req: Req, end: int) -> torch.Tensor:
-        """What the pool holds of positions [0, end), ``[2, end, h_kv, d]``."""
+        """What the pool holds of positions [0, end), ``[2, end, h_kv, d]``, as the model knows
+        K."""
         slots = self.row(req)[:end]
         pool = self.pool
         tables = pool.slot_table[slots]
         packed = pool.packed[layer]
-        return torch.stack(dequantize(pool.slot_format, packed, slots, pool.tables[layer], tables))
+        k, v = dequantize(pool.slot_format, packed, slots, pool.tables[layer], tables)
+        return torch.stack([self.bases[layer].k_back(k) if self.bases else k, v])
 
     def forward(self, batch: Batch, reqs: Sequence[Req], slots: torch.Tensor) -> None:
         extending = isinstance(batch, ExtendBatch)
@@ -241,6 +249,22 @@ def test_extend_over_a_stored_prefix(page_size: int) -> None:
 
 
 # Decode
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_stored_k_may_be_rotated(window: int) -> None:
+    """Every path that reads or writes stored K: mining, prefixes, decode, its window."""
+    model = Model(config(window, k_bits=2, v_bits=2, rotate=True))
+    model.prefill(tokens(0, 64))
+    reqs = [*model.running, *model.prefill([*tokens(0, 64), 1], tokens(0, 64) + tokens(100, 34))]
+    model.check()
+    for step in range(2 * window + 2):
+        model.decode(reqs, sampled(reqs, step))
+        model.check()
+    table = int(model.slot_table[model.row(reqs[0])[0]])
+    first = model.exact(0, reqs[0], [0])[0]
+    sink = model.pool.tables[0].k_patterns[table, :, 0]
+    torch.testing.assert_close(sink.float(), model.bases[0].k(first)[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (4, 2), (2, 2)])

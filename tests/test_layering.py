@@ -46,7 +46,12 @@ LAYERS = [
     ],
     ["patternkv_kernels"],
     ["patternkv_sgl", "patternkv_sgl.hooks", "patternkv_sgl.platform"],
-    ["patternkv_sgl.config", "patternkv_sgl.cpu_platform", "patternkv_sgl.tables"],
+    [
+        "patternkv_sgl.basis",
+        "patternkv_sgl.config",
+        "patternkv_sgl.cpu_platform",
+        "patternkv_sgl.tables",
+    ],
     ["patternkv_sgl.pool", "patternkv_sgl.requests", "patternkv_sgl.stats"],
     ["patternkv_sgl.radix", "patternkv_sgl.scratch", "patternkv_sgl.segments"],
     ["patternkv_sgl.batch"],

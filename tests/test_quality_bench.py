@@ -174,9 +174,11 @@ def test_a_second_run_measures_only_what_is_missing(tmp_path: Path) -> None:
     ]
     exact, coarse = rows[:3], rows[3:]
     assert exact[0].kl == [0.0] and coarse[0].kl[0] > 0.01
-    assert [len(row.answers) for row in exact] == [0, 3, 3]
-    assert [len(row.answers[0]) for row in exact[1:]] == [1, 2]
-    assert all(answer is not None for row in exact for group in row.answers for answer in group)
+    assert [len(row.right) for row in exact] == [0, 3, 3]
+    assert [row.samples for row in exact] == [0, 1, 2]
+    for row in exact[1:]:
+        votes = [n + sum(given.values()) for n, given in zip(row.right, row.wrong, strict=True)]
+        assert votes == [row.samples] * 3
 
 
 def test_a_problem_file_is_led_along_the_models_own_chain(tmp_path: Path) -> None:
@@ -190,4 +192,4 @@ def test_a_problem_file_is_led_along_the_models_own_chain(tmp_path: Path) -> Non
     main([*flags, "--answer-pattern", r"answer (\d+)"])
     forced, greedy = Records(cells, Cell).items
     assert (forced.task, greedy.task) == ("forced few", "greedy few")
-    assert forced.kl == [0.0] and greedy.correct == [[True]]
+    assert forced.kl == [0.0] and greedy.right == [1]

@@ -50,8 +50,9 @@ def cell(task: str, problems: list[str], method: str = "bf16", bits: int = 16, *
 
 
 def answered(problems: list[str], correct: list[list[bool]], **more: Any) -> Cell:
-    answers = [["7" if right else None for right in group] for group in correct]
-    return cell("sampled 12x4", problems, answers=answers, correct=correct, **more)
+    right = [sum(group) for group in correct]
+    votes = {"samples": len(correct[0]), "right": right, "wrong": [{} for _ in correct]}
+    return cell("sampled 12x4", problems, **votes, **more)
 
 
 def test_cells_of_one_task_merge_and_pair_by_problem() -> None:
@@ -90,8 +91,8 @@ def test_published_rows_have_the_agreed_keys_and_percent() -> None:
 def test_the_page_says_who_differs_and_which_target_is_met(tmp_path: Path) -> None:
     names = [f"p{i}" for i in range(4)]
     right = [[True, True]] * 4
-    wrong = [[True, False], [False, False], [False, False], [False, False]]
-    bad = {"answers": [["7", "1"], ["1", "2"], ["1", None], ["3", "1"]], "correct": wrong}
+    wrong = [{"1": 1}, {"1": 1, "2": 1}, {"1": 1}, {"3": 1, "1": 1}]
+    bad = {"samples": 2, "right": [1, 0, 0, 0], "wrong": wrong}
     chain = {"kl": [0.1, 0.3], "kl_curve": [0.1, 0.3], "attn_err": [0.5]}
     cells = [
         answered(names, right),

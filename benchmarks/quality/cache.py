@@ -8,6 +8,7 @@ keeps them at that step. All prompts of a batch have the same length.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,8 @@ class LayerPrompt:
     """Exact vectors of prefilled prompts in one layer, K after RoPE.
 
     ``q`` is ``[p, h_q, n, d]``; ``k`` and ``v`` are ``[p, h_kv, n, d]``; all in the model's dtype.
+    ``balance`` ``[h_kv, d]``: factors of K's channels that the layer's weights suggest
+    (``patternkv_sgl/basis.py``); None: 1.
     """
 
     q: torch.Tensor
@@ -31,6 +34,7 @@ class LayerPrompt:
     v: torch.Tensor
     layer: int
     num_layers: int
+    balance: torch.Tensor | None = None
 
 
 class LayerCache(ABC):
@@ -44,18 +48,25 @@ class LayerCache(ABC):
         branches: continuations of every prompt.
         max_new: tokens that may be appended to each.
         bits: bits of K's and V's codes.
+        options: what to do otherwise than by default, of those in ``known_options``.
     """
 
     name: ClassVar[str]
     bit_widths: ClassVar[tuple[tuple[int, int], ...]]
     """The K and V bits the bench runs this method at."""
+    known_options: ClassVar[frozenset[str]] = frozenset()
     flatness: Flatness | None = None
     """Of the prompt; None for methods without patterns."""
 
     def __init__(
-        self, prompt: LayerPrompt, branches: int, max_new: int, bits: tuple[int, int]
+        self,
+        prompt: LayerPrompt,
+        branches: int,
+        max_new: int,
+        bits: tuple[int, int],
+        options: Mapping[str, int] | None = None,
     ) -> None:
-        self.bits = bits
+        self.bits, self.options = bits, options or {}
         self.layer, self.num_layers = prompt.layer, prompt.num_layers
         self.p, self.h, self.prompt_len, self.d = prompt.k.shape
         self.n = branches

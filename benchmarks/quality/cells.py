@@ -23,8 +23,10 @@ class Cell:
             (None where nothing was scored).
         attn_err: relative error of attention per layer.
         flatness: per layer, k_range, k_variance, v_range, v_variance; empty without patterns.
-        answers, correct: per problem, per branch. no_answer, loops: completions that stated none;
-            those among all that ended in a loop (each is counted as one or the other).
+        samples: branches of each problem. right: how many of them are correct, per problem.
+        wrong: per problem, how often each wrong answer was given.
+        no_answer, loops: completions that stated none; those among all that ended in a loop (each
+            is counted as one or the other).
     """
 
     model: str
@@ -43,8 +45,9 @@ class Cell:
     kl_curve: list[float | None] = field(default_factory=list)
     attn_err: list[float] = field(default_factory=list)
     flatness: list[list[float]] = field(default_factory=list)
-    answers: list[list[str | None]] = field(default_factory=list)
-    correct: list[list[bool]] = field(default_factory=list)
+    samples: int = 0
+    right: list[int] = field(default_factory=list)
+    wrong: list[dict[str, int]] = field(default_factory=list)
     no_answer: int = 0
     loops: int = 0
 

@@ -11,11 +11,17 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from benchmarks.quality.cache import LayerCache, LayerPrompt
+from patternkv_sgl.basis import balance, projected_sizes
 
 ATTENTION = "kv_bench"
 MakeCache = Callable[[LayerPrompt], LayerCache]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """Layer, q ``[b, h_q, n, d]``, k and v ``[b, h_kv, n, d]``, logit scale; gives q's shape."""
+
+PREFILL_TOKENS = {"cuda": 2**15}
+"""Prompt tokens in one forward by device; elsewhere prompts are prefilled one by one."""
+_NOISE_ELEMENTS = 2**22
+"""Noise drawn at a time for one prompt; few launches where the vocabulary is small."""
 
 _attend: Attend | None = None
 
@@ -74,7 +80,8 @@ class Step:
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, prompts: torch.Tensor) -> Prefilled:
-    """Attend ``prompts`` int64 ``[p, n]`` exactly, one at a time, and keep their vectors."""
+    """Attend ``prompts`` int64 ``[p, n]`` exactly, as many at a time as ``PREFILL_TOKENS`` allows,
+    and keep their vectors."""
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {}
 
     def attend(
@@ -85,16 +92,28 @@ def prefill(model: PreTrainedModel, prompts: torch.Tensor) -> Prefilled:
             q, k, v, is_causal=True, scale=scale, enable_gqa=True
         )
 
+    limit = PREFILL_TOKENS.get(model.device.type, 1)
     with attending(attend):
         logits = [
-            model(row[None].to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
-            for row in prompts
+            model(rows.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
+            for rows in prompts.split(max(1, limit // prompts.shape[1]))
         ]
     layers = []
     for layer in sorted(seen):
         q, k, v = (torch.cat(x) for x in zip(*seen[layer], strict=True))
-        layers.append(LayerPrompt(q, k, v, layer, len(seen)))
+        layers.append(LayerPrompt(q, k, v, layer, len(seen), _balance(model, layer, q, k)))
     return Prefilled(layers, torch.cat(logits).float(), prompts.shape[1])
+
+
+def _balance(
+    model: PreTrainedModel, layer: int, q: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor | None:
+    """Of the attention module of ``layer``, whose vectors are ``[p, heads, n, d]``."""
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == layer and hasattr(module, "k_proj"):
+            sizes = projected_sizes(module, q.shape[1], k.shape[1], k.shape[3])
+            return None if sizes is None else balance(*sizes)
+    return None
 
 
 class Decoder:
@@ -161,13 +180,16 @@ def attention_errors(caches: Sequence[LayerCache], steps: Sequence[Sequence[Step
 
     The norm of the difference to the exact outputs over the norm of these, all steps together.
     """
-    wrong, whole = [0.0] * len(caches), [0.0] * len(caches)
-    for step in steps:
-        for layer, (cache, exact) in enumerate(zip(caches, step, strict=True)):
+    errors = []
+    for layer, cache in enumerate(caches):
+        wrong = torch.zeros(2, dtype=torch.float64, device=cache.shared_k.device)
+        for step in steps:
+            exact = step[layer]
             out = cache.step(exact.q, exact.k, exact.v, exact.scale)
-            wrong[layer] += (out - exact.out).square().sum().item()
-            whole[layer] += exact.out.square().sum().item()
-    return [(a / b) ** 0.5 for a, b in zip(wrong, whole, strict=True)]
+            wrong[0] += (out - exact.out).square().sum()
+            wrong[1] += exact.out.square().sum()
+        errors.append((wrong[0] / wrong[1]).sqrt().item())
+    return errors
 
 
 @torch.inference_mode()
@@ -193,12 +215,16 @@ def sample(
     done = torch.zeros(logits.shape[:2], dtype=torch.bool, device=device)
     stops = torch.tensor(list(stop_ids), device=device)
     steps: list[torch.Tensor] = []
+    drawn = max(1, _NOISE_ELEMENTS // logits[0].numel())
     for i in range(max_new_tokens):
         if temperature > 0:
-            noise = torch.stack(
-                [torch.empty_like(logits[0]).exponential_(generator=g) for g in generators]
-            )
-            logits = logits / temperature - noise.log()
+            if i % drawn == 0:
+                shape = (min(drawn, max_new_tokens - i), *logits.shape[1:])
+                blocks = [
+                    torch.empty(shape, device=device).exponential_(generator=g) for g in generators
+                ]
+                noise = torch.stack(blocks, 1)
+            logits = logits / temperature - noise[i % drawn].log()
         token = logits.argmax(-1)
         steps.append(token.masked_fill(done, -1))
         done |= torch.isin(token, stops)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.statistics import Paired
 from recipes.metrics import maj_at_k, mean_and_stderr, pass_at_k, powers_of_two
+
+VOTES = 8
+"""The k of the maj@k that caches are compared by."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Result:
 
     @property
     def problems(self) -> list[str]:
-        return sorted(name for cell in self.cells for name in cell.problems)
+        return sorted({name for cell in self.cells for name in cell.problems})
 
     @property
     def bits_per_element(self) -> float:
@@ -45,7 +49,7 @@ class Result:
     @property
     def samples(self) -> int:
         """Branches of each problem."""
-        return len(self.first.answers[0])
+        return self.first.samples
 
     @property
     def no_answer(self) -> float:
@@ -56,7 +60,7 @@ class Result:
         return self._share("loops")
 
     def _share(self, name: str) -> float:
-        total = sum(len(group) for cell in self.cells for group in cell.answers)
+        total = sum(cell.samples * len(cell.problems) for cell in self.cells)
         return 100 * math.fsum(getattr(cell, name) for cell in self.cells) / total
 
     @property
@@ -93,12 +97,15 @@ class Result:
 
     def passes(self, k: int) -> list[float]:
         """Chance per problem, in percent, that k of its samples hold a correct one."""
-        return [100 * pass_at_k(len(group), sum(group), k) for group in self._by_problem("correct")]
+        return [100 * pass_at_k(self.samples, right, k) for right in self._by_problem("right")]
 
     def majorities(self, k: int) -> list[float]:
         """Credit per problem, in percent, of a vote among k of its samples."""
-        pairs = zip(self._by_problem("answers"), self._by_problem("correct"), strict=True)
-        return [100 * maj_at_k(answers, correct, k) for answers, correct in pairs]
+        pairs = zip(self._by_problem("right"), self._by_problem("wrong"), strict=True)
+        return [
+            100 * _majority(self.samples, right, tuple(sorted(wrong.values())), k)
+            for right, wrong in pairs
+        ]
 
     def _by_problem(self, name: str) -> list[Any]:
         values = {
@@ -178,6 +185,15 @@ def rows(found: Sequence[Result]) -> list[dict[str, Any]]:
             rates = {"k": k, "pass_at_1": pass_at_1, "maj_at_k": maj, "stderr": stderr}
             published.append(common | rates | measured)
     return published
+
+
+@cache
+def _majority(samples: int, right: int, wrong: tuple[int, ...], k: int) -> float:
+    """maj@k of votes that problems often have in common."""
+    answers: list[str | None] = [*("right" for _ in range(right))]
+    answers += [str(i) for i, count in enumerate(wrong) for _ in range(count)]
+    answers += [None] * (samples - len(answers))
+    return maj_at_k(answers, [answer == "right" for answer in answers], k)
 
 
 def _column_means(table: Iterable[Sequence[float]]) -> list[float]:

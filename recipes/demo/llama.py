@@ -7,7 +7,7 @@ Hugging Face's Llama classes load unchanged.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,10 @@ from .vocabulary import EOS, PAD, TOKEN_IDS, WORDS, save_tokenizer
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of the model; the names are those of Hugging Face's ``LlamaConfig``."""
+    """Sizes of the model; the names are those of Hugging Face's ``LlamaConfig``.
+
+    ``attention_bias``: the four projections of attention have a bias.
+    """
 
     hidden_size: int = 512
     intermediate_size: int = 1408
@@ -31,6 +34,7 @@ class LlamaShape:
     max_position_embeddings: int = 4096
     rope_theta: float = 500000.0
     rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
 
 
 class Attention(nn.Module):
@@ -40,10 +44,10 @@ class Attention(nn.Module):
         self.group = shape.num_attention_heads // shape.num_key_value_heads
         q_size = shape.num_attention_heads * shape.head_dim
         kv_size = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=False)
+        self.q_proj = nn.Linear(shape.hidden_size, q_size, bias=shape.attention_bias)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.attention_bias)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=shape.attention_bias)
+        self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.attention_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rows, length, _ = x.shape
@@ -105,6 +109,8 @@ class Llama(nn.Module):
             if parameter.dim() == 2:
                 out = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if out else 0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """``tokens`` ``[rows, length]``, ``positions`` ``[length]`` → ``[rows, length, d]``."""
@@ -144,10 +150,9 @@ def export(model: Llama, folder: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{name: getattr(shape, name) for name in shape.__dataclass_fields__},
+        **asdict(shape),
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "hidden_act": "silu",
-        "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",

@@ -2,6 +2,7 @@
 
 ``python -m recipes.demo.train --minutes 14 --out recipes/demo/model --checkpoint demo.pt`` trains
 for 14 minutes in all; a run that stops early (``--stop-at``) continues from its checkpoint.
+``--variant k_bias`` or ``head_dim_128`` trains a relative of the demo model for a few minutes.
 
 Retrieval among many facts does not emerge from long ledgers directly, but it does from short ones
 and then carries over. So training climbs ``STAGES``: it mixes all stages reached so far, and
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .batches import Batch, draw_batch
 from .llama import Llama, LlamaShape, export
+from .variants import VARIANTS, load_demo
 from .vocabulary import FIRST_DELTA, FIRST_NUMBER, FIRST_SYLLABLE
 
 
@@ -56,6 +58,7 @@ NEWEST_SHARE = 0.6
 PROMOTE_AT = 0.6
 """Share of fully correct chains on the newest stage at which the next one opens."""
 PEAK_LR, WARMUP_STEPS, DECAY_FROM, FINAL_LR_SHARE = 1e-3, 500, 0.6, 0.03
+VARIANT_PEAK_LR = 3e-4
 MEASURE_EVERY = 8
 KINDS = {"syllable": FIRST_SYLLABLE, "delta": FIRST_DELTA, "number": FIRST_NUMBER}
 
@@ -71,12 +74,19 @@ class Progress:
     accuracy: list[float] = field(default_factory=list)
 
 
-def learning_rate(step: int, share: float) -> float:
+def learning_rate(step: int, share: float, peak: float) -> float:
     """Warm-up over steps, then a trapezoid over the share of the time that is spent."""
     if share < DECAY_FROM:
-        return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS)
+        return peak * min(1.0, (step + 1) / WARMUP_STEPS)
     left = max(0.0, (1 - share) / (1 - DECAY_FROM))
-    return PEAK_LR * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * left)
+    return peak * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * left)
+
+
+def new_model(args: argparse.Namespace) -> Llama:
+    """The model a run without a checkpoint begins with."""
+    if args.variant is not None:
+        return VARIANTS[args.variant](load_demo())
+    return Llama(TINY_SHAPE if args.tiny else LlamaShape())
 
 
 def pick_stage(newest: int, rng: random.Random) -> int:
@@ -126,13 +136,15 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     stages = TINY_STAGES if args.tiny else STAGES
-    shape = TINY_SHAPE if args.tiny else LlamaShape()
-    model = Llama(shape).to(device)
+    model = new_model(args).to(device)
+    shape = model.shape
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
     progress = Progress(accuracy=[0.0] * len(stages))
+    if args.variant is not None:
+        progress.newest = len(stages) - 1
     if args.checkpoint.exists():
         state = torch.load(args.checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -140,15 +152,17 @@ def train(args: argparse.Namespace) -> None:
         progress = Progress(**state["progress"])
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.recompile_limit = 64
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
+        if not args.eager:
+            torch._dynamo.config.recompile_limit = 64
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
     # A resumed run draws new batches, not those it began with.
     rng = random.Random(f"{args.seed}/{progress.step}")
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + progress.step)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, {device}, from step {progress.step}", flush=True)
 
+    peak = PEAK_LR if args.variant is None else VARIANT_PEAK_LR
     stop_at = min(args.minutes, args.stop_at) * 60
     before, start = progress.seconds, time.monotonic()
     logged, logged_tokens, loss = start, progress.tokens, torch.zeros(())
@@ -165,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = learning_rate(progress.step, progress.seconds / (args.minutes * 60))
+        lr = learning_rate(progress.step, progress.seconds / (args.minutes * 60), peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -196,6 +210,7 @@ def train(args: argparse.Namespace) -> None:
                 with args.log.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
             save_checkpoint(args.checkpoint, model, optimizer, progress)
+            export(model, args.out)
             logged, logged_tokens = now, progress.tokens
     save_checkpoint(args.checkpoint, model, optimizer, progress)
     export(model, args.out)
@@ -211,6 +226,8 @@ def main() -> None:
     parser.add_argument("--log-every", type=float, default=10.0, help="seconds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--variant", choices=list(VARIANTS), help="start from the demo model")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: for short runs")
     parser.add_argument("--tiny", action="store_true", help="a dry run in seconds on a CPU")
     train(parser.parse_args())
 
