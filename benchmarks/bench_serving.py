@@ -24,7 +24,7 @@ from benchmarks.rows import Row, read_rows
 from benchmarks.serving_cases import Cell, cells
 from benchmarks.serving_results import HEADER, headline, line, markdown, misses, plot
 from benchmarks.serving_worker import READY
-from patternkv_sgl.config import PatternKVConfig, default_patterns
+from patternkv_sgl.config import PatternKVConfig
 from recipes.environment import git_commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
@@ -146,7 +146,7 @@ def limited(kv: str, kv_gib: float, config: dict[str, Any], max_requests: int) -
 
     dense = kv in ("bf16", "fp8")
     k_bits, v_bits = (4, 4) if dense else map(int, kv.split("/"))
-    options = PatternKVConfig(k_bits, v_bits, patterns=default_patterns(k_bits))
+    options = PatternKVConfig(k_bits, v_bits)
     heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
     geometry = PoolGeometry(options, layers, heads, config["head_dim"], 1, torch.bfloat16)
     kv_bytes = int(kv_gib * 2**30)
