@@ -41,6 +41,7 @@ _NUMBERS = [
     "bf16",
     "hopper",
     "fewest_rows",
+    "num_wide",
 ]
 
 
@@ -60,14 +61,22 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
     return compile_library("decode", k_bits, v_bits, head_dim)
 
 
-def simt_decode(
-    inputs: DecodeInputs, *, hopper: bool = False, fewest_rows: int = 33
-) -> tuple[torch.Tensor, torch.Tensor]:
+def simt_decode(inputs: DecodeInputs, *, hopper: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
 
-    ``hopper``: those of compute capability 9.0, where the head dim has them; ``fewest_rows``: what
-    shared segments must mostly have there for work items of up to 64 rows.
+    ``hopper``: those of compute capability 9.0, where head dim and patterns have them.
     """
+    return _decode(inputs, hopper, fewest_rows=33)[:2]
+
+
+def makes_items_of_64_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
+    """Whether the planner of compute capability 9.0 does, from so many rows of most segments on."""
+    return _decode(inputs, True, fewest_rows)[2] < 0
+
+
+def _decode(
+    inputs: DecodeInputs, hopper: bool, fewest_rows: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape
     out = torch.full_like(inputs.q, torch.nan)
@@ -112,4 +121,4 @@ def simt_decode(
         logit_cap=inputs.case.logit_cap,
     )
     _library(fmt.k_bits, fmt.v_bits, fmt.head_dim).decode(ctypes.byref(arguments))
-    return out, lse
+    return out, lse, arguments.num_wide

@@ -32,7 +32,8 @@ struct Arguments {
   float* lse;
   int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
       hopper,       // the kernels of compute capability 9.0
-      fewest_rows;  // from which shared segments there make work items of up to 64 rows
+      fewest_rows,  // from which shared segments there make work items of up to 64 rows
+      num_wide;     // answered: work items of shared segments, negative where these are of 64 rows
   double sm_scale, logit_cap;
 };
 
@@ -62,8 +63,8 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
 
 }  // namespace
 
-extern "C" void decode(const Arguments* arguments) {
-  const Arguments& a = *arguments;
+extern "C" void decode(Arguments* arguments) {
+  Arguments& a = *arguments;
   const int group = a.h_q / a.h_kv;
   const bool hopper = a.hopper && hopper::kExists && a.num_patterns <= hopper::kMostPatterns;
   const int narrow_rows = group > 4 ? 8 : 4;
@@ -95,6 +96,7 @@ extern "C" void decode(const Arguments* arguments) {
   p.work = {&header, narrow_items.data(), wide_items.data(), run_indptr.data(), runs.data()};
   p.entry_runs = entry_runs.data();
   simt::launch({1, 1, 1}, plan::kPlanThreads, 0, [&] { plan::plan_kernel(p); });
+  a.num_wide = header.num_wide;
 
   DecodeParams d = {};
   d.q = a.q;
