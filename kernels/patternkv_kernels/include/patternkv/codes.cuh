@@ -47,10 +47,6 @@ struct Codes {
     constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00010001u;
     return word >> r / (kPerHalf / 2) * 8 & mask << (kBits * (r % (kPerHalf / 2)));
   }
-  static __device__ __forceinline__ void mask_pairs(uint32_t word, uint32_t (&out)[kPerHalf]) {
-#pragma unroll
-    for (int r = 0; r < kPerHalf; ++r) out[r] = mask_pair(word, r);
-  }
 
   // Place value of centred pair r.
   static constexpr __host__ __device__ int centred_step(int r) {

@@ -26,9 +26,10 @@ struct Attention {
   const int thread;
   float cap_log2;
   // Warp w, lane 4 g + t, element 4 j + 2 h + e: query row 8 j + 2 t + e and
-  float out[kDimTiles][kRows / 2] = {};      // dim first_dim() + 2 i + h
-  float sums[kRows / 2] = {};            // pattern 16 w + 8 h + g: probabilities
-  float scaled[kRows / 4] = {};  // probabilities times V scales of the thread's tokens: [2 j + e]
+  float out[kDimTiles][kRows / 2] = {};  // [i]: dim first_dim() + 2 i + h
+  float sums[kRows / 2] = {};            // pattern 16 w + 8 h + g, its probabilities
+  // Probabilities times V scales, of the thread's tokens: element 2 j + e.
+  float scaled[kRows / 4] = {};
   const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
 
   __device__ __forceinline__ Attention(Memory& memory, int thread, float cap_log2)

@@ -33,8 +33,8 @@ struct WorkItem {
 
 // Counters of the work list, in device memory.
 struct WorkHeader {
-  // Items. Wide ones are of one kind in a step: where they are for warpgroups, their number is
-  // negative.
+  // Items. Wide ones are of one kind in a step: where they are for the kernel of the most rows,
+  // their number is negative.
   int num_narrow, num_wide;
   // Units taken beyond every block's first; the merge kernel zeroes them for the next layer.
   int next_narrow, next_wide;

@@ -124,7 +124,7 @@ __device__ float expected_time(const PlanParams& p, int limit, bool wide) {
   return static_cast<float>(rounds) * (longest + kItemCost);
 }
 
-// Whether most of what shared segments cost, tokens times rows, has rows enough for warpgroups.
+// Whether most of what shared segments cost, tokens times rows, has rows enough for `many`.
 __device__ bool has_many_rows(const PlanParams& p) {
   const int lane = threadIdx.x % 32;
   float balance = 0;
