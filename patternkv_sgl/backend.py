@@ -28,7 +28,13 @@ from patternkv_kernels import (
 )
 from patternkv_sgl.batch import CurrentBatch, DecodeBatch, ExtendBatch
 from patternkv_sgl.metadata import DecodeBuffers, TreePlan, most_tokens
-from patternkv_sgl.prefill import ExtendPlan, PrefixTree, plan_pieces, token_index
+from patternkv_sgl.prefill import (
+    ExtendPlan,
+    PrefixTree,
+    plan_pieces,
+    token_index,
+    window_index,
+)
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.scratch import Scratch
 from patternkv_sgl.segments import Reader, Segments, build_segments
@@ -149,9 +155,11 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         workspace = self.scratch.ragged
         if workspace is not None:
             workspace.begin()
+        index = window_index(batch, self.config.window)
         return ExtendPlan(
             batch,
             token_tables,
+            None if index is None else torch.from_numpy(index).to(device),
             RaggedAttention(
                 batch.token_indptr, batch.token_indptr, causal=True, workspace=workspace
             ),
@@ -269,7 +277,8 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             if extend.mine:
                 vectors = (x[start:][: extend.num_tokens] for x in (turned_q, turned_k, v))
                 self._mine(index, extend, *vectors)
-        self._store(index, forward_batch.out_cache_loc, turned_k, v, plan.token_tables)
+        write = self._window_write(index, plan.window_index)
+        self._store(index, forward_batch.out_cache_loc, turned_k, v, plan.token_tables, write)
         out, lse = plan.new(q, k, v, sm_scale=layer.scaling, logit_cap=layer.logit_cap)
         for tokens, other_out, other_lse in self._attend_prefixes(index, turned_q, plan, layer):
             out[tokens], lse[tokens] = merge_states(out[tokens], lse[tokens], other_out, other_lse)
@@ -318,7 +327,8 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
         q, k = self._turned(q, k, layer)
-        window, write = self._window(index, plan)
+        window = self._window(index, plan)
+        write = self._window_write(index, plan.window_index)
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables, write)
         out = tree_decode(
             q,
@@ -387,12 +397,15 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             window=window,
         )
 
-    def _window(self, index: int, plan: TreePlan) -> tuple[Window | None, WindowWrite | None]:
-        """Where decode reads the latest tokens exactly, and where the new ones go for that."""
+    def _window(self, index: int, plan: TreePlan) -> Window | None:
+        """Where decode reads the latest tokens exactly."""
         if not self.config.window:
-            return None, None
+            return None
         k, v = self.pool.window_k[index], self.pool.window_v[index]
-        return (
-            Window(k, v, plan.ring, plan.window_start, plan.window_end),
-            WindowWrite(k, v, plan.window_index),
-        )
+        return Window(k, v, plan.ring, plan.window_start, plan.window_end)
+
+    def _window_write(self, index: int, entries: torch.Tensor | None) -> WindowWrite | None:
+        """Where new tokens go to be read exactly later."""
+        if entries is None or not self.config.window:
+            return None
+        return WindowWrite(self.pool.window_k[index], self.pool.window_v[index], entries)

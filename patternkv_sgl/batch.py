@@ -108,7 +108,7 @@ class DecodePlanner:
         """Reading plan of ``reqs``; ``seq_lens`` int64 [b] count the token being decoded."""
         # Ids are safe: a request that is gone took the version along.
         key = (self._tree.version, *map(id, reqs))
-        changed = key != self._key
+        changed = key != self._key or not self._batch.segments.growable
         if changed:
             states: list[RequestTables] = [getattr(req, ATTRIBUTE) for req in reqs]
             self._first_starts = np.array([state.window_start for state in states], dtype=np.int64)
