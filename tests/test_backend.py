@@ -81,7 +81,7 @@ class Model(Scheduler):
         geometry = self.pool.geometry
         balance = torch.ones(H_KV, D)
         balance[0, [3, 3 + D // 2]] = 0.125
-        basis = KBasis(D, balance, dtype=dtype, device="cpu")
+        basis = KBasis(H_Q, balance, dtype=dtype, device="cpu")
         self.bases = dict.fromkeys(range(LAYERS), basis) if options.rotate else {}
         rows, context = self.rows.req_to_token.shape
         self.scratch_shape = ScratchShape(
