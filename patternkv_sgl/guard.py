@@ -12,9 +12,9 @@ from patternkv_sgl.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-LIMIT = 0.2
-"""Of :func:`logit_error`. Heads of the demo model and of its relatives whose answers suffer are
-above it, those of settings that keep the answers are below (docs/quality.md)."""
+LIMIT = 0.25
+"""Of :func:`logit_error` in the worst head. Caches that keep the demo model's answers stay below
+0.24 there, those that lose them are above 0.28 (docs/quality.md)."""
 _QUERIES, _KEYS = 64, 512
 """Most that a layer is measured with, evenly spaced."""
 

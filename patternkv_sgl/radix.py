@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 MIN_ROOT_TOKENS = 16  # fewest tokens that give the root its first table
 TAIL_TOKENS = 16
-"""Most tokens at the end of a prompt that are read exactly. A question about a stored context has the
-context's table, which may fit it badly at 2 bits, and the first generated tokens read little else.
-So few tokens can read a stored prefix packed when every branch of a prompt prefills them again."""
+"""Most tokens at the end of a prompt that are read exactly. A question about a stored context has
+the context's table, which may fit it badly at 2 bits, and the answer begins by reading it. So few
+tokens read a stored prefix packed when every branch of a prompt prefills them again."""
 
 
 class PatternRadixCache(RadixCache):  # type: ignore[misc]
