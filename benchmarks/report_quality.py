@@ -297,6 +297,17 @@ def storage() -> str:
     return table(["method", "head_dim 64", "head_dim 128"], lines)
 
 
+def logit_errors(path: Path) -> str:
+    """Of the worst head, by layer."""
+    found = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    lines = [
+        [row["model"], row["method"].replace(":", " "), *(f"{e:.2f}" for e in row["errors"])]
+        for row in found
+    ]
+    layers = [f"layer {i}" for i in range(max(len(row["errors"]) for row in found))]
+    return table(["model", "method", *layers], lines)
+
+
 def served(path: Path) -> str:
     if not path.exists():
         return "Not measured."
@@ -368,6 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cells", type=Path, default=RESULTS / "quality_cells.jsonl")
     parser.add_argument("--served", type=Path, default=RESULTS / "quality_served.jsonl")
+    parser.add_argument("--logits", type=Path, default=RESULTS / "quality_logits.jsonl")
     parser.add_argument("--rows", type=Path, default=RESULTS / "quality.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
@@ -384,6 +396,7 @@ def main() -> None:
         "CHOICES": report.choices,
         "TARGETS": report.targets,
         "CLAIMS": report.claims,
+        "GUARD": lambda: logit_errors(args.logits),
         "STORAGE": storage,
         "SERVED": lambda: served(args.served),
     }
