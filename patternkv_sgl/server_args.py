@@ -61,7 +61,7 @@ def _build(base: Any) -> Any:
         ] = FLAG_DEFAULTS["kv_quant_patterns"]
         kv_quant_window: A[
             int,
-            "Latest tokens of each running request, generated or at the end of a short prompt, that "
+            "Latest tokens of each running request, generated or ending a short prompt, that "
             f"attention reads in the model dtype ({_range('window')}).",
         ] = FLAG_DEFAULTS["kv_quant_window"]
         kv_quant_sinks: A[

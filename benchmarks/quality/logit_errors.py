@@ -1,4 +1,4 @@
-"""What the guard of ``patternkv_sgl/guard.py`` would see of each cache: the limit is read off these.
+"""What the guard of ``patternkv_sgl/guard.py`` would see of each cache, for its limit.
 
 python -m benchmarks.quality.logit_errors --out benchmarks/results/quality_logits.jsonl
 """
