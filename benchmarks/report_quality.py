@@ -16,7 +16,8 @@ from benchmarks.quality.cells import CURVE_STEP, Cell
 from benchmarks.quality.methods import METHODS, SETTINGS, split_method
 from benchmarks.quality.statistics import ALPHA, POWER, Paired
 from benchmarks.quality.storage import bits_at
-from benchmarks.quality.summary import Result, compare, results, rows
+from benchmarks.quality.summary import VOTES, Result, compare, results, rows
+from patternkv_sgl.config import PatternKVConfig
 from recipes.metrics import mean_and_stderr
 from recipes.records import Records
 
@@ -24,9 +25,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = Path(__file__).parent / "quality" / "report.md"
 STORAGE_CONTEXT = 4096
-OURS = ("patternkv_sgl 2/2", "patternkv_sgl[patterns=64] 2/2", "patternkv_sgl[window=128] 2/2")
+OURS = ("patternkv_sgl 2/2", "patternkv_sgl[rotate=0] 2/2")
 RIVALS = ("kivi_g32 2/2", "kivi_g128 2/2", "patternkv_paper 2/2", "ott 2/2")
 """What ours has to beat."""
+CHOICES = ("patterns", "window", "sinks", "rotate", "balance", "generated")
+"""Options whose values are compared one at a time, with the others at their defaults."""
 PAPER_CLAIMS = (
     # claim, the paper's number, bits, what it is compared with
     ("4-bit drop to 16 bits", "0.08 % (average, LongBench)", (4, 4), "bf16"),
@@ -81,9 +84,9 @@ def contest(ours: Result, theirs: Result) -> list[str]:
         what, test = "KL, nats", Paired.test(ours.kl, theirs.kl)
         text = f"{test.difference:+.3f} ± {test.stderr:.3f} ({significance(test)})"
     else:
-        n = ours.samples
-        what = f"maj@{n}, points" if n > 1 else "pass@1, points"
-        text = paired(compare(ours, theirs, "majorities", n))
+        k = min(VOTES, ours.samples)
+        what = f"maj@{k}, points" if k > 1 else "pass@1, points"
+        text = paired(compare(ours, theirs, "majorities", k))
     bits = f"{ours.bits_per_element:.2f} to {theirs.bits_per_element:.2f}"
     return [name(ours), name(theirs), bits, what, text]
 
@@ -142,17 +145,17 @@ class Report:
                 picked = self.pick(model, kind)
                 lines, detectable = [], 0.0
                 for (*_, level), result in picked.items():
-                    n = result.samples
+                    n, k = result.samples, min(VOTES, result.samples)
                     size = str(len(result.problems))
                     line = [name(result), level, size, f"{result.bits_per_element:.2f}"]
                     line.append(value(result.passes(1)))
                     if n > 1:
-                        line += [value(result.majorities(n)), value(result.passes(n))]
+                        line += [value(result.majorities(k)), value(result.passes(k))]
                     exact = picked.get(("bf16", 16, 16, level))
                     if exact is not None and result is not exact:
                         tests = [compare(result, exact, "passes", 1)]
                         if n > 1:
-                            tests.append(compare(result, exact, "majorities", n))
+                            tests.append(compare(result, exact, "majorities", k))
                         line += [paired(test) for test in tests]
                         if result.first.method == "patternkv_sgl":
                             detectable = max(detectable, tests[-1].detectable)
@@ -163,10 +166,11 @@ class Report:
                 if not lines:
                     continue
                 n = max(result.samples for result in picked.values())
+                k = min(VOTES, n)
                 reach = f"{detectable:.1f} points" if detectable else "unknown, no problem differs"
-                votes = [f"maj@{n}", f"pass@{n}"] if n > 1 else []
+                votes = [f"maj@{k}", f"pass@{k}"] if n > 1 else []
                 head = ["method", "level", "problems", "bits", "pass@1", *votes, "pass@1 − bf16"]
-                head += [f"maj@{n} − bf16"] if n > 1 else []
+                head += [f"maj@{k} − bf16"] if n > 1 else []
                 parts.append(
                     f"**{model}, {kind}**: percent; {n} answer{'s' * (n > 1)} to each problem. "
                     "Smallest difference of `patternkv_sgl` to bf16 found with power "
@@ -202,6 +206,30 @@ class Report:
         head = ["model", "task", "ours", "theirs", "bits, ours to theirs", "measure", "difference"]
         return table(head, lines)
 
+    def choices(self) -> str:
+        """What each option of ours does alone: KL along chains, by value; the default in bold."""
+        lines = []
+        defaults = {**vars(PatternKVConfig()), "rotate": 1, "balance": 1, "generated": 0}
+        for model in self.models:
+            found: dict[tuple[str, str], dict[int, Result]] = {}
+            for (method, *bits, level), result in self.pick(model, "forced").items():
+                base, options = split_method(method)
+                if base == "patternkv_sgl" and bits == [2, 2] and len(options) < 2:
+                    for option in options or CHOICES:
+                        number = options.get(option, int(defaults[option]))
+                        found.setdefault((level, option), {})[number] = result
+            for (level, option), by_value in found.items():
+                if len(by_value) < 2:
+                    continue
+                for number, result in sorted(by_value.items()):
+                    kl, stderr = mean_and_stderr(result.kl)
+                    last = [point for point in result.kl_curve if point is not None][-1]
+                    mark = "**" if number == defaults[option] else ""
+                    size = f"{result.bits_per_element:.2f}"
+                    divergence = [f"{small(kl)} ± {small(stderr)}", small(last)]
+                    lines.append([model, level, option, f"{mark}{number}{mark}", size, *divergence])
+        return table(["model", "level", "option", "value", "bits", "KL", "KL last"], lines)
+
     def targets(self) -> str:
         """What the defaults have to reach, on the sampled problems."""
         lines = []
@@ -213,7 +241,7 @@ class Report:
                     exact = picked.get(("bf16", 16, 16, level))
                     if ours is None or exact is None:
                         continue
-                    test = compare(ours, exact, "majorities", ours.samples)
+                    test = compare(ours, exact, "majorities", min(VOTES, ours.samples))
                     low, high = interval(test)
                     verdict = "met" if low >= -margin else "missed" if high < -margin else "open"
                     lines.append(
@@ -226,7 +254,8 @@ class Report:
                             verdict,
                         ]
                     )
-        head = ["model", "level", "method", "margin", "95 % interval of maj@k − bf16", "verdict"]
+        interval_head = f"95 % interval of maj@{VOTES} − bf16"
+        head = ["model", "level", "method", "margin", interval_head, "verdict"]
         return table(head, lines)
 
     def claims(self) -> str:
@@ -251,8 +280,9 @@ class Report:
                 result = picked.get((method, 2, 2, level))
                 if result is None:
                     continue
-                gain = Paired.test(result.majorities(result.samples), result.passes(1))
-                here = f"{name(result)}, maj@{result.samples} − pass@1, {level}"
+                k = min(VOTES, result.samples)
+                gain = Paired.test(result.majorities(k), result.passes(1))
+                here = f"{name(result)}, maj@{k} − pass@1, {level}"
                 claim = "+10 % on average (abstract, base not stated)"
                 lines.append(["test-time-scaling gain at 2 bits", claim, here, paired(gain)])
         return table(["claim", "paper", "here", "points"], lines)
@@ -265,6 +295,17 @@ def storage() -> str:
         bits = [f"{bits_at(setting, STORAGE_CONTEXT, d):.2f}" for d in (64, 128)]
         lines.append([f"{setting.method} {setting.bits_name}", *bits])
     return table(["method", "head_dim 64", "head_dim 128"], lines)
+
+
+def logit_errors(path: Path) -> str:
+    """Of the worst head, by layer."""
+    found = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    lines = [
+        [row["model"], row["method"].replace(":", " "), *(f"{e:.2f}" for e in row["errors"])]
+        for row in found
+    ]
+    layers = [f"layer {i}" for i in range(max(len(row["errors"]) for row in found))]
+    return table(["model", "method", *layers], lines)
 
 
 def served(path: Path) -> str:
@@ -338,6 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cells", type=Path, default=RESULTS / "quality_cells.jsonl")
     parser.add_argument("--served", type=Path, default=RESULTS / "quality_served.jsonl")
+    parser.add_argument("--logits", type=Path, default=RESULTS / "quality_logits.jsonl")
     parser.add_argument("--rows", type=Path, default=RESULTS / "quality.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
@@ -351,8 +393,10 @@ def main() -> None:
         "ANSWERS": report.answers,
         "FLATNESS": report.flatness,
         "CONTESTS": report.contests,
+        "CHOICES": report.choices,
         "TARGETS": report.targets,
         "CLAIMS": report.claims,
+        "GUARD": lambda: logit_errors(args.logits),
         "STORAGE": storage,
         "SERVED": lambda: served(args.served),
     }

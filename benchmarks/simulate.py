@@ -84,8 +84,8 @@ def _store(
     basis = None
     if config.rotate:
         sizes = projected_sizes(module, len(query), h_kv, d)
-        factors = None if sizes is None else balance(*sizes)
-        basis = KBasis(d, factors, dtype=key.dtype, device=device)
+        factors = torch.ones(h_kv, d) if sizes is None else balance(*sizes)
+        basis = KBasis(len(query), factors, dtype=key.dtype, device=device)
         q, k = basis.q(q), basis.k(k)
     if cache.tables is None:
         tables = LayerTables.allocate(1, h_kv, config.patterns, d, device)

@@ -27,8 +27,15 @@ from patternkv_kernels import (
     tree_decode_with_lse,
 )
 from patternkv_sgl.batch import CurrentBatch, DecodeBatch, ExtendBatch
+from patternkv_sgl.guard import LogitGuard
 from patternkv_sgl.metadata import DecodeBuffers, TreePlan, most_tokens
-from patternkv_sgl.prefill import ExtendPlan, PrefixTree, plan_pieces, token_index
+from patternkv_sgl.prefill import (
+    ExtendPlan,
+    PrefixTree,
+    plan_pieces,
+    token_index,
+    window_index,
+)
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.scratch import Scratch
 from patternkv_sgl.segments import Reader, Segments, build_segments
@@ -72,6 +79,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self.pool, self.req_to_token = pool, req_to_token
         self.current, self.stats, self.scratch = current, stats, scratch
         self.config = pool.geometry.config
+        self.guard = LogitGuard(pool, stats)
         shape = scratch.shape
         self.buffers = DecodeBuffers(
             req_to_token, shape.max_rows, shape.max_entries, most_tokens(pool.size, shape.max_rows)
@@ -149,9 +157,11 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         workspace = self.scratch.ragged
         if workspace is not None:
             workspace.begin()
+        index = window_index(batch, self.config.window)
         return ExtendPlan(
             batch,
             token_tables,
+            None if index is None else torch.from_numpy(index).to(device),
             RaggedAttention(
                 batch.token_indptr, batch.token_indptr, causal=True, workspace=workspace
             ),
@@ -186,6 +196,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             batch = self._dummy_decode(forward_batch)
         else:
             self._count(batch)
+            self.guard.poll()
         buffers, self.workspace = self._memory(num_rows, batch.segments)
         plan = buffers.load(batch, num_rows, window=self.config.window)
         slots = forward_batch.out_cache_loc[: len(batch.tables)]
@@ -265,11 +276,16 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
         turned_q, turned_k = self._turned(q, k, layer)
+        mined = []
         for extend, start in zip(plan.batch.extends, plan.batch.token_indptr, strict=False):
             if extend.mine:
-                vectors = (x[start:][: extend.num_tokens] for x in (turned_q, turned_k, v))
-                self._mine(index, extend, *vectors)
-        self._store(index, forward_batch.out_cache_loc, turned_k, v, plan.token_tables)
+                mined.append(slice(start, start + extend.num_tokens))
+                self._mine(index, extend, *(x[mined[-1]] for x in (turned_q, turned_k, v)))
+        write = self._window_write(index, plan.window_index)
+        self._store(index, forward_batch.out_cache_loc, turned_k, v, plan.token_tables, write)
+        if mined and self.guard.wants(index):
+            stored = turned_q, turned_k, forward_batch.out_cache_loc, plan.token_tables
+            self.guard.measure(index, *(x[mined[0]] for x in stored))
         out, lse = plan.new(q, k, v, sm_scale=layer.scaling, logit_cap=layer.logit_cap)
         for tokens, other_out, other_lse in self._attend_prefixes(index, turned_q, plan, layer):
             out[tokens], lse[tokens] = merge_states(out[tokens], lse[tokens], other_out, other_lse)
@@ -318,7 +334,8 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
         q, k = self._turned(q, k, layer)
-        window, write = self._window(index, plan)
+        window = self._window(index, plan)
+        write = self._window_write(index, plan.window_index)
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables, write)
         out = tree_decode(
             q,
@@ -349,7 +366,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys in the basis that the pool and the windows have K in."""
         basis = self.bases.get(layer.layer_id)
-        return (q, k) if basis is None else (basis.q(q), basis.k(k))
+        return (q, k) if basis is None else basis.turn(q, k)
 
     def _mine(
         self, index: int, extend: Extend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -387,12 +404,15 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             window=window,
         )
 
-    def _window(self, index: int, plan: TreePlan) -> tuple[Window | None, WindowWrite | None]:
-        """Where decode reads the latest tokens exactly, and where the new ones go for that."""
+    def _window(self, index: int, plan: TreePlan) -> Window | None:
+        """Where decode reads the latest tokens exactly."""
         if not self.config.window:
-            return None, None
+            return None
         k, v = self.pool.window_k[index], self.pool.window_v[index]
-        return (
-            Window(k, v, plan.ring, plan.window_start, plan.window_end),
-            WindowWrite(k, v, plan.window_index),
-        )
+        return Window(k, v, plan.ring, plan.window_start, plan.window_end)
+
+    def _window_write(self, index: int, entries: torch.Tensor | None) -> WindowWrite | None:
+        """Where new tokens go to be read exactly later."""
+        if entries is None or not self.config.window:
+            return None
+        return WindowWrite(self.pool.window_k[index], self.pool.window_v[index], entries)

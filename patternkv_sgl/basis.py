@@ -26,48 +26,65 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class KBasis:
     """One layer's basis. All its factors are powers of two, so that only results are rounded.
 
+    The rotation mixes blocks of the largest power of two that divides ``head_dim``.
+
     Args:
-        head_dim: of K; the rotation mixes blocks of the largest power of two that divides it.
-        balance: factors of K's channels, float32 ``[h_kv, head_dim]``, powers of two; None: 1.
+        h_q: query heads.
+        balance: factors of K's channels, float32 ``[h_kv, head_dim]``, powers of two.
         dtype, device: of the vectors.
     """
 
     def __init__(
         self,
-        head_dim: int,
-        balance: torch.Tensor | None,
+        h_q: int,
+        balance: torch.Tensor,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        h_kv, head_dim = balance.shape
         block = head_dim & -head_dim
-        signs = _signed_hadamard(block)
-        whole = torch.block_diag(*[signs] * (head_dim // block)).to(device, dtype)
+        self._heads = [h_q, h_kv]
+        signs = torch.block_diag(*[_signed_hadamard(block)] * (head_dim // block))
+        self._turn = signs.T.contiguous().to(device, dtype)
+        # Products gain the factor ``block`` by the turns; queries and K get rid of about half each.
         log2 = block.bit_length() - 1
-        self._turn_k = whole.T * 2.0 ** -(log2 - log2 // 2)
-        self._turn_q = whole.T * 2.0 ** -(log2 // 2)
-        self._balance = self._inverse = None
-        if balance is not None and bool((balance != 1).any()):
-            self._balance = balance.to(device, dtype)
-            self._inverse = self._balance.reciprocal().unsqueeze(1)
+        of_q = balance.reciprocal().repeat_interleave(h_q // h_kv, 0) * 2.0 ** -(log2 // 2)
+        of_k = balance * 2.0 ** -(log2 - log2 // 2)
+        self._factors = torch.cat([of_q, of_k]).to(device, dtype)
+        self._k_back = (1 / (block * of_k)).to(device)
+
+    def turn(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`q` of ``q [n, h_q, d]`` and :meth:`k` of ``k [n, h_kv, d]``, views of one tensor.
+
+        Two kernels, or three where ``q`` and ``k`` are not parts of one projection's output.
+        """
+        both = _together(q, k)
+        if both is None:
+            both = torch.cat([q, k], 1)
+        turned_q, turned_k = ((both * self._factors) @ self._turn).split(self._heads, 1)
+        return turned_q, turned_k
 
     def k(self, k: torch.Tensor) -> torch.Tensor:
         """``k [..., h_kv, d]`` as it is stored."""
-        balanced = k if self._balance is None else k * self._balance
-        return balanced @ self._turn_k
+        return (k * self._factors[self._heads[0] :]) @ self._turn
 
     def q(self, q: torch.Tensor) -> torch.Tensor:
         """``q [..., h_q, d]`` as it meets stored K."""
-        if self._inverse is not None:
-            groups = q.unflatten(-2, (len(self._inverse), -1))
-            q = (groups * self._inverse).flatten(-3, -2)
-        return q @ self._turn_q
+        return (q * self._factors[: self._heads[0]]) @ self._turn
 
     def k_back(self, k: torch.Tensor) -> torch.Tensor:
         """Stored ``k [..., h_kv, d]`` as the model knows it, in ``k``'s dtype."""
-        # The two turns are each other's inverse: their factors multiply to 1 / block.
-        back = k @ self._turn_q.T.to(k.dtype)
-        return back if self._balance is None else back / self._balance.to(k.dtype)
+        return (k @ self._turn.T.to(k.dtype)) * self._k_back.to(k.dtype)
+
+
+def _together(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """``[n, h_q + h_kv, d]`` without a copy, if ``k``'s heads lie behind ``q``'s."""
+    n, h_q, d = q.shape
+    follows = k.data_ptr() == q.data_ptr() + h_q * d * q.itemsize
+    if not follows or q.stride() != k.stride() or q.stride()[1:] != (d, 1):
+        return None
+    return q.as_strided((n, h_q + k.shape[1], d), q.stride())
 
 
 @cache
@@ -148,8 +165,8 @@ def model_bases(model: nn.Module, dtype: torch.dtype, device: torch.device) -> d
         sizes = projected_sizes(model.get_submodule(path.rpartition(".")[0]), *heads)
         if sizes is None:
             unread.append(path)
-        factors = None if sizes is None else balance(*sizes).cpu()
-        bases[layer.layer_id] = KBasis(layer.qk_head_dim, factors, dtype=dtype, device=device)
+        factors = torch.ones(heads[1:]) if sizes is None else balance(*sizes).cpu()
+        bases[layer.layer_id] = KBasis(heads[0], factors, dtype=dtype, device=device)
     if unread:
         logger.warning(
             "PatternKV rotates K without balancing its channels in %d layers (first: %s): their "

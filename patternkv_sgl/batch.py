@@ -109,7 +109,7 @@ class DecodePlanner:
         """Reading plan of ``reqs``; ``seq_lens`` int64 [b] count the token being decoded."""
         # Ids are safe: a request that is gone took the version along.
         key = (self._tree.version, *map(id, reqs))
-        changed = key != self._key
+        changed = key != self._key or not self._batch.segments.growable
         if changed:
             states: list[RequestTables] = [getattr(req, ATTRIBUTE) for req in reqs]
             self._first_starts = np.array([state.window_start for state in states], dtype=np.int64)
@@ -192,7 +192,7 @@ def read_batch(
     """What the backend must know of ``batch``; advances the tree's requests for an extend.
 
     ``as_decode`` makes a decode step of an extend batch whose requests have one new token each and
-    a stored prefix; the token is then in the window as well.
+    a stored prefix.
 
     Raises:
         RuntimeError: a batch kind that start-up refuses, such as speculative verification.
@@ -207,8 +207,6 @@ def read_batch(
         if as_decode and all(
             extend.num_tokens == 1 and extend.prefix_len > 0 for extend in extends
         ):
-            for req in batch.reqs:
-                getattr(req, ATTRIBUTE).window_start -= 1
             return planner.plan(batch.reqs, batch.seq_lens_cpu.numpy())
         return plan_extend(tree, batch.reqs, extends, max_tree_rows)
     raise RuntimeError(f"forward mode {mode.name} is not available with --kv-quant patternkv")

@@ -39,7 +39,8 @@ class PatternKVConfig:
     Attributes:
         k_bits, v_bits: residual bits of K and V, 2 or 4.
         patterns: patterns per table, KV head and layer, for K and for V each.
-        window: most recent generated tokens of a running request kept in the model dtype.
+        window: latest tokens of a running request kept in the model dtype: generated ones, and
+            those that end a prompt whose table was mined from other tokens.
         sinks: first tokens of a sequence that become patterns of their own (stored exactly).
         mine_tokens: a prefill of at least this many new tokens gets its own table.
         rotate: K is stored in a balanced, rotated basis (``basis.py``).

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from patternkv_kernels import DecodePlan, DecodeWorkspace, RaggedAttention, RaggedWorkspace
@@ -47,9 +48,25 @@ class ExtendPlan:
 
     batch: ExtendBatch
     token_tables: torch.Tensor  # int32 [n]
+    window_index: torch.Tensor | None  # int64 [n], entries of the flattened rings, -1: none
     new: RaggedAttention
     tree: PrefixTree | None
     pieces: list[PrefixPiece]
+
+
+def window_index(batch: ExtendBatch, window: int) -> np.ndarray | None:
+    """int64 [n]: each new token's entry of the flattened rings, -1 for those that the window does
+    not keep; None if it keeps none."""
+    if not any(extend.num_exact for extend in batch.extends):
+        return None
+    index = np.full(batch.token_indptr[-1], -1, dtype=np.int64)
+    for extend, row, stop in zip(
+        batch.extends, batch.req_pool_indices, batch.token_indptr[1:], strict=True
+    ):
+        end = extend.prefix_len + extend.num_tokens
+        positions = np.arange(end - extend.num_exact, end)
+        index[stop - extend.num_exact : stop] = row * window + positions % window
+    return index
 
 
 def plan_pieces(

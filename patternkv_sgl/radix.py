@@ -6,16 +6,19 @@ Ownership along one request's sequence, half-open ranges of positions:
     [.., seq_len)              the request itself; its ``RequestTables.runs`` cover all of it
 
 A node's ``table_runs`` name the tables of its tokens and hold one reference to each; a request's
-runs do the same for the whole sequence. Splitting a node copies references, deleting drops them.
+runs do the same for the whole sequence. Splitting a node copies references, deleting drops them. A
+node ``inherits`` if the table of its last token was not mined from it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from patternkv_sgl.requests import ATTRIBUTE, Extend, RequestTables
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 
 MIN_ROOT_TOKENS = 16  # fewest tokens that give the root its first table
+TAIL_TOKENS = 16
+"""Most tokens at the end of a prompt that are read exactly. A question about a stored context has
+the context's table, which may fit it badly at 2 bits, and the answer begins by reading it. So few
+tokens read a stored prefix packed when every branch of a prompt prefills them again."""
 
 
 class PatternRadixCache(RadixCache):  # type: ignore[misc]
@@ -49,7 +56,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         self.requests: set[RequestTables] = set()
         # Advances when the path of a node or the tables of a request change: plans expire.
         self.version = 0
-        self._inserting: TableRuns | None = None
+        self._inserting: RequestTables | None = None
         super().__init__(params)
 
     def reset(self) -> None:
@@ -92,16 +99,16 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         runs = self._path_runs(req.last_node, state.runs).slice(0, prefix_len)
         assert bool(runs) == (prefix_len > 0), f"no tables for a prefix of {prefix_len}: {runs}"
         inherited = runs.last if runs else self.root_table
-        table, mine = inherited, False
+        table, mine, own = inherited, False, False
         if num_tokens >= self.config.mine_tokens or (
             inherited == ZERO_TABLE and num_tokens >= MIN_ROOT_TOKENS
         ):
             token_ids = req.full_untruncated_fill_ids[prefix_len : prefix_len + num_tokens]
             equals = (id(req.last_node), req.extra_key, req.cache_salt, token_ids.tobytes())
             if equals in mined:
-                table = mined[equals]
+                table, own = mined[equals], True
             elif (free := self.refs.allocate()) is not None:
-                table, mine = free, True
+                table, mine, own = free, True, True
                 mined[equals] = table
             else:
                 self.stats.exhausted += 1
@@ -114,8 +121,16 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
             self.refs.acquire([table])
             self.refs.release([self.root_table])
             self.root_table, self.root_tokens = table, num_tokens
-        state.window_start = prefix_len + num_tokens
-        return Extend(prefix_len, num_tokens, table, mine)
+        end = prefix_len + num_tokens
+        if own:
+            state.mined_end = end
+        num_exact = 0 if own else min(num_tokens, self._tail_tokens)
+        state.window_start = end - num_exact
+        return Extend(prefix_len, num_tokens, table, mine, num_exact)
+
+    @property
+    def _tail_tokens(self) -> int:
+        return min(TAIL_TOKENS, self.config.window)
 
     def _state(self, req: Req) -> RequestTables:
         state: RequestTables | None = getattr(req, ATTRIBUTE, None)
@@ -133,7 +148,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
 
     def checkpoint(self, req: Req, *, up_to: int) -> None:
         state: RequestTables = getattr(req, ATTRIBUTE)
-        self._inserting = state.runs
+        self._inserting = state
         try:
             super().checkpoint(req, up_to=up_to)
         finally:
@@ -155,6 +170,25 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
             self.check_integrity(self.token_to_kv_pool_allocator.get_kvcache().slot_table)
 
     # Nodes
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """Stock's, but the last tokens of a request's prompt are left for it to prefill, unless
+        their table was mined from them: see ``TAIL_TOKENS``."""
+        found = super().match_prefix(params)
+        if params.req is None:
+            return found
+        keep = len(params.key.token_ids) - self._tail_tokens
+        if found.device_prefix_len <= keep:
+            return found
+        inherited_from = found.device_prefix_len
+        for start, _, node in reversed(self.path(found.last_device_node)):
+            if not node.inherits or inherited_from <= keep:
+                break
+            inherited_from = start
+        length = max(keep, inherited_from)
+        if length >= found.device_prefix_len:
+            return found
+        return super().match_prefix(replace(params, key=params.key[:length]))
 
     def path(self, node: TreeNode | None) -> list[tuple[int, int, TreeNode]]:
         """``(start, end, node)`` of each node from the root down to ``node``, by position."""
@@ -190,13 +224,15 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
                 f"a node of {len(leaf.key)} tokens was inserted outside checkpoint(): its tables "
                 "are unknown"
             )
-            leaf.table_runs = self._inserting.slice(prefix_len, end)
+            leaf.table_runs = self._inserting.runs.slice(prefix_len, end)
+            leaf.inherits = self._inserting.mined_end < end
             self.refs.acquire(leaf.table_runs.tables)
         return prefix_len, leaf
 
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         runs, length = child.table_runs, len(child.key)
         prefix = super()._split_node(key, child, split_len)
+        prefix.inherits = child.inherits
         prefix.table_runs = runs.slice(0, split_len)
         child.table_runs = runs.slice(split_len, length)
         self.refs.acquire(prefix.table_runs.tables)

@@ -15,11 +15,12 @@ class RequestTables:
 
     Attributes:
         runs: tables along the sequence; the request owns one reference to each.
-        window_start: position from which generated tokens are also in the bf16 window, that is
-            the end of the last extend.
+        mined_end: end of the tokens whose table was mined from them.
+        window_start: position from which tokens are also in the bf16 window.
     """
 
     runs: TableRuns = field(default_factory=TableRuns)
+    mined_end: int = 0
     window_start: int = 0
 
 
@@ -32,9 +33,11 @@ class Extend:
         num_tokens: new tokens, in the batch's order.
         table: table that the new tokens are quantized with.
         mine: whether the table is mined from these tokens first.
+        num_exact: how many of the new tokens, the last ones, the window keeps as well.
     """
 
     prefix_len: int
     num_tokens: int
     table: int
     mine: bool
+    num_exact: int = 0

@@ -46,6 +46,7 @@ class Segments:
     Attributes:
         segments: int32 [num_segments, 4], ``(req_pool_idx, start, end, table_id)`` each.
         row_indptr, rows: int32; rows ``rows[row_indptr[i]:row_indptr[i + 1]]`` read segment ``i``.
+        growable: False while a row ends before its last table begins.
         shared_reads: KV token reads saved by reading each shared segment once.
         max_branches: most rows on one segment that has tokens.
     """
@@ -65,7 +66,7 @@ class Segments:
             for row in rows:
                 done[row] = end
         tails = []
-        self._growable = True
+        self.growable = True
         for row, reader in enumerate(readers):
             last_start, last_table = reader.runs[-1]
             start = max(done[row], last_start)
@@ -73,7 +74,7 @@ class Segments:
             tails.append(len(segments))
             segments.append((reader.req_pool_idx, start, max(start, reader.end), last_table))
             readers_of.append([row])
-            self._growable &= start <= reader.end
+            self.growable &= start <= reader.end
         counts = [len(rows) for rows in readers_of]
         self.segments = np.array(segments, dtype=np.int32).reshape(-1, 4)
         self.row_indptr = np.cumsum([0, *counts], dtype=np.int32)
@@ -91,7 +92,7 @@ class Segments:
 
     def grow(self, ends: np.ndarray) -> None:
         """Let row ``i`` read ``[0, ends[i])``; ends never go back."""
-        assert self._growable, "a row ends before its last table begins"
+        assert self.growable, "a row ends before its last table begins"
         assert (ends >= self.segments[self._tails, 2]).all(), f"rows shrink to {ends}"
         self.segments[self._tails, 2] = ends
 

@@ -66,8 +66,8 @@ def _build(base: Any) -> Any:
         ] = FLAG_DEFAULTS["kv_quant_patterns"]
         kv_quant_window: A[
             int,
-            "Most recent generated tokens of each running request that attention reads in the "
-            f"model dtype ({_range('window')}).",
+            "Latest tokens of each running request, generated or ending a short prompt, that "
+            f"attention reads in the model dtype ({_range('window')}).",
         ] = FLAG_DEFAULTS["kv_quant_window"]
         kv_quant_sinks: A[
             int,
@@ -83,8 +83,7 @@ def _build(base: Any) -> Any:
             Optional[str],  # noqa: UP045
             Arg(
                 help="Whether K is stored rotated, which spreads outliers over all channels and "
-                "takes two small matrix products per layer and step. Default: on with K at 2 "
-                "bits, off at 4.",
+                "takes two kernels per layer and step. Default: on with K at 2 bits, off at 4.",
                 choices=list(SWITCH),
             ),
         ] = FLAG_DEFAULTS["kv_quant_rotate"]

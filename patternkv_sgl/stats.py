@@ -19,6 +19,8 @@ class Stats:
         kv_reads: KV tokens that decode would read if every branch read all of its own.
         kv_reads_shared: of those, reads saved since a shared segment is read once for its branches.
         max_branches: most branches that shared one segment.
+        logit_error_percent: error of attention's logits by storing K in the worst KV head, of their
+            spread (``guard.py``); 0 until it is measured.
     """
 
     mined: int = 0
@@ -27,6 +29,7 @@ class Stats:
     kv_reads: int = 0
     kv_reads_shared: int = 0
     max_branches: int = 0
+    logit_error_percent: int = 0
 
     def snapshot(self) -> dict[str, int]:
         names = {"mined": "tables_mined", "inherited": "tables_inherited"}

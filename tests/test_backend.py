@@ -81,7 +81,7 @@ class Model(Scheduler):
         geometry = self.pool.geometry
         balance = torch.ones(H_KV, D)
         balance[0, [3, 3 + D // 2]] = 0.125
-        basis = KBasis(D, balance, dtype=dtype, device="cpu")
+        basis = KBasis(H_Q, balance, dtype=dtype, device="cpu")
         self.bases = dict.fromkeys(range(LAYERS), basis) if options.rotate else {}
         rows, context = self.rows.req_to_token.shape
         self.scratch_shape = ScratchShape(
@@ -101,7 +101,7 @@ class Model(Scheduler):
         self.vectors = torch.randn(LAYERS, 2, 512, H_KV, D, generator=self.random)
         self.vectors[:, 0, :, :, 3] *= 8
         self.queries = torch.randn(LAYERS, 512, H_Q, D, generator=self.random)
-        self.prompt_end: dict[str, int] = {}
+        self.exact_from: dict[str, int] = {}
         self.outputs: list[torch.Tensor] = []
         self.expected: list[torch.Tensor] = []
 
@@ -129,11 +129,14 @@ class Model(Scheduler):
         extending = isinstance(batch, ExtendBatch)
         ends = [req.kv.kv_allocated_len for req in reqs]
         starts = [e.prefix_len for e in batch.extends] if extending else [n - 1 for n in ends]
-        if extending:
-            self.prompt_end |= {req.rid: end for req, end in zip(reqs, ends, strict=True)}
+        if isinstance(batch, ExtendBatch):
+            kept = (extend.num_exact for extend in batch.extends)
+            self.exact_from |= {
+                req.rid: end - n for req, end, n in zip(reqs, ends, kept, strict=True)
+            }
         for req, end in zip(reqs, ends, strict=True):
             # A step that joins a stored prompt has its last token in the window.
-            self.prompt_end.setdefault(req.rid, end - 1)
+            self.exact_from.setdefault(req.rid, end - 1)
         forward_batch = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND if extending else ForwardMode.DECODE,
             req_pool_indices=torch.tensor([req.kv.req_pool_idx for req in reqs]),
@@ -187,9 +190,9 @@ class Model(Scheduler):
         queries, out = iter(q), []
         window = self.backend.config.window
         for req, start, end in zip(reqs, starts, ends, strict=True):
-            # From here on attention sees the exact vectors: the new tokens of an extend, the
-            # generated ones in the window of a decode.
-            first = start if extending else max(self.prompt_end[req.rid], end - window)
+            # From here on attention sees the exact vectors: the new tokens of an extend, those in
+            # the window of a decode.
+            first = start if extending else max(self.exact_from[req.rid], end - window)
             held = self.stored(index, req, first)
             recent = self.exact(index, req, range(first, end)).float()
             k, v = torch.cat([held, recent], dim=1)
@@ -289,6 +292,25 @@ def test_decode_is_dense_attention_over_what_is_stored(
     assert model.stats.max_branches == 4
     assert model.stats.kv_reads_shared > 0
     model.tree.check_integrity(model.slot_table)
+
+
+def test_a_stored_question_is_answered_like_a_new_one() -> None:
+    """Its end is in the window of every branch, whoever stored it first."""
+    model = Model(config(5))
+    model.prefill(tokens(0, 64))
+    prompt = tokens(0, 64) + tokens(200, 3)
+    answers = []
+    for _ in range(3):
+        (req,) = model.prefill(prompt)
+        model.check()
+        outputs = []
+        for step in range(8):
+            model.decode([req], [300 + step])
+            model.check()
+            outputs += model.outputs
+        answers.append(torch.stack(outputs))
+    for warm in answers[1:]:
+        torch.testing.assert_close(warm, answers[0], **TIGHT)
 
 
 def test_decode_in_the_model_dtype() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from patternkv_sgl.basis import KBasis, balance, projected_sizes
 
@@ -26,8 +27,8 @@ def logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("d", [64, 96, 128, 256])
 @pytest.mark.parametrize("balanced", [False, True])
 def test_products_stay_what_they_were(d: int, balanced: bool) -> None:
-    factors = torch.randint(-3, 4, (H_KV, d)).float().exp2() if balanced else None
-    basis = KBasis(d, factors, dtype=torch.float32, device="cpu")
+    factors = torch.randint(-3, 4, (H_KV, d)).float().exp2() if balanced else torch.ones(H_KV, d)
+    basis = KBasis(H_Q, factors, dtype=torch.float32, device="cpu")
     q, k = vectors(d)
     stored = basis.k(k)
     torch.testing.assert_close(logits(basis.q(q), stored), logits(q, k), atol=1e-4, rtol=1e-4)
@@ -37,18 +38,46 @@ def test_products_stay_what_they_were(d: int, balanced: bool) -> None:
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_low_precision_rounds_results_only(d: int) -> None:
-    basis = KBasis(d, torch.full((H_KV, d), 2.0), dtype=torch.bfloat16, device="cpu")
-    whole = KBasis(d, torch.full((H_KV, d), 2.0), dtype=torch.float32, device="cpu")
+    basis = KBasis(H_Q, torch.full((H_KV, d), 2.0), dtype=torch.bfloat16, device="cpu")
+    whole = KBasis(H_Q, torch.full((H_KV, d), 2.0), dtype=torch.float32, device="cpu")
     q, k = vectors(d, torch.bfloat16)
     for low, high in ((basis.k(k), whole.k(k.float())), (basis.q(q), whole.q(q.float()))):
         assert torch.equal(low, high.bfloat16())
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute or copy; views launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        if name != "_unsafe_view" and all(x.alias_info is None for x in func._schema.returns):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_queries_and_keys_of_one_projection_are_turned_in_two_launches() -> None:
+    factors = torch.randint(-3, 4, (H_KV, 64)).float().exp2()
+    basis = KBasis(H_Q, factors, dtype=torch.bfloat16, device="cpu")
+    qkv = torch.randn(9, (H_Q + 2 * H_KV) * 64).bfloat16()
+    q, k, _ = qkv.split([H_Q * 64, H_KV * 64, H_KV * 64], 1)
+    q, k = q.view(9, H_Q, 64), k.view(9, H_KV, 64)
+    for parts, expected in (((q, k), ["mul", "mm"]), ((q, k.clone()), ["cat", "mul", "mm"])):
+        with Launches() as launches:
+            turned = basis.turn(*parts)
+        assert launches.names == expected
+        for found, alone in zip(turned, (basis.q(q), basis.k(k)), strict=True):
+            assert torch.equal(found, alone)
 
 
 def test_a_spike_is_spread_over_all_channels_of_its_block() -> None:
     for d, block in ((64, 64), (96, 32)):
         k = torch.zeros(1, 1, d)
         k[..., 3] = 1
-        stored = KBasis(d, None, dtype=torch.float32, device="cpu").k(k).flatten()
+        stored = KBasis(1, torch.ones(1, d), dtype=torch.float32, device="cpu").k(k).flatten()
         assert (stored != 0).sum() == block and stored.abs().unique().numel() == 2 - (d == block)
 
 
@@ -67,8 +96,8 @@ def test_balance_evens_an_outlier_out() -> None:
     k[:, :, [9, 41]] *= 64
     q[:, :, [9, 41]] /= 64
     sizes = q.square().mean(0).sqrt(), k.square().mean(0).sqrt()
-    stored = KBasis(64, balance(*sizes), dtype=torch.float32, device="cpu").k(k)
-    plain = KBasis(64, None, dtype=torch.float32, device="cpu").k(k)
+    stored = KBasis(H_Q, balance(*sizes), dtype=torch.float32, device="cpu").k(k)
+    plain = KBasis(H_Q, torch.ones(H_KV, 64), dtype=torch.float32, device="cpu").k(k)
     assert stored.square().mean() < 0.1 * plain.square().mean()
 
 

@@ -53,7 +53,12 @@ LAYERS = [
         "patternkv_sgl.tables",
     ],
     ["patternkv_sgl.pool", "patternkv_sgl.requests", "patternkv_sgl.stats"],
-    ["patternkv_sgl.radix", "patternkv_sgl.scratch", "patternkv_sgl.segments"],
+    [
+        "patternkv_sgl.guard",
+        "patternkv_sgl.radix",
+        "patternkv_sgl.scratch",
+        "patternkv_sgl.segments",
+    ],
     ["patternkv_sgl.batch"],
     ["patternkv_sgl.canary", "patternkv_sgl.metadata", "patternkv_sgl.prefill"],
     ["patternkv_sgl.backend"],

@@ -273,7 +273,7 @@ def test_bits_of_ours_count_slots_ids_table_and_window() -> None:
     grow(cache, 40)
     slots = 424 * (38 + 38 + 4) / 2 * 8  # padded to 80 bytes for both heads
     table_ids = 424 * 32 / (4 * 2)
-    table = 2 * 16 * D * (256 + 2)
+    table = 2 * 16 * D * (64 + 2)
     assert cache.stored_bits() == slots + table_ids + table + 32 * 2 * 16 * D
 
 

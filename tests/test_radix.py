@@ -491,7 +491,38 @@ def test_a_decoding_request_in_a_mixed_batch_keeps_its_tables(scheduler: Schedul
     req.refresh_fill_ids()
     (extend,) = scheduler.tree.begin_extends([req], [42], [1])
     assert (extend.table, extend.mine) == (runs.last, False)
-    assert (state_of(req).runs, state_of(req).window_start) == (runs, 43)
+    assert (state_of(req).runs, state_of(req).window_start) == (runs, 42)
+
+
+@pytest.mark.parametrize("question", [1, 3, 4, 7])
+def test_the_end_of_a_question_about_a_stored_context_is_prefilled_by_everyone(
+    scheduler: Scheduler, question: int
+) -> None:
+    """By its first request and by those that find it in the tree, which read the same exactly."""
+    scheduler.prefill(tokens(0, 48))
+    prompt = tokens(0, 48) + tokens(100, question)
+    exact = min(question, CONFIG.window)
+    for _ in range(2):
+        req = scheduler.admit(prompt)
+        (extend,) = scheduler.extend([req])
+        scheduler.checkpoint(req)
+        assert (extend.mine, extend.num_exact) == (False, exact)
+        assert state_of(req).window_start == len(prompt) - exact
+    page = scheduler.pool.page_size
+    assert extend.prefix_len == (len(prompt) - exact) // page * page
+
+
+def test_a_prompt_that_mined_its_table_is_matched_but_for_its_last_token(
+    scheduler: Scheduler,
+) -> None:
+    page = scheduler.pool.page_size
+    equals = [scheduler.admit(tokens(0, 48)) for _ in range(2)]
+    for extend in scheduler.extend(equals):
+        assert extend.num_exact == 0
+    for req in equals:
+        scheduler.checkpoint(req)
+        assert state_of(req).window_start == 48
+    assert scheduler.admit(tokens(0, 48)).prefix_len == 47 // page * page
 
 
 def test_keys_of_different_namespaces_share_no_node(scheduler: Scheduler) -> None:

@@ -154,14 +154,6 @@ def test_a_tuning_flag_without_the_scheme_is_refused(flag: str, value: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("bits", "chosen", "patterns"),
-    [("4", None, 64), ("4:2", None, 64), ("2", None, 256), ("2", 8, 8)],
-)
-def test_patterns_default_by_the_bits_of_k(bits: str, chosen: int | None, patterns: int) -> None:
-    assert config_of(serve(kv_quant_bits=bits, kv_quant_patterns=chosen)).patterns == patterns
-
-
-@pytest.mark.parametrize(
     ("bits", "chosen", "rotate"),
     [
         ("4", None, False),

@@ -21,12 +21,14 @@ SHORT = 40  # tokens; less
 # 4-bit cache: 0.54 at most over eight random prompts to the demo model. Wrong slots give several.
 COLD_TO_WARM = 1.5
 CONFIGURATION = {"bits": "4/4", "patterns": 64, "window": 32, "sinks": 4, "mine_tokens": 256}
+CONFIGURATION |= {"rotate": False}
 COUNTS = {
     *("bytes_per_token", "bf16_bytes_per_token", "bytes_allocated", "table_bytes"),
     *("window_bytes", "kv_tokens", "kv_tokens_free", "table_slots", "tables_live", "table_refs"),
     *("running_requests", "tables_mined", "tables_inherited", "tables_exhausted"),
     *("kv_reads", "kv_reads_shared", "max_branches"),
 }
+MEASURED = {"logit_error_percent"}  # once, at the first prefill that mines
 GAUGE = re.compile(r"^sglang:patternkv_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -56,7 +58,7 @@ def test_startup_line_states_what_the_cache_holds(server: Server) -> None:
 def test_stats_have_every_number(server: Server, path: str) -> None:
     info = server.get(path).json()
     stats = info["internal_states"][0]["patternkv"]
-    assert set(stats) == COUNTS | set(CONFIGURATION)
+    assert set(stats) == COUNTS | MEASURED | set(CONFIGURATION)
     assert {name: stats[name] for name in CONFIGURATION} == CONFIGURATION
     assert (info["kv_quant"], info["kv_quant_bits"]) == ("patternkv", "4")
     assert stats["kv_tokens"] == info["max_total_num_tokens"]
@@ -104,6 +106,11 @@ def test_a_stored_prompt_is_joined_by_a_decode_step(server: Server, model: Model
     branches = server.post("generate", body).json()
     assert len({branch["text"] for branch in branches}) == 1
     assert branches[0]["text"].startswith(joined["text"])
+
+
+def test_the_first_mined_prompt_is_measured(server: Server, model: Model) -> None:
+    server.generate(model.prompt(PROMPT, 4), 2)
+    assert 0 < server.settle()["logit_error_percent"] < 20
 
 
 def test_equal_prompts_in_one_call_mine_once_and_agree(server: Server, model: Model) -> None:
@@ -221,7 +228,7 @@ def test_prometheus_shows_the_numbers_with_their_rank(server: Server, model: Mod
         name: (labels, float(value))
         for name, labels, value in GAUGE.findall(server.get("metrics").text)
     }
-    assert set(found) == COUNTS
+    assert set(found) == COUNTS | MEASURED
     assert all('dp_rank="0"' in labels and 'tp_rank="0"' in labels for labels, _ in found.values())
     # No request held a table before or after the last prefill, so only its own differ.
     steady = COUNTS - {

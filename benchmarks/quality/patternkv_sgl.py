@@ -46,7 +46,10 @@ class PatternKVSgl(LayerCache):
         self._basis: KBasis | None = None
         if self.config.rotate:
             balance = prompt.balance if self.options.get("balance", 1) else None
-            self._basis = KBasis(self.d, balance, dtype=self._dtype, device=prompt.k.device)
+            if balance is None:
+                balance = torch.ones(self.h, self.d)
+            h_q, device = prompt.q.shape[1], prompt.k.device
+            self._basis = KBasis(h_q, balance.to(device), dtype=self._dtype, device=device)
         self._generated = self.options.get("generated", 0)
         if self._generated > self.config.window:
             raise ValueError(

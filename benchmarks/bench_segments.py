@@ -1,15 +1,16 @@
-"""Which patterns, window, sinks and mining threshold? KL against exact attention on the demo model.
+"""From how many tokens on does a prompt repay a table of its own? KL on the demo model.
 
-    python -m benchmarks.bench_defaults --out benchmarks/results/defaults.jsonl
+    python -m benchmarks.bench_segments --out benchmarks/results/segments.jsonl
 
-Each row holds one setting: teacher-forced KL over worked answers of held-out problems, and the
-bytes per element of the prompt with its table. The baseline of each study is the default.
+Each row holds one length at one bit width, with the prompt's own table or another prompt's:
+teacher-forced KL over worked answers of held-out problems against exact attention, and the bytes
+per element of the prompt with its table. Everything else is at its default.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,12 +27,6 @@ from recipes.environment import git_commit, hardware, versions
 
 MODEL = Path(__file__).parent.parent / "recipes" / "demo" / "model"
 BITS = ((4, 4), (4, 2), (2, 2))
-STUDIES: dict[str, tuple[Any, ...]] = {
-    "patterns": (8, 16, 32, 64, 128, 256),
-    "window": (0, 8, 16, 32, 64, 128),
-    "sinks": (0, 1, 4, 16),
-    "rotate": (False, True),
-}
 SEGMENTS = (64, 128, 256, 512, 1024)
 
 
@@ -76,9 +71,8 @@ def bits_per_element(config: PatternKVConfig, model: PreTrainedModel, tokens: in
     return 8 * (slot + table) / (2 * head_dim * tokens)
 
 
-def row(study: str, config: PatternKVConfig, kls: list[float], **extra: Any) -> dict[str, Any]:
+def row(config: PatternKVConfig, kls: list[float], **extra: Any) -> dict[str, Any]:
     return {
-        "study": study,
         "bits_k": config.k_bits,
         "bits_v": config.v_bits,
         "patterns": config.patterns,
@@ -95,8 +89,8 @@ def row(study: str, config: PatternKVConfig, kls: list[float], **extra: Any) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--level", type=Level.parse, default="demo")
-    parser.add_argument("--count", type=int, default=16, help="held-out problems per setting")
+    parser.add_argument("--level", type=Level.parse, default="demo", help="of the other prompt")
+    parser.add_argument("--count", type=int, default=16, help="held-out problems per length")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -104,35 +98,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepare(model)
-    rows = setting_studies(model, tokenizer, args) + segment_study(model, tokenizer, args)
+    rows = segment_study(model, tokenizer, args)
     meta = {
         "model": "demo" if args.model == str(MODEL) else args.model,
-        "level": str(args.level),
         "seed": args.seed,
     }
     meta |= {"versions": versions(), "hardware": hardware(), "commit": git_commit()}
     args.out.write_bytes(b"".join(orjson.dumps(row | meta) + b"\n" for row in rows))
-
-
-def setting_studies(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One option at a time away from the defaults, at every bit width."""
-    sequences = token_sequences(tokenizer, args.level, args.count, args.seed)
-    exact = [exact_log_probs(model, sequence.token_ids) for sequence in sequences]
-    settings = [
-        (study, replace(default_config(k_bits, v_bits), **{study: value}))
-        for k_bits, v_bits in BITS
-        for study, values in STUDIES.items()
-        for value in values
-    ]
-    rows = []
-    for study, config in tqdm(settings, desc="settings"):
-        kls = [
-            divergence(model, s.token_ids, reference, s.answer, Cache(config, s.context))
-            for s, reference in zip(sequences, exact, strict=True)
-        ]
-        bits = bits_per_element(config, model, sequences[0].context)
-        rows.append(row(study, config, kls, bits_per_element=bits, context=sequences[0].context))
-    return rows
 
 
 def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -159,7 +131,6 @@ def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
                 bits = bits_per_element(config, model, sequences[0].context)
                 rows.append(
                     row(
-                        "segment",
                         config,
                         kls,
                         own_table=own,
