@@ -38,8 +38,8 @@ from patternkv_sgl.prefill import (
 )
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.scratch import Scratch
-from patternkv_sgl.segments import Reader, Segments, build_segments
-from patternkv_sgl.tables import ZERO_TABLE, TableRuns
+from patternkv_sgl.segments import Segments
+from patternkv_sgl.warmup import dummy_decode, dummy_extend
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -141,7 +141,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         else:
             assert batch is None or isinstance(batch, ExtendBatch), f"{batch=} in an extend forward"
             self.forward_metadata = self._plan_extend(
-                batch or self._dummy_extend(forward_batch), forward_batch
+                batch or dummy_extend(forward_batch, self.pool.page_size), forward_batch
             )
 
     def _plan_extend(self, batch: ExtendBatch, forward_batch: ForwardBatch) -> ExtendPlan:
@@ -193,7 +193,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self, batch: DecodeBatch | None, forward_batch: ForwardBatch, num_rows: int
     ) -> TreePlan:
         if batch is None:
-            batch = self._dummy_decode(forward_batch)
+            batch = dummy_decode(forward_batch, self.pool.page_size, self.config.window)
         else:
             self._count(batch)
             self.guard.poll()
@@ -229,35 +229,6 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
                 f"request row {row} reads positions [{start}, {end}) with table {table} but their "
                 f"slots were quantized with {sorted(set(stored.tolist()))}"
             )
-
-    # A batch without requests (warm-up, graph capture) reads and writes only the padding page.
-
-    def _dummy_extend(self, forward_batch: ForwardBatch) -> ExtendBatch:
-        self._assert_dummy(forward_batch)
-        lens = zip(
-            forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
-        )
-        extends = [Extend(prefix, new, ZERO_TABLE, mine=False) for prefix, new in lens]
-        return ExtendBatch(extends, forward_batch.req_pool_indices.tolist())
-
-    def _dummy_decode(self, forward_batch: ForwardBatch) -> DecodeBatch:
-        self._assert_dummy(forward_batch)
-        seq_lens = forward_batch.seq_lens.cpu().numpy().astype(np.int64)
-        runs = TableRuns([(0, ZERO_TABLE)])
-        rows = forward_batch.req_pool_indices.cpu().numpy().astype(np.int64)
-        starts = seq_lens - min(1, self.config.window)
-        ends = zip(rows.tolist(), starts.tolist(), strict=True)
-        segments = build_segments([Reader(row, [], runs, end) for row, end in ends])
-        return DecodeBatch(
-            segments, rows, np.full(len(rows), ZERO_TABLE, np.int32), starts, seq_lens
-        )
-
-    def _assert_dummy(self, forward_batch: ForwardBatch) -> None:
-        highest = int(forward_batch.out_cache_loc.max()) if len(forward_batch.out_cache_loc) else 0
-        assert highest < self.pool.page_size, (
-            f"a batch without requests writes slot {highest}, beyond the padding page of "
-            f"{self.pool.page_size}: the ForwardBatch.init_new hook did not see it"
-        )
 
     # Per layer
 

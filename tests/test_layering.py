@@ -60,7 +60,12 @@ LAYERS = [
         "patternkv_sgl.segments",
     ],
     ["patternkv_sgl.batch"],
-    ["patternkv_sgl.canary", "patternkv_sgl.metadata", "patternkv_sgl.prefill"],
+    [
+        "patternkv_sgl.canary",
+        "patternkv_sgl.metadata",
+        "patternkv_sgl.prefill",
+        "patternkv_sgl.warmup",
+    ],
     ["patternkv_sgl.backend"],
     ["patternkv_sgl.refusals"],
     ["patternkv_sgl.server_args"],
