@@ -64,13 +64,14 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
 def simt_decode(inputs: DecodeInputs, *, hopper: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
 
-    ``hopper``: those of compute capability 9.0, where head dim and patterns have them.
+    ``hopper``: those of compute capability 9.0 too, where head dim and patterns have them.
     """
     return _decode(inputs, hopper, fewest_rows=33)[:2]
 
 
-def makes_items_of_64_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
-    """Whether the planner of compute capability 9.0 does, from so many rows of most segments on."""
+def leaves_32_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
+    """Whether the planner of compute capability 9.0 leaves shared segments to kernels of more than
+    32 rows, if it does so from ``fewest_rows`` of most segments on."""
     return _decode(inputs, True, fewest_rows)[2] < 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cases import CASES, DecodeCase, Segment, balanced_tree, make_inputs
-from tests.simt_decode import makes_items_of_64_rows, simt_decode
+from tests.simt_decode import leaves_32_rows, simt_decode
 from tests.simt_library import unavailable
 from tests.test_decode import ungrouped
 from tests.test_decode_cuda import HARD_CASES, assert_as_good_as_low_precision
@@ -28,7 +28,7 @@ HARD = {
 # What the kernels of compute capability 9.0 must get right besides: formats, dims, pages, large
 # tables, all sizes of work items, chunks shorter than a tile.
 HOPPER = {
-    *("bits42", "bits24", "bits22", "group7", "group16", "page3", "depth4"),
+    *("bits42", "bits24", "bits22", "d96", "d256", "group7", "group16", "page3", "depth4"),
     *("branches17", "branches64", "only_shared", "many_chunks", "wide8_44_d128", "wide4_22_d128"),
     *("wide16_42_d64", "patterns1_4", "patterns256_4", "one_token", "cap_wide"),
 }
@@ -79,9 +79,9 @@ def test_the_planner_weighs_rows(lengths: tuple[int, int], by_many: bool) -> Non
     rows = tuple(range(10))
     tree = [Segment(lengths[0], rows), Segment(lengths[1], rows[:8])]
     inputs = make_inputs(DecodeCase("weighed", d=64, group=4, h_kv=1, dtype=BF16, tree=tree))
-    assert makes_items_of_64_rows(inputs, 33) is by_many
-    assert makes_items_of_64_rows(inputs, 0)
-    assert not makes_items_of_64_rows(inputs, 1000)
+    assert leaves_32_rows(inputs, 33) is by_many
+    assert leaves_32_rows(inputs, 0)
+    assert not leaves_32_rows(inputs, 1000)
 
 
 def test_all_of_the_chosen_cases_exist() -> None:

@@ -3,6 +3,7 @@
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
 #include "simt.h"
 
@@ -32,8 +33,8 @@ struct Arguments {
   float* lse;
   int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
       hopper,       // the kernels of compute capability 9.0
-      fewest_rows,  // from which shared segments there make work items of up to 64 rows
-      num_wide;     // answered: work items of shared segments, negative where these are of 64 rows
+      fewest_rows,  // from which shared segments there are for the kernels of more than 32 rows
+      num_wide;     // answered: work items of shared segments, negative where they are for these
   double sm_scale, logit_cap;
 };
 
@@ -66,6 +67,7 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
 extern "C" void decode(Arguments* arguments) {
   Arguments& a = *arguments;
   const int group = a.h_q / a.h_kv;
+  const int64_t rows = a.b * group;
   const bool hopper = a.hopper && hopper::kExists && a.num_patterns <= hopper::kMostPatterns;
   const int narrow_rows = group > 4 ? 8 : 4;
   WorkHeader header;
@@ -85,9 +87,10 @@ extern "C" void decode(Arguments* arguments) {
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
   p.wide_rows = wide::kMostRows;
-  if (hopper) {
-    p.wide_rows = a.b * group <= 16 ? 16 : 32;
-    p.many_rows = 64, p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
+  if (hopper) p.wide_rows = rows <= 16 ? 16 : 32;
+  if (a.hopper && warpgroup::kExists && rows > 32) {
+    p.many_rows = hopper && rows <= 64 ? 64 : warpgroup::kMostRows;
+    p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
   p.narrow_blocks = p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
@@ -137,7 +140,21 @@ extern "C" void decode(Arguments* arguments) {
     } else {
       launch(std::integral_constant<int, 32>());
     }
-    launch(std::integral_constant<int, 64>());
+    if (p.many_rows == 64) launch(std::integral_constant<int, 64>());
+  }
+  if constexpr (warpgroup::kExists) {
+    const auto launch = [&](auto tile) {
+      constexpr int kTile = decltype(tile)::value;
+      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
+                   [&] { warpgroup::attend_kernel<kTile>(d); });
+    };
+    if (p.many_rows == warpgroup::kMostRows) {
+      if (a.num_patterns <= 128) {
+        launch(std::integral_constant<int, 64>());
+      } else {
+        launch(std::integral_constant<int, 32>());
+      }
+    }
   }
   if (a.bf16) {
     merge_all<__nv_bfloat16>(a, d);

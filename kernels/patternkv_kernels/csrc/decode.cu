@@ -6,6 +6,7 @@
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_plan.cuh"
+#include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -55,6 +56,7 @@ using AttendKernel = void (*)(DecodeParams);
 // One of the attention kernels with tables of some number of patterns.
 struct AttendLaunch {
   AttendKernel kernel;
+  int threads;
   int rows;    // most query rows of a work item
   int bytes;   // dynamic shared memory of a block
   int blocks;  // that run at once
@@ -62,17 +64,18 @@ struct AttendLaunch {
 
 // How decode runs on one device.
 struct LaunchConfig {
-  AttendLaunch narrow, few, wide, many;  // by query rows of a work item; 0 rows: there is none
-  bool dependent_launch;                 // compute capability 9.0 and later
+  AttendLaunch narrow, few, wide, many, most;  // by query rows of a work item; 0 rows: none
+  bool dependent_launch;                       // compute capability 9.0 and later
 
-  // The kernels of a batch of so many query rows per KV head: those with work for it alone.
+  // The kernels with shared segments of a batch of so many query rows per KV head: one for items of
+  // up to 16 or 32 rows, and one that takes a step's instead if these mostly have more.
   const AttendLaunch& shared(int64_t rows) const {
     static const AttendLaunch none = {};
     return rows <= narrow.rows ? none : rows <= few.rows ? few : wide;
   }
-  const AttendLaunch& most(int64_t rows) const {
+  const AttendLaunch& larger(int64_t rows) const {
     static const AttendLaunch none = {};
-    return rows <= wide.rows ? none : many;
+    return rows <= wide.rows ? none : rows <= many.rows ? many : most;
   }
 };
 
@@ -85,7 +88,8 @@ int most_shared_bytes(AttendKernel kernel, int device) {
   return per_block - static_cast<int>(attributes.sharedSizeBytes);
 }
 
-AttendLaunch make_launch(AttendKernel kernel, int rows, int bytes, int num_patterns, int device) {
+AttendLaunch make_launch(AttendKernel kernel, int threads, int rows, int bytes, int num_patterns,
+                         int device) {
   int sms, per_sm = 0;
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
   // To the most there is, since other numbers of patterns share the kernel.
@@ -95,9 +99,31 @@ AttendLaunch make_launch(AttendKernel kernel, int rows, int bytes, int num_patte
       << most << " per block: use fewer patterns";
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "shared memory of a decode kernel");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, bytes),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, bytes),
         "occupancy of a decode kernel");
-  return {kernel, rows, bytes, std::max(per_sm, 1) * sms};
+  return {kernel, threads, rows, bytes, std::max(per_sm, 1) * sms};
+}
+
+// No rows where there is no such kernel or tables leave it no room.
+AttendLaunch make_warpgroup_launch(int num_patterns, int device) {
+  if constexpr (warpgroup::kExists) {
+    const auto fits = [&](AttendKernel kernel, int bytes) {
+      return bytes <= most_shared_bytes(kernel, device);
+    };
+    const auto launch = [&](AttendKernel kernel, int bytes) {
+      return make_launch(kernel, warpgroup::kBlockThreads, warpgroup::kMostRows, bytes,
+                         num_patterns, device);
+    };
+    const int long_bytes = warpgroup::shared_bytes<64>(num_patterns),
+              short_bytes = warpgroup::shared_bytes<32>(num_patterns);
+    if (fits(warpgroup::attend_kernel<64>, long_bytes)) {
+      return launch(warpgroup::attend_kernel<64>, long_bytes);
+    }
+    if (fits(warpgroup::attend_kernel<32>, short_bytes)) {
+      return launch(warpgroup::attend_kernel<32>, short_bytes);
+    }
+  }
+  return {};
 }
 
 LaunchConfig make_config(int num_patterns, int group, int device) {
@@ -106,15 +132,16 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
   const int rows = group <= 4 ? 4 : 8;
   const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
   LaunchConfig config = {};
-  config.narrow =
-      make_launch(narrow, rows, narrow::shared_bytes(num_patterns, rows), num_patterns, device);
+  config.narrow = make_launch(narrow, kThreads, rows, narrow::shared_bytes(num_patterns, rows),
+                              num_patterns, device);
+  config.most = make_warpgroup_launch(num_patterns, device);
   config.dependent_launch = major >= 9;
   if constexpr (hopper::kExists) {
     if (num_patterns <= hopper::kMostPatterns) {
       const auto launch = [&](auto rows) {
         constexpr int kRows = decltype(rows)::value;
-        return make_launch(hopper::attend_kernel<kRows>, kRows, hopper::shared_bytes<kRows>(),
-                           num_patterns, device);
+        return make_launch(hopper::attend_kernel<kRows>, kThreads, kRows,
+                           hopper::shared_bytes<kRows>(), num_patterns, device);
       };
       config.few = launch(std::integral_constant<int, 16>());
       config.wide = launch(std::integral_constant<int, 32>());
@@ -122,8 +149,8 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
       return config;
     }
   }
-  config.wide = make_launch(wide::attend_kernel, wide::kMostRows, wide::shared_bytes(num_patterns),
-                            num_patterns, device);
+  config.wide = make_launch(wide::attend_kernel, kThreads, wide::kMostRows,
+                            wide::shared_bytes(num_patterns), num_patterns, device);
   return config;
 }
 
@@ -165,7 +192,7 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
   // Shared segments may make few items of many branches or many of few.
   int64_t wide_extra = 0, wide_states = 0;
-  for (const AttendLaunch& launch : {c.few, c.wide, c.many}) {
+  for (const AttendLaunch& launch : {c.few, c.wide, c.many, c.most}) {
     wide_extra = std::max(wide_extra, extra(launch.blocks));
     wide_states = std::max(wide_states, extra(launch.blocks) * branches(launch.rows));
   }
@@ -200,10 +227,10 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   const AttendLaunch& shared = config.shared(b * group);
   params.wide_rows = shared.rows;
   params.wide_blocks = shared.blocks;
-  const AttendLaunch& most = config.most(b * group);
-  params.many_rows = most.rows;
-  params.many_blocks = most.blocks;
-  params.fewest_rows = hopper::kFewestRows;
+  const AttendLaunch& larger = config.larger(b * group);
+  params.many_rows = larger.rows;
+  params.many_blocks = larger.blocks;
+  params.fewest_rows = kFewestRows;
   params.max_narrow = max_narrow;
   params.max_wide = max_wide;
   params.max_states = max_states;
@@ -259,9 +286,9 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream,
          false, params);
   // The planner gives shared segments to one of these.
-  for (const AttendLaunch* attend : {&config.shared(b * group), &config.most(b * group)}) {
+  for (const AttendLaunch* attend : {&config.shared(b * group), &config.larger(b * group)}) {
     if (attend->rows == 0) continue;
-    launch(attend->kernel, dim3(attend->blocks), kThreads, attend->bytes, stream,
+    launch(attend->kernel, dim3(attend->blocks), attend->threads, attend->bytes, stream,
            config.dependent_launch, params);
   }
 

@@ -55,15 +55,7 @@ struct Attention {
         a[slot / 2][slot % 2 * 2 + 1] = KCodes::mask_pair(words.high[w], r);
       }
     }
-    const uint32_t queries = operand(shared_address(memory.queries));
-    settle(a);
-    settle(x);
-    wgmma_begin();
-#pragma unroll
-    for (int step = 0; step < HEAD_DIM / 16; ++step) {
-      wgmma_by_rows(x, a[step], queries + step / 4 * (kRows * kSwizzledRow / 16) + step % 4 * 2);
-    }
-    wgmma_commit();
+    multiply_queries<kRows>(x, a, memory.queries[0]);
   }
 
   __device__ __forceinline__ void add_table(float (&x)[kRows / 2], const Token (&tokens)[2],
@@ -99,10 +91,7 @@ struct Attention {
   // Logits to probabilities, which go to shared memory with and without their V scales.
   __device__ __forceinline__ void weigh(const float (&x)[kRows / 2], const Token (&tokens)[2],
                                         int buffer) {
-    const int row = warp * 16 + lane % 16;
-    const uint32_t at = shared_address(memory.weights[buffer]) +
-                        (lane < 16 ? swizzled(row, 0)
-                                   : Memory::kPlainTile + swizzled(row, Memory::kPlainPiece));
+    const uint32_t at = memory.weights_place(buffer, warp, lane);
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       uint32_t weights[4];
@@ -285,10 +274,7 @@ struct Attention {
       sums[i / 2 * 4 + i % 2 + 2] *= factor;
     }
     // Sums as two fp16 parts, so that they count with 22 bits.
-    const int row = warp * 16 + lane % 16;
-    const uint32_t at = shared_address(memory.weights[0]) +
-                        (lane < 16 ? swizzled(row, 0)
-                                   : Memory::kPlainTile + swizzled(row, Memory::kPlainPiece));
+    const uint32_t at = memory.weights_place(0, warp, lane);
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
       uint32_t parts[4];

@@ -14,8 +14,6 @@ constexpr int kMostPatterns = 64;     // of a table: a product sums their probab
 constexpr int kTile = 64;             // tokens
 constexpr int kStages = 3;            // tiles on their way or at work
 constexpr int kDimTiles = D / 64;     // products that the output takes
-// Steps whose shared segments have mostly fewer rows are left to blocks of fewer registers.
-constexpr int kFewestRows = 33;
 constexpr int kAlign = 1024;          // of an operand tile
 constexpr int kLeastAlign = 256;      // of dynamic shared memory
 constexpr int kTileBytes = kTile * (kKStride + kVStride);
@@ -71,6 +69,14 @@ struct alignas(kAlign) Memory {
   int peak[kRows];
   int states[kRows];  // where rows leave their state, counted in query heads
   float largest[kWarps][2];
+
+  // Where a lane addresses store_matrices to put its warp's weights of the first 8 rows and their
+  // tokens, with V scales and without; those of n-tile j are at this, exclusive or 16 j.
+  __device__ __forceinline__ uint32_t weights_place(int buffer, int warp, int lane) const {
+    const int token = warp * 16 + lane % 16;
+    return shared_address(weights[buffer]) +
+           (lane < 16 ? swizzled(token, 0) : kPlainTile + swizzled(token, kPlainPiece));
+  }
 };
 
 template <int kRows>
@@ -224,6 +230,22 @@ __device__ __forceinline__ QueryScales load_queries(const DecodeParams& p, const
   return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale * (1 << 24)};
 }
 
+// Products of 64 rows in registers with all query rows of an operand, on top of `x`; committed.
+template <int kRows>
+__device__ __forceinline__ void multiply_queries(float (&x)[kRows / 2],
+                                                 uint32_t (&a)[HEAD_DIM / 16][4],
+                                                 const uint8_t* queries) {
+  const uint32_t b = operand(shared_address(queries));
+  settle(a);
+  settle(x);
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    wgmma_by_rows(x, a[step], b + step / 4 * (kRows * kSwizzledRow / 16) + step % 4 * 2);
+  }
+  wgmma_commit();
+}
+
 // Fills the table with the logits of queries and K patterns. Ends without a barrier.
 template <typename Memory>
 __device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem& item, int head,
@@ -232,7 +254,6 @@ __device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem
   using Table = hopper::Table<kRows>;
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const __half* patterns = table_rows(p, item.table, 0, head);
-  const uint32_t queries = operand(shared_address(memory.weights[0]));
   uint32_t rows[2][HEAD_DIM / 32][4];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -248,14 +269,7 @@ __device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem
     const int step = i / 4;
     a[step][i % 4] = rows[i % 2][step / 2][step % 2 * 2 + i % 4 / 2];
   }
-  settle(a);
-  settle(x);
-  wgmma_begin();
-#pragma unroll
-  for (int step = 0; step < HEAD_DIM / 16; ++step) {
-    wgmma_by_rows(x, a[step], queries + step / 4 * (kRows * kSwizzledRow / 16) + step % 4 * 2);
-  }
-  wgmma_commit();
+  multiply_queries<kRows>(x, a, memory.weights[0]);
   wgmma_wait();
   settle(x);
 #pragma unroll

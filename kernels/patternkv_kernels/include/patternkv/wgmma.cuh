@@ -1,5 +1,6 @@
-// Asynchronous matrix products of a warpgroup (four warps, compute capability 9.0): the left operand
-// in registers, the right one in shared memory. tests/simt has a stand-in for this file.
+// Asynchronous matrix products of a warpgroup (four warps, compute capability 9.0), whose right
+// operand lies in shared memory and whose left one there or in registers. tests/simt has a stand-in
+// for this file.
 //
 // An operand tile has rows of 64 fp16 (128 bytes) whose 16-byte pieces are permuted by exclusive or
 // with the row modulo 8; blocks of 8 rows are 1024 bytes, aligned to as many. Wider matrices are
@@ -18,8 +19,13 @@ __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
 }
 
 // Where a product finds an operand: the low word of a descriptor, so that operands `bytes` (a
-// multiple of 16) further are at this plus bytes / 16.
-__device__ __forceinline__ uint32_t operand(uint32_t address) { return address / 16 | 1 << 16; }
+// multiple of 16) further are at this plus bytes / 16. `next_tile`, bytes from a tile to the next,
+// counts only for products by columns that span several.
+__device__ __forceinline__ uint32_t operand(uint32_t address, uint32_t next_tile = 16) {
+  return address / 16 | next_tile / 16 << 16;
+}
+// The high word of all: 128-byte swizzle, 1024 bytes from 8 rows to the next.
+constexpr uint32_t kOperandHigh = 1u << 30 | 8 * kSwizzledRow / 16;
 
 // Products see what threads stored before this and a barrier.
 __device__ __forceinline__ void publish_operands() {
@@ -64,37 +70,47 @@ __device__ __forceinline__ void settle(uint32_t (&x)[kCount][kWords]) {
   }
 }
 
+// Zeros that the compiler does not move up among running products, which would serialize them.
+template <int kSteps>
+__device__ __forceinline__ void set_zero(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i) asm volatile("mov.b32 %0, 0;" : "=r"(a[i / 4][i % 4]));
+}
+
 #define PATTERNKV_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define PATTERNKV_8(c, i) PATTERNKV_4(c, i), PATTERNKV_4(c, i + 4)
 #define PATTERNKV_16(c, i) PATTERNKV_8(c, i), PATTERNKV_8(c, i + 8)
 #define PATTERNKV_32(c, i) PATTERNKV_16(c, i), PATTERNKV_16(c, i + 16)
+#define PATTERNKV_64(c, i) PATTERNKV_32(c, i), PATTERNKV_32(c, i + 32)
 #define PATTERNKV_NAMES_4 "%0, %1, %2, %3"
 #define PATTERNKV_NAMES_8 PATTERNKV_NAMES_4 ", %4, %5, %6, %7"
 #define PATTERNKV_NAMES_16 PATTERNKV_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define PATTERNKV_NAMES_32                                                          \
   PATTERNKV_NAMES_16                                                                \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PATTERNKV_NAMES_64                                                             \
+  PATTERNKV_NAMES_32                                                                   \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PATTERNKV_WGMMA(n, names, count, c, a0, a1, a2, a3, desc, high, transposed)            \
   asm volatile("{ .reg .b64 b; mov.b64 b, {%" #desc ", %" #high "}; "                          \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" names                \
                "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, 1, 1, 1, %" #transposed "; }"  \
                : PATTERNKV_##count(c, 0)                                                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kHigh), "n"(kTransposed))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperandHigh), "n"(kTransposed))
 
 template <int kTransposed, int kCount>
 __device__ __forceinline__ void wgmma(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b) {
-  static_assert(kCount == 4 || kCount == 8 || kCount == 16 || kCount == 32);
-  // 128-byte swizzle, 1024 bytes from 8 rows to the next.
-  constexpr uint32_t kHigh = 1u << 30 | 8 * kSwizzledRow / 16;
+  static_assert(kCount == 8 || kCount == 16 || kCount == 32 || kCount == 64);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (kCount == 4) {
-    PATTERNKV_WGMMA(8, PATTERNKV_NAMES_4, 4, c, 4, 5, 6, 7, 8, 9, 10);
-  } else if constexpr (kCount == 8) {
+  if constexpr (kCount == 8) {
     PATTERNKV_WGMMA(16, PATTERNKV_NAMES_8, 8, c, 8, 9, 10, 11, 12, 13, 14);
   } else if constexpr (kCount == 16) {
     PATTERNKV_WGMMA(32, PATTERNKV_NAMES_16, 16, c, 16, 17, 18, 19, 20, 21, 22);
-  } else {
+  } else if constexpr (kCount == 32) {
     PATTERNKV_WGMMA(64, PATTERNKV_NAMES_32, 32, c, 32, 33, 34, 35, 36, 37, 38);
+  } else {
+    PATTERNKV_WGMMA(128, PATTERNKV_NAMES_64, 64, c, 64, 65, 66, 67, 68, 69, 70);
   }
 #endif
 }
@@ -116,14 +132,53 @@ __device__ __forceinline__ void wgmma_by_columns(float (&c)[kCount], const uint3
   wgmma<1>(c, a, b);
 }
 
+// c = or += a b^T of 16 columns of the rows of both, `a` in shared memory too; c as above.
+template <int kCount>
+__device__ __forceinline__ void wgmma_shared_by_rows(float (&c)[kCount], uint32_t a, uint32_t b,
+                                                     bool add) {
+  static_assert(kCount == 16 || kCount == 32);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (kCount == 32) {
+    asm volatile(
+        "{ .reg .pred add; .reg .b64 a, b; setp.ne.b32 add, %34, 0; mov.b64 a, {%32, %35}; "
+        "mov.b64 b, {%33, %35}; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{" PATTERNKV_NAMES_32 "}, a, b, add, 1, 1, 0, 0; }"
+        : PATTERNKV_32(c, 0)
+        : "r"(a), "r"(b), "r"(static_cast<int>(add)), "n"(kOperandHigh));
+  } else {
+    asm volatile(
+        "{ .reg .pred add; .reg .b64 a, b; setp.ne.b32 add, %18, 0; mov.b64 a, {%16, %19}; "
+        "mov.b64 b, {%17, %19}; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+        "{" PATTERNKV_NAMES_16 "}, a, b, add, 1, 1, 0, 0; }"
+        : PATTERNKV_16(c, 0)
+        : "r"(a), "r"(b), "r"(static_cast<int>(add)), "n"(kOperandHigh));
+  }
+#endif
+}
+
 #undef PATTERNKV_4
 #undef PATTERNKV_8
 #undef PATTERNKV_16
 #undef PATTERNKV_32
+#undef PATTERNKV_64
 #undef PATTERNKV_NAMES_4
 #undef PATTERNKV_NAMES_8
 #undef PATTERNKV_NAMES_16
 #undef PATTERNKV_NAMES_32
+#undef PATTERNKV_NAMES_64
 #undef PATTERNKV_WGMMA
+
+// Named barriers that `threads` threads of the block meet at; who arrives does not wait.
+__device__ __forceinline__ void block_barrier_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void block_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Barrier of one of several warpgroups.
+__device__ __forceinline__ void group_barrier(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
 
 }  // namespace patternkv

@@ -1,0 +1,316 @@
+// Attention of up to 128 query rows over a chunk of tokens, with the asynchronous matrix products
+// of compute capability 9.0: K and V are dequantized to fp16 operands in shared memory, once for
+// all rows. A block is three warpgroups, and a product has 64 rows.
+//
+//   up to 64 rows   every group takes every third tile, from codes to output; while products run it
+//                   dequantizes what the next ones need. The three results are added at the end.
+//   up to 128 rows  two groups have 64 rows each, the third dequantizes for both.
+#pragma once
+
+#include "patternkv/warpgroup_tiles.cuh"
+
+namespace patternkv {
+namespace warpgroup {
+
+// The running softmax of a thread's two rows, 16 w + g and 8 further.
+struct Softmax {
+  float reference[2] = {-INFINITY, -INFINITY};
+  float mass[2] = {};  // of the thread's columns
+
+  // Logits (products, to be multiplied by `factor` > 0) to probabilities, as operands of the next
+  // product. Rescales `out` where a reference rises.
+  template <int kCount, int kOut>
+  __device__ __forceinline__ void apply(const float (&x)[kCount], float (&factor)[2],
+                                        float (&out)[kOut], uint32_t (&weights)[kCount / 8][4]) {
+    float peak[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], x[i]);
+    const auto ahead = [&](int h) { return peak[h] * factor[h] > reference[h] + kSlack; };
+    if (__any_sync(~0u, ahead(0) || ahead(1))) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        peak[h] = fmaxf(peak[h], __shfl_xor_sync(~0u, peak[h], 1));
+        peak[h] = fmaxf(peak[h], __shfl_xor_sync(~0u, peak[h], 2));
+        const float raised = ahead(h) ? peak[h] * factor[h] : reference[h];
+        const float scale = exp2_approx(reference[h] - raised);
+        reference[h] = raised;
+        mass[h] *= scale;
+#pragma unroll
+        for (int i = 0; i < kOut / 4; ++i) {
+          out[4 * i + 2 * h] *= scale;
+          out[4 * i + 2 * h + 1] *= scale;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const int h = i % 2;
+      const float p0 = exp2_approx(fmaf(x[2 * i], factor[h], -reference[h]));
+      const float p1 = exp2_approx(fmaf(x[2 * i + 1], factor[h], -reference[h]));
+      mass[h] += p0 + p1;
+      weights[i / 4][i % 4] = as_u32(__floats2half2_rn(p0, p1));
+    }
+  }
+};
+
+// 64 query rows and their running attention: the share of a thread.
+struct Rows {
+  uint32_t queries;  // shared address
+  float query_scale[2];
+  bool busy;  // else all rows of the warp are empty
+  Softmax softmax;
+  float out[D / 2] = {};
+
+  __device__ __forceinline__ Rows(const Shared& shared, int which, int num_rows) {
+    const int row = first_row();
+    queries = shared_address(shared.queries[which]);
+    busy = row / 16 * 16 < num_rows - which * kGroupRows;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      query_scale[h] = shared.query_scale[which * kGroupRows + row + 8 * h];
+    }
+  }
+  // The thread's rows are this and 8 further.
+  static __device__ __forceinline__ int first_row() {
+    return threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+
+  template <int kTile>
+  __device__ __forceinline__ void multiply_keys(float (&x)[kTile / 2],
+                                                const Operands<kTile>& operands) const {
+    const uint32_t keys = shared_address(operands.keys);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+      const int tile = step / 4, byte = step % 4 * 32;
+      wgmma_shared_by_rows(x, operand(queries + tile * (kGroupRows * kSwizzledRow) + byte),
+                           operand(keys + tile * (kTile * kSwizzledRow) + byte), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // Products of `valid` tokens to probabilities.
+  template <int kTile>
+  __device__ __forceinline__ void weigh(float (&x)[kTile / 2], uint32_t (&weights)[kTile / 16][4],
+                                        int valid, float cap_log2) {
+    if (!busy) {
+      set_zero(weights);
+      return;
+    }
+    float factor[2] = {query_scale[0], query_scale[1]};
+    if (cap_log2 > 0) {
+#pragma unroll
+      for (int i = 0; i < kTile / 2; ++i) x[i] = soft_cap(x[i] * factor[i / 2 % 2], cap_log2);
+      factor[0] = factor[1] = 1;
+    }
+    if (valid < kTile) {
+      const int t = threadIdx.x % 4;
+#pragma unroll
+      for (int i = 0; i < kTile / 2; ++i) {
+        if (i / 4 * 8 + 2 * t + i % 2 >= valid) x[i] = -INFINITY;
+      }
+    }
+    softmax.apply(x, factor, out, weights);
+  }
+
+  template <int kTile>
+  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kTile / 16][4],
+                                                  const Operands<kTile>& operands) {
+    const uint32_t values = shared_address(operands.values);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kTile / 16; ++step) {
+      wgmma_by_columns(out, weights[step],
+                       operand(values + step * (16 * kSwizzledRow), kTile * kSwizzledRow));
+    }
+    wgmma_commit();
+  }
+
+  // Waits for all products.
+  __device__ __forceinline__ void finish() {
+    wgmma_wait();
+    settle(out);
+  }
+  // Softmax mass of the rows, complete in every lane that has a part of them.
+  __device__ __forceinline__ void add_mass() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      softmax.mass[h] += __shfl_xor_sync(~0u, softmax.mass[h], 1);
+      softmax.mass[h] += __shfl_xor_sync(~0u, softmax.mass[h], 2);
+    }
+  }
+  __device__ __forceinline__ void store(const DecodeParams& p, const WorkItem& item, int head,
+                                        int which) const {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = which * kGroupRows + first_row() + 8 * h;
+      if (row >= item.num_branches * p.group) continue;
+      const int64_t at = state_index(p, item, head, row);
+      if (t == 0) p.state_sum[at] = make_float2(softmax.reference[h], softmax.mass[h]);
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        // The columns 2t and 2t + 1 are the dims t and t + 4.
+        float* dims = p.state_out + at * HEAD_DIM + 8 * i + t;
+        dims[0] = out[4 * i + 2 * h], dims[4] = out[4 * i + 2 * h + 1];
+      }
+    }
+  }
+};
+
+// Adds up the groups' attention to the same rows in the first group. A group without tokens has
+// reference -inf, hence weight 0.
+__device__ __forceinline__ void merge_groups(Rows& rows, int group, Shared& shared,
+                                             float4* outputs) {
+  const int thread = threadIdx.x % kGroupThreads, t = thread % 4, row = Rows::first_row();
+  constexpr int kQuads = D / 8;
+  auto& states = reinterpret_cast<float2(&)[kGroups][kGroupRows]>(shared.queries[1]);
+  rows.add_mass();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (t == 0) {
+      states[group][row + 8 * h] =
+          make_float2(rows.softmax.reference[h], rows.softmax.mass[h]);
+    }
+  }
+  __syncthreads();  // nobody reads operands any more either
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = -INFINITY, mass = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) top = fmaxf(top, states[i][row + 8 * h].x);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const float2 state = states[i][row + 8 * h];
+      mass += state.y * exp2_approx(state.x - top);
+    }
+    const float weight = exp2_approx(rows.softmax.reference[h] - top);
+    rows.softmax.reference[h] = top;
+    rows.softmax.mass[h] = mass;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      rows.out[4 * i + 2 * h] *= weight;
+      rows.out[4 * i + 2 * h + 1] *= weight;
+    }
+  }
+  if (group > 0 && rows.busy) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      outputs[((group - 1) * kQuads + i) * kGroupThreads + thread] =
+          *reinterpret_cast<const float4*>(&rows.out[4 * i]);
+    }
+  }
+  __syncthreads();
+  if (group > 0 || !rows.busy) return;
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) {
+#pragma unroll
+    for (int j = 0; j < kGroups - 1; ++j) {
+      const float4 other = outputs[(j * kQuads + i) * kGroupThreads + thread];
+      rows.out[4 * i] += other.x, rows.out[4 * i + 1] += other.y;
+      rows.out[4 * i + 2] += other.z, rows.out[4 * i + 3] += other.w;
+    }
+  }
+}
+
+template <int kTile>
+__device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* bytes) {
+  // The same for all lanes, which the compiler cannot know of threadIdx.x.
+  const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
+  auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
+  auto& shared = memory.shared;
+  const int pattern_bytes = p.num_patterns * HEAD_DIM * 2;
+  uint8_t* k_patterns = bytes + kPatternStart<kTile>;
+  uint8_t* v_patterns = k_patterns + pattern_bytes;
+  const int num_rows = item.num_branches * p.group;
+  const bool shares_tokens = num_rows <= kGroupRows;  // else rows
+  const bool feeds = shares_tokens || group == kGroups - 1;
+
+  Feed<kTile> feed(p, item, head, memory.incoming[group], shares_tokens ? group : 0,
+                   shares_tokens ? kGroups : 1);
+  if (feeds) feed.start(group);
+  if (threadIdx.x < 2 * HEAD_DIM) {
+    const int side = threadIdx.x / HEAD_DIM, dim = threadIdx.x % HEAD_DIM;
+    shared.channels[side][place_of(dim)] = table_channels(p, item.table, side, head)[dim];
+  }
+  load_patterns(table_rows(p, item.table, 0, head), p.num_patterns, k_patterns);
+  load_patterns(table_rows(p, item.table, 1, head), p.num_patterns, v_patterns);
+  load_queries(p, item, head, shares_tokens ? kGroupRows : kMostRows, shared);
+  cp_async_wait<0>();
+  __syncthreads();
+
+  if (shares_tokens) {
+    auto& operands = memory.operands[group];
+    Rows rows(shared, 0, num_rows);
+    for (int n = 0; n < feed.count; ++n) {
+      feed.ask(n);
+      feed.dequantize_keys(n, operands, shared, k_patterns);
+      rows.finish();
+      publish_operands();
+      group_barrier(group);  // the keys are there, and nobody reads the values before
+      float x[kTile / 2];
+      rows.multiply_keys<kTile>(x, operands);
+      feed.dequantize_values(n, operands, shared, v_patterns);
+      wgmma_wait();
+      settle(x);
+      uint32_t weights[kTile / 16][4];
+      rows.weigh<kTile>(x, weights, feed.last + 1 - (feed.first + n * feed.stride), p.cap_log2);
+      feed.receive(n);
+      publish_operands();
+      group_barrier(group);  // the values are there, and the next tile's codes
+      rows.multiply_values<kTile>(weights, operands);
+    }
+    rows.finish();
+    merge_groups(rows, group, shared, reinterpret_cast<float4*>(memory.operands));
+    if (group == 0) rows.store(p, item, head, 0);
+  } else if (group == kGroups - 1) {
+    for (int n = 0; n < feed.count; ++n) {
+      const int stage = n % kGroups;
+      feed.ask(n);
+      if (n >= kGroups) block_barrier_wait(kEmptyBarrier + stage, kBlockThreads);
+      feed.dequantize_keys(n, memory.operands[stage], shared, k_patterns);
+      feed.dequantize_values(n, memory.operands[stage], shared, v_patterns);
+      feed.receive(n);
+      publish_operands();
+      block_barrier_arrive(kFullBarrier + stage, kBlockThreads);
+      group_barrier(group);
+    }
+  } else {
+    Rows rows(shared, group, num_rows);
+    for (int n = 0; n < feed.count; ++n) {
+      const auto& operands = memory.operands[n % kGroups];
+      block_barrier_wait(kFullBarrier + n % kGroups, kBlockThreads);
+      float x[kTile / 2];
+      rows.multiply_keys<kTile>(x, operands);
+      rows.finish();
+      settle(x);
+      // The last rounds find nobody waiting.
+      if (n > 0 && n - 1 + kGroups < feed.count) {
+        block_barrier_arrive(kEmptyBarrier + (n - 1) % kGroups, kBlockThreads);
+      }
+      uint32_t weights[kTile / 16][4];
+      rows.weigh<kTile>(x, weights, feed.last + 1 - (feed.first + n * feed.stride), p.cap_log2);
+      rows.multiply_values<kTile>(weights, operands);
+    }
+    rows.finish();
+    rows.add_mass();
+    rows.store(p, item, head, group);
+  }
+}
+
+// kTile is 64, or 32 where large tables leave no room.
+template <int kTile>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attend_kernel(const __grid_constant__ DecodeParams p) {
+  PATTERNKV_DYNAMIC_SHARED(memory);
+  launch_dependents();
+  uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
+  for_each_unit(p.work.many(), p.pool.h_kv,
+                [&](const WorkItem& item, int head) { attend<kTile>(p, item, head, aligned); });
+  // This grid then ends after the one before it, and the merge, which waits for this one, after
+  // both.
+  wait_for_previous_kernel();
+}
+
+}  // namespace warpgroup
+}  // namespace patternkv

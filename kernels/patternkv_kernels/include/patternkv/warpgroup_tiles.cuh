@@ -1,0 +1,331 @@
+// What the warpgroup kernel does with tokens and queries before products: its shared memory, code
+// rows and patterns on their way there, and their dequantization to operands.
+#pragma once
+
+#include <cstddef>
+
+#include "patternkv/decode_tile.cuh"
+#include "patternkv/wgmma.cuh"
+
+namespace patternkv {
+namespace warpgroup {
+
+// Whether the kernel exists: the accumulators of 256 dims do not fit the registers.
+constexpr bool kExists = PKV_WGMMA && HEAD_DIM <= 128;
+
+constexpr int kGroupRows = 64;
+constexpr int kMostRows = 2 * kGroupRows;
+constexpr int kGroups = 3;
+constexpr int kGroupThreads = 128;
+constexpr int kBlockThreads = kGroups * kGroupThreads;
+constexpr int kTiles = D / 64;  // operand tiles side by side
+constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
+
+// Named barriers. Those of the groups come first (group_barrier).
+constexpr int kFullBarrier = 1 + kGroups, kEmptyBarrier = kFullBarrier + kGroups;
+
+// Metadata of a token's K or V as its readers need it.
+struct alignas(8) Source {
+  uint32_t pattern;  // bytes to the pattern in its table
+  uint32_t scale;    // half2, scaled like those of the tokens around it
+};
+
+struct Shared {
+  // Where groups share rows, their results take the place of the second 64 queries.
+  uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
+  float query_scale[kMostRows];  // of products to logits
+  __half channels[2][D];         // channel scales
+};
+
+// K and V of a tile as operands.
+template <int kTile>
+struct alignas(1024) Operands {
+  uint8_t keys[kTiles][kTile * kSwizzledRow];
+  uint8_t values[kTiles][kTile * kSwizzledRow];
+};
+
+// The tiles on their way to one group.
+template <int kTile>
+struct alignas(128) Incoming {
+  uint8_t codes[2][kTile * CODE_BYTES];  // K's rows, then V's
+  Source sources[2][2][kTile];           // K's and V's
+  uint32_t steps[2][2][kTile / 32];      // half2: scales of 32 tokens count in these
+  uint32_t units[2][kTile];              // offsets of code rows
+};
+
+// [Shared][Operands of each group][Incoming of each group][K patterns][V patterns], from an address
+// aligned to kAlign. Once the tiles are done, two groups leave their output behind Shared.
+template <int kTile>
+struct Memory {
+  Shared shared;
+  Operands<kTile> operands[kGroups];
+  Incoming<kTile> incoming[kGroups];
+};
+constexpr int kAlign = 1024, kLeastAlign = 256;  // of a tile; what the launch gives anyway
+constexpr int kOutputBytes = kGroupRows * D * 4;
+
+template <int kTile>
+constexpr int kPatternStart =
+    offsetof(Memory<kTile>, incoming) + kGroups * sizeof(Incoming<kTile>);
+
+template <int kTile>
+__host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
+  const int tiles = kPatternStart<kTile> + 2 * num_patterns * HEAD_DIM * 2;
+  const int outputs = offsetof(Memory<kTile>, operands) + (kGroups - 1) * kOutputBytes;
+  return kAlign - kLeastAlign + (tiles > outputs ? tiles : outputs);
+}
+
+// Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes
+// come out of their words without being moved one by one.
+__device__ __forceinline__ int place_of(int dim) {
+  return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2;
+}
+
+template <int kBits>
+__device__ __forceinline__ uint32_t load_codes(const uint8_t* codes) {
+  if constexpr (kBits == 4) {
+    return *reinterpret_cast<const uint32_t*>(codes);
+  } else {
+    return *reinterpret_cast<const uint16_t*>(codes);
+  }
+}
+
+// Codes of 8 dims as pairs of fp16 numbers, the subnormals code * 2^-24 (pairs [0]) and
+// code * 2^-20 (pairs [1]): no conversion, and no bias to take off.
+template <int kBits>
+__device__ __forceinline__ void expand_pairs(uint32_t word, uint32_t (&pairs)[2][2]) {
+  constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00010001u;
+  if constexpr (kBits == 4) {  // pair j is the codes j and j + 4; [j % 2][j / 2]
+    pairs[0][0] = word & mask, pairs[1][0] = word & mask << 4;
+    pairs[0][1] = word >> 8 & mask, pairs[1][1] = word >> 8 & mask << 4;
+  } else {  // [j / 2][j % 2]
+    word |= word << 8;
+    pairs[0][0] = word & mask, pairs[1][0] = word & mask << 4;
+    pairs[0][1] = word >> 2 & mask, pairs[1][1] = word >> 2 & mask << 4;
+  }
+}
+
+// Writes one side of a tile: pattern + scale * channel_scale * (code - centre). The threads of the
+// group write a token's 16-byte pieces side by side.
+template <int kBits, int kTile>
+__device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwizzledRow],
+                                           const __half* channels, const uint8_t* codes,
+                                           int code_stride, const uint8_t* patterns,
+                                           const Source (&sources)[kTile],
+                                           const uint32_t (&steps_of)[kTile / 32]) {
+  const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
+  const __half2 centre = __float2half2_rn(-Codes<kBits>::kCentre / (1 << 20));
+#pragma unroll
+  for (int first = 0; first < kTile; first += 32) {
+    // From shared memory each time: registers are what is scarce.
+    uint32_t scales[kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      load_words(scales[i], reinterpret_cast<const uint8_t*>(channels + i * 64 + piece * 8));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const __half2 scale = __hmul2(as_half2(scales[i][j]), as_half2(steps_of[first / 32]));
+        scales[i][j] = as_u32(__hmin2(scale, __float2half2_rn(65504.0f)));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 32 / (kGroupThreads / kPieces); ++n) {
+      const int token = first + n * (kGroupThreads / kPieces) + thread / kPieces;
+      const Source own = sources[token];
+      const __half2 scale[2] = {__hmul2(as_half2(own.scale), __float2half2_rn(16.0f)),
+                                as_half2(own.scale)};
+      const __half2 offset = __hmul2(as_half2(own.scale), centre);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const int dim = i * 64 + piece * 8;
+        if (dim >= HEAD_DIM) continue;
+        uint32_t pairs[2][2], x[4];
+        expand_pairs<kBits>(load_codes<kBits>(codes + token * code_stride + dim * kBits / 8), pairs);
+        load_words(x, patterns + own.pattern + dim * 2);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int high = kBits == 4 ? j % 2 : j / 2, which = kBits == 4 ? j / 2 : j % 2;
+          const __half2 steps = __hfma2(as_half2(pairs[high][which]), scale[high], offset);
+          x[j] = as_u32(__hfma2(steps, as_half2(scales[i][j]), as_half2(x[j])));
+        }
+        store_words(tiles[i] + swizzled(token, piece), x);
+      }
+    }
+  }
+}
+
+// Brings the patterns of one side to shared memory.
+__device__ __forceinline__ void load_patterns(const __half* from, int num_patterns, uint8_t* to) {
+  constexpr int kBatch = 4;
+  const int end = num_patterns * (HEAD_DIM / 8);
+  for (int first = threadIdx.x; first < end; first += kBatch * kBlockThreads) {
+    uint32_t words[kBatch][4];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = min(first + i * kBlockThreads, end - 1);
+      load_words(words[i], reinterpret_cast<const uint8_t*>(from + at * 8));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = min(first + i * kBlockThreads, end - 1);
+      const uint32_t(&in)[4] = words[i];
+      const uint32_t out[4] = {
+          __byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
+          __byte_perm(in[1], in[3], 0x5410), __byte_perm(in[1], in[3], 0x7632)};
+      store_words(to + at * 16, out);
+    }
+  }
+}
+
+// Fills the query operands of `rows` rows, a multiple of 64, and the scales of their products. Ends
+// without a barrier.
+__device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkItem& item, int head,
+                                             int rows, Shared& shared) {
+  constexpr int kThreadsPerRow = 4, kDims = HEAD_DIM / kThreadsPerRow;
+  const int first = threadIdx.x % kThreadsPerRow * kDims;
+  for (int row = threadIdx.x / kThreadsPerRow; row < rows; row += kBlockThreads / kThreadsPerRow) {
+    uint32_t words[kDims / 8][4] = {};
+    if (row < item.num_branches * p.group) {
+      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
+      const int64_t at =
+          batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first;
+#pragma unroll
+      for (int i = 0; i < kDims / 8; ++i) {
+        load_words(words[i], static_cast<const uint8_t*>(p.q) + 2 * (at + 8 * i));
+      }
+    }
+    float q[kDims / 8][8], largest = 0;
+#pragma unroll
+    for (int i = 0; i < kDims / 8; ++i) {
+      if (p.q_is_bf16) {
+        to_floats<__nv_bfloat16>(q[i], words[i]);
+      } else {
+        to_floats<__half>(q[i], words[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(q[i][j]));
+    }
+#pragma unroll
+    for (int distance = 1; distance < kThreadsPerRow; distance *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+    }
+    // As large as fp16 takes: small components stay normal numbers.
+    const float scale = copysignf(power_of_two_scale(largest, 14), p.scale_log2);
+    if (first == 0) shared.query_scale[row] = p.scale_log2 / scale;
+#pragma unroll
+    for (int i = 0; i < kDims / 8; ++i) {
+      const int dim = first + 8 * i;
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs[j] = as_u32(__floats2half2_rn(q[i][j] * scale, q[i][j + 4] * scale));
+      }
+      store_words(shared.queries[row / kGroupRows][dim / 64] +
+                      swizzled(row % kGroupRows, dim % 64 / 8),
+                  pairs);
+    }
+  }
+}
+
+// Brings a group its tiles: tile n starts at position first + n * stride. Threads below kTile own a
+// token each; tokens beyond the end repeat the last one, so that no byte outside the segment is
+// read.
+template <int kTile>
+struct Feed {
+  const DecodeParams& p;
+  HeadPool pool;
+  const int* slots;
+  Incoming<kTile>& incoming;
+  int first, stride, last;  // positions
+  int count;                // of tiles
+  int next_slot, later_slot, fresh_slot;
+  RawToken raw;
+  const int thread = threadIdx.x % kGroupThreads;
+
+  __device__ __forceinline__ Feed(const DecodeParams& p, const WorkItem& item, int head,
+                                  Incoming<kTile>& incoming, int index, int feeds)
+      : p(p),
+        pool(p.pool, head),
+        slots(p.req_to_token + item.req * p.req_stride),
+        incoming(incoming),
+        first(item.start + index * kTile),
+        stride(feeds * kTile),
+        last(item.end - 1),
+        count(((item.end - item.start + kTile - 1) / kTile - index + feeds - 1) / feeds) {}
+
+  __device__ __forceinline__ int load_slot(int n) const {
+    return slots[min(first + n * stride + thread, last)];
+  }
+  __device__ __forceinline__ void put_units(int n, int slot) {
+    if (thread < kTile) incoming.units[n % 2][thread] = pool.row_units(p.pool, slot);
+  }
+  __device__ __forceinline__ void put_sources(int n) {
+    if (thread >= kTile) return;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const uint32_t bits = side == 0 ? raw.k_scale : raw.v_scale;
+      const uint32_t pattern = side == 0 ? raw.pattern_ids & 0xff : raw.pattern_ids >> 8;
+      // The largest of a warp's scales gets to 2^10: 16 of it fit fp16, and what is far below it
+      // keeps its precision.
+      const float largest = half_bits_to_float(__reduce_max_sync(~0u, bits & 0x7fff));
+      const float up = fmaxf(power_of_two_scale(largest, 10), 32.0f);
+      const float scale = fminf(half_bits_to_float(bits) * up, 4094.0f);
+      incoming.sources[n % 2][side][thread] = {pattern * (HEAD_DIM * 2),
+                                               as_u32(__float2half2_rn(scale))};
+      if (thread % 32 == 0) {
+        incoming.steps[n % 2][side][thread / 32] = as_u32(__float2half2_rn((1 << 20) / up));
+      }
+    }
+  }
+  __device__ __forceinline__ void issue(int n) {
+    copy_rows<kTile, kGroupThreads, K_ROW_BYTES, V_ROW_BYTES>(
+        p.copy16, shared_address(incoming.codes[n % 2]), pool.codes, thread,
+        [&](int token) { return incoming.units[n % 2][token]; });
+    cp_async_commit();
+  }
+
+  // The first tile, but for a wait for copies and a barrier.
+  __device__ __forceinline__ void start(int group) {
+    const int slot = load_slot(0);
+    next_slot = load_slot(1), later_slot = load_slot(2);
+    raw = load_token(pool.metadata_words(p.pool, slot));
+    put_units(0, slot);
+    put_units(1, next_slot);
+    group_barrier(group);
+    issue(0);
+    put_sources(0);
+  }
+  // Before work on tile n: asks for the next.
+  __device__ __forceinline__ void ask(int n) {
+    if (n + 1 >= count) return;
+    issue(n + 1);
+    raw = load_token(pool.metadata_words(p.pool, next_slot));
+    fresh_slot = load_slot(n + 3);
+  }
+  // After work on tile n: the next is there, once a barrier follows.
+  __device__ __forceinline__ void receive(int n) {
+    if (n + 1 < count) {
+      put_sources(n + 1);
+      put_units(n + 2, later_slot);
+      next_slot = later_slot;
+      later_slot = fresh_slot;
+    }
+    cp_async_wait<0>();
+  }
+
+  __device__ __forceinline__ void dequantize_keys(int n, Operands<kTile>& to, const Shared& shared,
+                                                  const uint8_t* patterns) const {
+    dequantize<K_BITS, kTile>(to.keys, shared.channels[0], incoming.codes[n % 2], K_ROW_BYTES,
+                              patterns, incoming.sources[n % 2][0], incoming.steps[n % 2][0]);
+  }
+  __device__ __forceinline__ void dequantize_values(int n, Operands<kTile>& to,
+                                                    const Shared& shared,
+                                                    const uint8_t* patterns) const {
+    dequantize<V_BITS, kTile>(to.values, shared.channels[1],
+                              incoming.codes[n % 2] + kTile * K_ROW_BYTES, V_ROW_BYTES, patterns,
+                              incoming.sources[n % 2][1], incoming.steps[n % 2][1]);
+  }
+};
+
+}  // namespace warpgroup
+}  // namespace patternkv
