@@ -41,10 +41,10 @@ def name(result: Result) -> str:
     return f"{result.first.method} {result.first.bits_k}/{result.first.bits_v}"
 
 
-def order(result: Result) -> tuple[int, str, int, int]:
+def order(result: Result) -> tuple[int, str, int, int, int]:
     cell = result.first
     method, _ = split_method(cell.method)
-    return list(METHODS).index(method), cell.method, -cell.bits_k, -cell.bits_v
+    return list(METHODS).index(method), cell.method, -cell.bits_k, -cell.bits_v, cell.context
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -158,7 +158,7 @@ class Report:
                 lines, detectable = [], 0.0
                 for (*_, level), result in picked.items():
                     n, k = result.samples, min(VOTES, result.samples)
-                    size = str(len(result.problems))
+                    size = f"{len(result.problems)} × {n}"
                     line = [name(result), level, size, f"{result.bits_per_element:.2f}"]
                     line.append(value(result.passes(1)))
                     if n > 1:
@@ -184,7 +184,7 @@ class Report:
                 head = ["method", "level", "problems", "bits", "pass@1", *votes, "pass@1 − bf16"]
                 head += [f"maj@{k} − bf16"] if n > 1 else []
                 parts.append(
-                    f"**{model}, {kind}**: percent; {n} answer{'s' * (n > 1)} to each problem. "
+                    f"**{model}, {kind}**: percent, problems × answers to each. "
                     "Smallest difference of `patternkv_sgl` to bf16 found with power "
                     f"{POWER} (two-sided α = {ALPHA}): {reach}.\n\n"
                     + table([*head, "no answer", "loops"], lines)
