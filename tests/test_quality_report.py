@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_published_rows_have_the_agreed_keys_and_percent() -> None:
     assert (forced["k"], forced["stderr"], forced["n_problems"]) == (None, pytest.approx(0.1), 2)
 
 
-def test_the_page_says_who_differs_and_which_target_is_met(tmp_path: Path) -> None:
+def test_the_page_says_who_differs_and_which_target_is_met() -> None:
     names = [f"p{i}" for i in range(4)]
     right = [[True, True]] * 4
     wrong = [{"1": 1}, {"1": 1, "2": 1}, {"1": 1}, {"3": 1, "1": 1}]
@@ -101,6 +102,8 @@ def test_the_page_says_who_differs_and_which_target_is_met(tmp_path: Path) -> No
         answered(names, right, method="kivi_g32", bits=2),
         cell("forced 12x4", ["c", "d"], "kivi_g32", 2, **chain),
         cell("forced 12x4", ["c", "d"], "patternkv_sgl", 2, flatness=[[0.5] * 4], **chain),
+        cell("forced 12x4", ["c", "d"], "patternkv_sgl[window=0]", 2, **chain),
+        cell("forced 12x4", ["c", "d"], "patternkv_sgl[rotate=0,window=0]", 2, **chain),
     ]
     report = Report(results(cells))
     open_, missed = report.targets().splitlines()[2:]
@@ -110,6 +113,25 @@ def test_the_page_says_who_differs_and_which_target_is_met(tmp_path: Path) -> No
     assert "kivi_g32 2/2" in report.contests() and "p < 0.001" in report.contests()
     assert "0.2000 ± 0.1000" in report.chains()
     assert report.flatness().count("0.500") == 4
+    # Tried options have a table of their own, against the default if that was measured too.
+    assert "window" not in report.chains()
+    assert [line.split(" | ")[2:5] for line in report.choices().splitlines()[2:]] == [
+        ["yes", "window", "0"],
+        ["yes", "window", "**32**"],
+    ]
+
+
+def test_models_of_one_function_are_compared_with_its_exact_answers() -> None:
+    demo = answered(["a", "b"], [[True, True], [True, True]])
+    other = answered(["b", "a"], [[True, True], [False, False]], method="patternkv_sgl", bits=4)
+    report = Report(results([demo, replace(other, model="demo_outliers_8")]))
+    (line,) = report.targets().splitlines()[2:]
+    assert "demo_outliers_8" in line and "| -148.0 to +48.0 |" in line
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    chain = {"kl": [0.1, 0.3], "kl_curve": [0.1, 0.3], "attn_err": [0.5]}
+    report = Report(results([cell("forced 12x4", ["c", "d"], "patternkv_sgl", 2, **chain)]))
     for plot in (plot_curves, plot_storage):
         plot(report, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -125,8 +125,9 @@ def results(cells: Iterable[Cell]) -> list[Result]:
     return [Result(tuple(group)) for group in groups.values()]
 
 
-def compare(ours: Result, theirs: Result, values: str, k: int) -> Paired:
-    """``passes`` or ``majorities`` at ``k`` of ``ours`` minus ``theirs`` on common problems.
+def compare(ours: Result, theirs: Result, values: str, k: int | None = None) -> Paired:
+    """``kl``, or ``passes`` or ``majorities`` at ``k``, of ``ours`` minus ``theirs`` on common
+    problems.
 
     Raises:
         ValueError: they have fewer than two problems in common.
@@ -134,7 +135,8 @@ def compare(ours: Result, theirs: Result, values: str, k: int) -> Paired:
     common = set(ours.problems) & set(theirs.problems)
 
     def chosen(result: Result) -> list[float]:
-        pairs = zip(result.problems, getattr(result, values)(k), strict=True)
+        found = getattr(result, values)
+        pairs = zip(result.problems, found if k is None else found(k), strict=True)
         return [value for name, value in pairs if name in common]
 
     return Paired.test(chosen(ours), chosen(theirs))
