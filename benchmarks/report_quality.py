@@ -402,6 +402,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cells", type=Path, default=RESULTS / "quality_cells.jsonl")
     parser.add_argument("--served", type=Path, default=RESULTS / "quality_served.jsonl")
+    parser.add_argument("--memory", type=Path, default=RESULTS / "equal_memory.txt")
     parser.add_argument("--logits", type=Path, default=RESULTS / "quality_logits.jsonl")
     parser.add_argument("--rows", type=Path, default=RESULTS / "quality.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
@@ -420,6 +421,7 @@ def main() -> None:
         "TARGETS": report.targets,
         "CLAIMS": report.claims,
         "GUARD": lambda: logit_errors(args.logits),
+        "EQUAL_MEMORY": lambda: args.memory.read_text(encoding="utf-8").strip(),
         "STORAGE": storage,
         "SERVED": lambda: served(args.served),
     }
