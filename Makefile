@@ -10,6 +10,10 @@ ifneq ($(BUILT_AT),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
+# Tests that keep a core busy for minutes and start no server: two halves, side by side.
+KERNELS_1 := tests/test_decode_simt.py tests/test_dequantize_simt.py
+KERNELS_2 := tests/test_mining.py tests/test_jit.py
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-gpu bench-kernels bench-serving lint types format clean
 
@@ -23,8 +27,12 @@ demo: $(STAMP) ## best-of-8 on the demo model, bf16 against 4-bit and 2-bit KV, 
 	@HF_HUB_OFFLINE=1 $(PY) -m recipes.best_of_n --config recipes/demo/best_of_n.yaml
 
 test: lint types ## lint, types and every test that needs no GPU
-	@echo "==> tests (all but gpu)"
-	@$(PY) -m pytest -m "not gpu"
+	@echo "==> tests (all but gpu): kernels on the CPU, two files at a time"
+	@$(PY) -m pytest -q -m "not gpu" $(KERNELS_1) & first=$$!; \
+	$(PY) -m pytest -q -m "not gpu" $(KERNELS_2); second=$$?; \
+	wait $$first && exit $$second
+	@echo "==> tests (all but gpu): the rest"
+	@$(PY) -m pytest -m "not gpu" $(addprefix --ignore=,$(KERNELS_1) $(KERNELS_2))
 
 test-fast: $(STAMP) ## the tests that start no server
 	@echo "==> tests (no gpu, no server)"
