@@ -3,8 +3,7 @@
 // for their states only once the window is done.
 #pragma once
 
-#include "patternkv/decode_params.cuh"
-#include "patternkv/ptx.cuh"
+#include "patternkv/decode_tile.cuh"
 
 namespace patternkv {
 namespace merge {
@@ -12,7 +11,7 @@ namespace merge {
 constexpr int kMergeThreads = 512;
 constexpr int kMergeWarps = kMergeThreads / 32;
 constexpr int kPerLane = HEAD_DIM / 32;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 template <typename T>
 struct MergeParams {
@@ -39,26 +38,50 @@ struct Partial {
   float out[kPerLane] = {};
   float reference = -INFINITY, mass = 0;
 
-  __device__ void add(float logit, float weight, const float (&value)[kPerLane]) {
-    const float top = fmaxf(reference, logit);
-    if (top == -INFINITY) return;
-    const float keep = exp2f(reference - top), gain = exp2f(logit - top);
-    reference = top;
-    mass = mass * keep + weight * gain;
+  // Makes room for logits up to `top`; returns the reference, -inf if there is nothing yet.
+  __device__ __forceinline__ float raise(float top) {
+    top = fmaxf(reference, top);
+    if (top > reference) {
+      const float keep = exp2f(reference - top);
+      mass *= keep;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) out[i] = out[i] * keep + value[i] * gain;
+      for (int i = 0; i < kPerLane; ++i) out[i] *= keep;
+      reference = top;
+    }
+    return top;
+  }
+  __device__ __forceinline__ void add(float weight, const float (&value)[kPerLane]) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) out[i] = fmaf(weight, value[i], out[i]);
   }
 };
 
+// A lane's dims of a row.
 template <typename T>
 __device__ __forceinline__ void load_dims(float (&x)[kPerLane], const T* row, int lane) {
+  const T* from = row + lane * kPerLane;
+  if constexpr (kPerLane % 2 == 1) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) x[i] = load_float(row + i * 32 + lane);
+    for (int i = 0; i < kPerLane; ++i) x[i] = load_float(from + i);
+  } else {
+    uint32_t words[kPerLane * sizeof(T) / 4];
+    load_words(words, reinterpret_cast<const uint8_t*>(from));
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = load_float(reinterpret_cast<const T*>(words) + i);
+  }
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+  }
   return x;
 }
 
@@ -80,6 +103,7 @@ __device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row
       load_dims(k[i], p.window_k + at, lane);
       load_dims(v[i], p.window_v + at, lane);
     }
+    float top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       float dot = 0;
@@ -87,47 +111,66 @@ __device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row
       for (int d = 0; d < kPerLane; ++d) dot = fmaf(q[d], k[i][d], dot);
       logits[i] = warp_sum(dot) * p.scale_log2;
       if (p.cap_log2 > 0) logits[i] = p.cap_log2 * tanhf(logits[i] / p.cap_log2);
+      if (first + i * parts >= end) logits[i] = -INFINITY;
+      top = fmaxf(top, logits[i]);
+    }
+    top = partial.raise(top);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float weight = exp2f(logits[i] - top);
+      partial.mass += weight;
+      partial.add(weight, v[i]);
+    }
+  }
+}
+
+// State number `index` of the row, counted through its runs; -1 beyond the last.
+__device__ __forceinline__ int find_state(const WorkList& work, int first_run, int last_run,
+                                          int index) {
+  for (int r = first_run; r < last_run; ++r) {
+    const StateRun run = work.runs[r];
+    if (index < run.count) return run.first + index;
+    index -= run.count;
+  }
+  return -1;
+}
+
+// The states of the warp's lanes, first those that have one; `state` is -1 for the others.
+template <typename T>
+__device__ __forceinline__ void merge_states(const MergeParams<T>& p, Partial& partial, int state,
+                                             int q_head) {
+  constexpr int kBatch = 8;  // states in flight
+  const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
+  const int count = __popc(__ballot_sync(~0u, state >= 0));
+  const auto place = [&](int state) { return static_cast<int64_t>(state) * h_q + q_head; };
+  const float2 sums = state >= 0 ? p.state_sum[place(state)] : make_float2(-INFINITY, 0);
+  float weight = 0;
+  for (int first = 0; first < count; first += kBatch) {
+    float values[kBatch][kPerLane];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int other = __shfl_sync(~0u, state, min(first + i, count - 1));
+      load_dims(values[i], p.state_out + place(other) * HEAD_DIM, lane);
+    }
+    if (first == 0) {
+      const float top = partial.raise(warp_max(sums.x));
+      if (top == -INFINITY) return;
+      weight = exp2f(sums.x - top);
+      partial.mass += warp_sum(sums.y * weight);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i * parts < end) partial.add(logits[i], 1.0f, v[i]);
+      const float own = __shfl_sync(~0u, weight, min(first + i, 31));
+      partial.add(first + i < count ? own : 0.0f, values[i]);
     }
   }
 }
 
-// States part, part + parts, ... of the row, counted through its runs.
+// Two blocks of a multiprocessor: with more registers they would start later.
 template <typename T>
-__device__ void merge_states(const MergeParams<T>& p, Partial& partial, int first_run, int last_run,
-                             int q_head, int part, int parts) {
-  constexpr int kBatch = 16;
-  const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
-  int before = 0;  // states of the runs before
-  for (int r = first_run; r < last_run; ++r) {
-    const StateRun run = p.work.runs[r];
-    const int skip = (part - before % parts + parts) % parts;
-    for (int first = skip; first < run.count; first += kBatch * parts) {
-      float2 sums[kBatch];
-      float values[kBatch][kPerLane];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int state = run.first + min(first + i * parts, run.count - 1);
-        const int64_t at = static_cast<int64_t>(state) * h_q + q_head;
-        sums[i] = p.state_sum[at];
-        load_dims(values[i], p.state_out + at * HEAD_DIM, lane);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i * parts < run.count) partial.add(sums[i].x, sums[i].y, values[i]);
-      }
-    }
-    before += run.count;
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 2)
     merge_kernel(const __grid_constant__ MergeParams<T> p) {
-  __shared__ float outs[kMergeWarps][HEAD_DIM];
+  __shared__ __align__(16) float outs[kMergeWarps][HEAD_DIM];
   __shared__ float2 sums[kMergeWarps];
   const int row = blockIdx.x, head = blockIdx.y;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -142,28 +185,35 @@ __global__ void __launch_bounds__(kMergeThreads)
     const bool live = member < p.group;
     Partial partial;
     if (live && p.window > 0) attend_window(p, partial, row, head, q_head, part, parts);
+    int state = find_state(p.work, first_run, last_run, part + parts * lane);
     if (first == 0) wait_for_previous_kernel();
-    if (live) merge_states(p, partial, first_run, last_run, q_head, part, parts);
+    for (int round = 1; live && __any_sync(~0u, state >= 0); ++round) {
+      merge_states(p, partial, state, q_head);
+      state = find_state(p.work, first_run, last_run, part + parts * (round * 32 + lane));
+    }
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) outs[warp][i * 32 + lane] = partial.out[i];
+    for (int i = 0; i < kPerLane; ++i) outs[warp][lane * kPerLane + i] = partial.out[i];
     if (lane == 0) sums[warp] = make_float2(partial.reference, partial.mass);
     __syncthreads();
-    if (live && part == 0) {
-      for (int other = warp + 1; other < warp + parts; ++other) {
-        float values[kPerLane];
-        load_dims(values, outs[other], lane);
-        partial.add(sums[other].x, sums[other].y, values);
-      }
-      const int64_t at = static_cast<int64_t>(row) * p.h_kv * p.group + q_head;
+    // A thread adds the parts of a dim.
+    for (int e = threadIdx.x; e < heads * HEAD_DIM; e += kMergeThreads) {
+      const int first_part = e / HEAD_DIM * parts, dim = e % HEAD_DIM;
+      if (first + e / HEAD_DIM >= p.group) break;
+      float top = -INFINITY, mass = 0, out = 0;
+      for (int i = 0; i < parts; ++i) top = fmaxf(top, sums[first_part + i].x);
       // A row without tokens has mass 0 and output 0.
-      const float inverse = partial.mass > 0 ? 1.0f / partial.mass : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        p.out[at * HEAD_DIM + i * 32 + lane] = static_cast<T>(partial.out[i] * inverse);
+      if (top > -INFINITY) {
+        for (int i = 0; i < parts; ++i) {
+          const float2 sum = sums[first_part + i];
+          const float weight = exp2f(sum.x - top);
+          mass = fmaf(weight, sum.y, mass);
+          out = fmaf(weight, outs[first_part + i][dim], out);
+        }
       }
-      if (lane == 0) {
-        p.lse[at] = partial.mass > 0 ? (partial.reference + log2f(partial.mass)) * kLn2 : -INFINITY;
-      }
+      const int64_t at =
+          static_cast<int64_t>(row) * p.h_kv * p.group + head * p.group + first + e / HEAD_DIM;
+      p.out[at * HEAD_DIM + dim] = static_cast<T>(mass > 0 ? out / mass : 0.0f);
+      if (dim == 0) p.lse[at] = mass > 0 ? (top + log2f(mass)) * kLn2 : -INFINITY;
     }
     __syncthreads();
   }
