@@ -71,8 +71,10 @@ template <int kPending>
 void cp_async_wait() {}
 
 inline uint4 load_early(const uint4* x) { return *x; }
+inline uint2 load_early(const uint2* x) { return *x; }
 inline uint32_t load_early(const uint32_t* x) { return *x; }
 inline uint32_t load_early(const uint16_t* x) { return *x; }
+inline void prefetch(const void*) {}
 inline void store_streaming(uint4* at, uint4 x) { *at = x; }
 
 inline float4 load_shared_float4(uint32_t address) {

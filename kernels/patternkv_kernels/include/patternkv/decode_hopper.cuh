@@ -223,6 +223,17 @@ struct Attention {
   // The state of every row: pattern terms join the codes', and sums go over all threads.
   __device__ __forceinline__ void store(const DecodeParams& p, const WorkItem& item, int head,
                                         float value_scale) {
+    const int dim = first_dim(warp, g);
+    uint32_t channel_words[kDimTiles];
+    load_early(channel_words, table_channels(p, item.table, 1, head) + dim);
+    // Of the patterns 16 i + 2 t, + 1, + 8 and + 9.
+    uint32_t rows[kMostPatterns / 16][4][kDimTiles];
+    const __half* patterns = table_rows(p, item.table, 1, head) + dim;
+#pragma unroll
+    for (int i = 0; i < kMostPatterns / 4; ++i) {
+      const int pattern = min(i / 4 * 16 + 2 * t + i % 2 + i / 2 % 2 * 8, p.num_patterns - 1);
+      load_early(rows[i / 4][i % 4], patterns + pattern * HEAD_DIM);
+    }
     // Per row and warp: softmax mass, and scaled probabilities.
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
@@ -253,13 +264,10 @@ struct Attention {
       }
     }
     __syncthreads();
-    const int dim = first_dim(warp, g);
-    const __half* channels = table_channels(p, item.table, 1, head);
     float channel[2 * kDimTiles];
+    to_floats<__half>(channel, channel_words);
 #pragma unroll
-    for (int i = 0; i < 2 * kDimTiles; ++i) {
-      channel[i] = __half2float(channels[dim + i]) / value_scale;
-    }
+    for (int i = 0; i < 2 * kDimTiles; ++i) channel[i] /= value_scale;
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
       const int row = i / 2 * 8 + 2 * t + i % 2;
@@ -290,43 +298,28 @@ struct Attention {
     }
     publish_operands();
     __syncthreads();
-    const __half* patterns = table_rows(p, item.table, 1, head) + dim;
-#pragma unroll 1
-    for (int first = 0; first < kMostPatterns; first += 32) {
-      uint32_t rows[8][kDimTiles];
+    uint32_t a[kMostPatterns / 16][kDimTiles][4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int pattern =
-            min(first + i / 4 * 16 + 2 * t + i % 2 + i / 2 % 2 * 8, p.num_patterns - 1);
-        load_words(rows[i], reinterpret_cast<const uint8_t*>(patterns + pattern * HEAD_DIM));
+    for (int step = 0; step < kMostPatterns / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < kDimTiles * 4; ++i) {
+        const int h = i % 4;
+        a[step][i / 4][h] = __byte_perm(rows[step][h / 2 * 2][i / 4], rows[step][h / 2 * 2 + 1][i / 4],
+                                        h % 2 == 0 ? 0x5410 : 0x7632);
       }
-      // The products before have read their operands, which are in the same registers.
-      finish();
-      settle(rows);
-      uint32_t a[2 * kDimTiles][4];
-#pragma unroll
-      for (int i = 0; i < 2 * kDimTiles; ++i) {
-#pragma unroll
-        for (int h = 0; h < 4; ++h) {
-          const int first_row = i / kDimTiles * 4 + h / 2 * 2, word = i % kDimTiles;
-          a[i][h] = __byte_perm(rows[first_row][word], rows[first_row + 1][word],
-                                h % 2 == 0 ? 0x5410 : 0x7632);
-        }
-      }
-      settle(a);
-      wgmma_begin();
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint32_t b =
-            operand(shared_address(memory.weights[0])) + (first / 16 + step) * kSwizzledRow;
-#pragma unroll
-        for (int i = 0; i < kDimTiles; ++i) {
-          wgmma_by_columns(out[i], a[step * kDimTiles + i], b);
-          wgmma_by_columns(out[i], a[step * kDimTiles + i], b + Memory::kPlainOffset / 16);
-        }
-      }
-      wgmma_commit();
+      settle(a[step]);
     }
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kMostPatterns / 16; ++step) {
+      const uint32_t b = operand(shared_address(memory.weights[0])) + step * kSwizzledRow;
+#pragma unroll
+      for (int i = 0; i < kDimTiles; ++i) {
+        wgmma_by_columns(out[i], a[step][i], b);
+        wgmma_by_columns(out[i], a[step][i], b + Memory::kPlainOffset / 16);
+      }
+    }
+    wgmma_commit();
     finish();
     float* to = p.state_out + dim;
 #pragma unroll
@@ -352,9 +345,10 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
   auto& memory = *reinterpret_cast<Memory<kRows>*>(bytes);
   Feed<Memory<kRows>> feed(p, item, head, thread, memory);
   ask_queries(p, item, head, thread, memory);
+  const KeyPatterns patterns(p, item, head, thread);
   feed.start();
   const QueryScales scales = load_queries(p, item, head, thread, memory);
-  fill_table(p, item, head, thread, memory, scales.table);
+  fill_table(patterns, thread, memory, scales.table);
   feed.begin(scales.codes);  // a barrier: tile 0, queries and table are there
 
   Attention<kRows> attention(memory, thread, p.cap_log2);

@@ -101,9 +101,13 @@ __device__ __forceinline__ int chunk_limit(int candidate) {
   return min((limit + kTokenAlign - 1) / kTokenAlign * kTokenAlign, kMaxChunk);
 }
 
-// Expected time, in tokens, of the items of one kind that `limit` makes: full rounds of blocks, and
-// what the last one leaves.
-__device__ float expected_time(const PlanParams& p, int limit, bool wide) {
+// Work units of one kind, an item and a KV head each.
+struct Units {
+  int count, longest;  // longest: in tokens, with what an item costs
+};
+
+// The units that chunks of at most `limit` tokens make of the segments for one kernel.
+__device__ Units count_units(const PlanParams& p, int limit, bool wide) {
   const int lane = threadIdx.x % 32;
   int items = 0, longest = 0;
   for (int i = lane; i < p.num_segments; i += 32) {
@@ -117,11 +121,25 @@ __device__ float expected_time(const PlanParams& p, int limit, bool wide) {
   for (int distance = 16; distance > 0; distance /= 2) {
     longest = max(longest, __shfl_xor_sync(~0u, longest, distance));
   }
-  const int blocks = wide ? p.wide_blocks : p.narrow_blocks;
-  const int64_t units = static_cast<int64_t>(items) * p.h_kv;
-  const int64_t rounds = (units + blocks - 1) / blocks;
-  if (rounds > kMaxRounds && limit < kMaxChunk) return INFINITY;
-  return static_cast<float>(rounds) * (longest + kItemCost);
+  return {items * p.h_kv, items > 0 ? longest + kItemCost : 0};
+}
+
+// Expected time, in tokens, of one kernel's units: full rounds of blocks; shorter units first take
+// the blocks that the last round of the longer ones leaves.
+__device__ float expected_time(Units longer, Units shorter, int blocks, int limit) {
+  if (longer.longest < shorter.longest) {
+    const Units swapped = longer;
+    longer = shorter, shorter = swapped;
+  }
+  const auto rounds = [&](int units) { return (units + blocks - 1) / blocks; };
+  if (rounds(longer.count + shorter.count) > kMaxRounds && limit < kMaxChunk) return INFINITY;
+  int left = shorter.count;
+  if (left > 0) {
+    const int idle = rounds(longer.count) * blocks - longer.count;
+    left = max(left - idle * (longer.longest / shorter.longest), 0);
+  }
+  return static_cast<float>(rounds(longer.count)) * longer.longest +
+         static_cast<float>(rounds(left)) * shorter.longest;
 }
 
 // Whether most of what shared segments cost, tokens times rows, has rows enough for `many`.
@@ -146,30 +164,39 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanParams giv
   PlanParams p = given;
   const bool many = p.many_rows > 0 && has_many_rows(p);
   if (many) p.wide_rows = p.many_rows, p.wide_blocks = p.many_blocks;
-  __shared__ float times[2][kPlanWarps];
-  __shared__ int limits[2];
+  // Of private segments in `narrow`, of shared ones, and of both in the kernel of the shared ones.
+  __shared__ float times[3][kPlanWarps];
+  __shared__ int limits[3];
   __shared__ int scratch[kPlanWarps];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  for (int wide = 0; wide < 2; ++wide) {
-    const float time = expected_time(p, chunk_limit(warp), wide);
-    if (lane == 0) times[wide][warp] = time;
+  const int candidate = chunk_limit(warp);
+  const Units own = count_units(p, candidate, false), shared = count_units(p, candidate, true);
+  if (lane == 0) {
+    times[0][warp] = expected_time(own, {}, p.narrow_blocks, candidate);
+    times[1][warp] = expected_time(shared, {}, p.wide_blocks, candidate);
+    times[2][warp] = expected_time(shared, own, p.wide_blocks, candidate);
   }
   __syncthreads();
-  if (thread < 2) {
+  if (thread < 3) {
     int best = 0;
     for (int w = 1; w < kPlanWarps; ++w) {
       // Longer chunks on a tie: fewer states to merge.
       if (times[thread][w] <= times[thread][best]) best = w;
     }
+    times[thread][0] = times[thread][best];
     limits[thread] = chunk_limit(best);
   }
   __syncthreads();
+  // Two kernels hardly share a multiprocessor, so little private work costs most as a kernel of its
+  // own. Work of one kind has no choice.
+  if (shared.count > 0 && times[2][0] < times[0][0] + times[1][0]) p.narrow_rows = 0;
+  const int chunk_limits[2] = {limits[0], limits[p.narrow_rows == 0 ? 2 : 1]};
 
   int num_items[2] = {0, 0}, num_states = 0;
   for (int first = 0; first < p.num_segments; first += kPlanThreads) {
     const Segment s = load_segment(p, first + thread);
-    const int limit = limits[s.wide];
+    const int limit = chunk_limits[s.wide];
     const int chunks = s.tiles > 0 ? s.num_chunks(limit) : 0;
     const int items = chunks * s.tiles, states = chunks * s.num_branches;
     int ends[2];
@@ -195,7 +222,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanParams giv
         p.entry_runs[other.first_entry + e] = {state + e * num_chunks, num_chunks};
       }
       if (count == 0) continue;
-      const int size = other.chunk(limits[other.wide]);
+      const int size = other.chunk(chunk_limits[other.wide]);
       WorkItem* out = other.wide ? p.work.wide_items : p.work.narrow_items;
       const int capacity = other.wide ? p.max_wide : p.max_narrow;
       for (int n = lane; n < count; n += 32) {

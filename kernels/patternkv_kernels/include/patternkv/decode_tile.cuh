@@ -152,6 +152,19 @@ __device__ __forceinline__ void load_words(uint32_t (&out)[kWords], const uint8_
   }
 }
 
+// The same of global memory; the load stays where it is written, ahead of what waits for its values.
+template <int kWords, typename T>
+__device__ __forceinline__ void load_early(uint32_t (&out)[kWords], const T* global) {
+  if constexpr (kWords == 4) {
+    reinterpret_cast<uint4&>(out[0]) = load_early(reinterpret_cast<const uint4*>(global));
+  } else if constexpr (kWords == 2) {
+    reinterpret_cast<uint2&>(out[0]) = load_early(reinterpret_cast<const uint2*>(global));
+  } else {
+    static_assert(kWords == 1);
+    out[0] = load_early(reinterpret_cast<const uint32_t*>(global));
+  }
+}
+
 template <int kWords>
 __device__ __forceinline__ void store_words(uint8_t* shared, const uint32_t (&x)[kWords]) {
   if constexpr (kWords % 4 == 0) {
@@ -437,21 +450,23 @@ __device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half
 }
 
 // Works through the units of a launch, an item and a KV head each, block by block: `attend(item,
-// head)` by whole blocks. The next unit is asked for before the present one is worked on, so the
-// answer costs no time.
+// head)` by whole blocks. The next unit is asked for before the present one is worked on, and the
+// first item before it is known whether there is one, so that these answers cost no time.
 template <typename AttendUnit>
 __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, AttendUnit attend) {
   __shared__ int next;
-  const int num_units = queue.sign * *queue.num_items * h_kv;
   int unit = blockIdx.x;
+  WorkItem item = queue.items[unit / h_kv];
+  const int num_units = queue.sign * *queue.num_items * h_kv;
   while (unit < num_units) {
     int asked = 0;
     if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(queue.taken, 1);
-    attend(queue.items[unit / h_kv], unit % h_kv);
+    attend(item, unit % h_kv);
     __syncthreads();
     if (threadIdx.x == 0) next = asked;
     __syncthreads();
     unit = next;
+    if (unit < num_units) item = queue.items[unit / h_kv];
   }
 }
 

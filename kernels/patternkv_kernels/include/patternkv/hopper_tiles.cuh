@@ -138,11 +138,10 @@ __device__ __forceinline__ QueryScales load_queries(const DecodeParams& p, const
   constexpr int kRows = Memory::kQueryRows, kPieces = HEAD_DIM / 8, kCount = kRows * kPieces;
   static_assert(kCount % 32 == 0, "warps take part in a step as a whole");
   const int warp = thread / 32, piece = thread % kPieces;
+  uint32_t channel_words[4];
+  load_early(channel_words, table_channels(p, item.table, 0, head) + piece * 8);
   cp_async_wait<2>();  // two tiles were asked for after the queries
   __syncthreads();
-  uint32_t channel_words[4];
-  load_words(channel_words, reinterpret_cast<const uint8_t*>(
-                                table_channels(p, item.table, 0, head) + piece * 8));
   float channel[8];
   to_floats<__half>(channel, channel_words);
   const auto load = [&](int at, float (&q)[8]) {
@@ -246,28 +245,45 @@ __device__ __forceinline__ void multiply_queries(float (&x)[kRows / 2],
   wgmma_commit();
 }
 
+// A thread's dims of the K patterns that it multiplies for the table, asked for ahead of the
+// queries; and where V's are not in the L2 cache, which the end of an item reads them from, they go
+// there meanwhile.
+struct KeyPatterns {
+  uint32_t rows[2][HEAD_DIM / 32][4];
+
+  __device__ __forceinline__ KeyPatterns(const DecodeParams& p, const WorkItem& item, int head,
+                                         int thread) {
+    const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
+    const __half* patterns = table_rows(p, item.table, 0, head);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int pattern = min(16 * warp + 8 * h + g, p.num_patterns - 1);
+#pragma unroll
+      for (int k = 0; k < HEAD_DIM / 32; ++k) {
+        load_early(rows[h][k], patterns + pattern * HEAD_DIM + t * 8 + k * 32);
+      }
+    }
+    constexpr int kLine = 64;  // elements
+    if (thread * kLine < p.num_patterns * HEAD_DIM) {
+      prefetch(table_rows(p, item.table, 1, head) + thread * kLine);
+    }
+  }
+};
+static_assert(!kExists || kMostPatterns * HEAD_DIM / 64 <= kThreads, "a thread has a line of V");
+
 // Fills the table with the logits of queries and K patterns. Ends without a barrier.
 template <typename Memory>
-__device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem& item, int head,
-                                           int thread, Memory& memory, float scale) {
+__device__ __forceinline__ void fill_table(const KeyPatterns& patterns, int thread, Memory& memory,
+                                           float scale) {
   constexpr int kRows = Memory::kQueryRows;
   using Table = hopper::Table<kRows>;
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  const __half* patterns = table_rows(p, item.table, 0, head);
-  uint32_t rows[2][HEAD_DIM / 32][4];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int pattern = min(16 * warp + 8 * h + g, p.num_patterns - 1);
-    const auto* row = reinterpret_cast<const uint8_t*>(patterns + pattern * HEAD_DIM + t * 8);
-#pragma unroll
-    for (int k = 0; k < HEAD_DIM / 32; ++k) load_words(rows[h][k], row + k * 64);
-  }
   float x[kRows / 2] = {};
   uint32_t a[HEAD_DIM / 16][4];
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 4; ++i) {
     const int step = i / 4;
-    a[step][i % 4] = rows[i % 2][step / 2][step % 2 * 2 + i % 4 / 2];
+    a[step][i % 4] = patterns.rows[i % 2][step / 2][step % 2 * 2 + i % 4 / 2];
   }
   multiply_queries<kRows>(x, a, memory.weights[0]);
   wgmma_wait();

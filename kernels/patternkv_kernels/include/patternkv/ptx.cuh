@@ -81,6 +81,12 @@ __device__ __forceinline__ uint4 load_early(const uint4* x) {
   return y;
 }
 
+__device__ __forceinline__ uint2 load_early(const uint2* x) {
+  uint2 y;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(y.x), "=r"(y.y) : "l"(x));
+  return y;
+}
+
 __device__ __forceinline__ uint32_t load_early(const uint32_t* x) {
   uint32_t y;
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(y) : "l"(x));
