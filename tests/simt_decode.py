@@ -41,6 +41,7 @@ _NUMBERS = [
     "bf16",
     "hopper",
     "fewest_rows",
+    "num_narrow",
     "num_wide",
 ]
 
@@ -72,12 +73,17 @@ def simt_decode(inputs: DecodeInputs, *, hopper: bool = False) -> tuple[torch.Te
 def leaves_32_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
     """Whether the planner of compute capability 9.0 leaves shared segments to kernels of more than
     32 rows, if it does so from ``fewest_rows`` of most segments on."""
-    return _decode(inputs, True, fewest_rows)[2] < 0
+    return _decode(inputs, True, fewest_rows)[2].num_wide < 0
+
+
+def separates_private_work(inputs: DecodeInputs) -> bool:
+    """Whether the planner of compute capability 9.0 leaves private segments to a kernel of theirs."""
+    return _decode(inputs, True, fewest_rows=33)[2].num_narrow > 0
 
 
 def _decode(
     inputs: DecodeInputs, hopper: bool, fewest_rows: int
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+) -> tuple[torch.Tensor, torch.Tensor, Arguments]:
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape
     out = torch.full_like(inputs.q, torch.nan)
@@ -122,4 +128,4 @@ def _decode(
         logit_cap=inputs.case.logit_cap,
     )
     _library(fmt.k_bits, fmt.v_bits, fmt.head_dim).decode(ctypes.byref(arguments))
-    return out, lse, arguments.num_wide
+    return out, lse, arguments

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cases import CASES, DecodeCase, Segment, balanced_tree, make_inputs
-from tests.simt_decode import leaves_32_rows, simt_decode
+from tests.simt_decode import leaves_32_rows, separates_private_work, simt_decode
 from tests.simt_library import unavailable
 from tests.test_decode import ungrouped
 from tests.test_decode_cuda import HARD_CASES, assert_as_good_as_low_precision
@@ -82,6 +82,15 @@ def test_the_planner_weighs_rows(lengths: tuple[int, int], by_many: bool) -> Non
     assert leaves_32_rows(inputs, 33) is by_many
     assert leaves_32_rows(inputs, 0)
     assert not leaves_32_rows(inputs, 1000)
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "separate"), [(900, 10, False), (64, 3000, True), (0, 100, True)]
+)
+def test_little_private_work_joins_the_shared(shared: int, own: int, separate: bool) -> None:
+    tree = [Segment(shared, (0, 1, 2, 3)), *(Segment(own, (row,)) for row in range(4))]
+    inputs = make_inputs(DecodeCase("private", d=64, group=4, h_kv=1, dtype=BF16, tree=tree))
+    assert separates_private_work(inputs) is separate
 
 
 def test_all_of_the_chosen_cases_exist() -> None:

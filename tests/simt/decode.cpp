@@ -11,7 +11,7 @@ namespace patternkv {
 namespace {
 
 // A GPU of few blocks, so that small cases have several rounds of chunks too.
-constexpr int kBlocks = 6;
+constexpr int kBlocks = 6, kNarrowBlocks = 12;
 constexpr int kMaxItems = 8192, kMaxStates = 8192;
 
 // As tests/simt_decode.py passes it; see DecodePlan, Window and tree_decode for what is what.
@@ -34,7 +34,8 @@ struct Arguments {
   int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
       hopper,       // the kernels of compute capability 9.0
       fewest_rows,  // from which shared segments there are for the kernels of more than 32 rows
-      num_wide;     // answered: work items of shared segments, negative where they are for these
+      num_narrow,   // answered: work items of private segments with a kernel of their own
+      num_wide;     // answered: the other work items, negative where they are for those kernels
   double sm_scale, logit_cap;
 };
 
@@ -92,14 +93,14 @@ extern "C" void decode(Arguments* arguments) {
     p.many_rows = hopper && rows <= 64 ? 64 : warpgroup::kMostRows;
     p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
-  p.narrow_blocks = p.wide_blocks = kBlocks;
+  p.narrow_blocks = kNarrowBlocks, p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
   p.max_states = kMaxStates;
   p.max_runs = a.nnz;
   p.work = {&header, narrow_items.data(), wide_items.data(), run_indptr.data(), runs.data()};
   p.entry_runs = entry_runs.data();
   simt::launch({1, 1, 1}, plan::kPlanThreads, 0, [&] { plan::plan_kernel(p); });
-  a.num_wide = header.num_wide;
+  a.num_narrow = header.num_narrow, a.num_wide = header.num_wide;
 
   DecodeParams d = {};
   d.q = a.q;
@@ -122,7 +123,8 @@ extern "C" void decode(Arguments* arguments) {
   d.group = group;
   d.group_inverse = (65536 + group - 1) / group;
   const SimtIndex grid = {kBlocks, 1, 1};
-  simt::launch(grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
+  const SimtIndex narrow_grid = {kNarrowBlocks, 1, 1};
+  simt::launch(narrow_grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
     narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
   });
   if (!hopper) {

@@ -12,7 +12,7 @@ namespace patternkv {
 
 constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
 constexpr int kWarps = kThreads / 32;
-constexpr int kTokenAlign = 128;  // chunks are multiples of it: a tile for each warp
+constexpr int kTokenAlign = 64;  // chunks are multiples of it: a tile of most kernels
 // Steps whose shared segments have mostly fewer query rows are left to the kernels of up to 32.
 constexpr int kFewestRows = 33;
 // Fixed-point sums of probabilities hold this many tokens' worth of probabilities up to 2^kSlack.

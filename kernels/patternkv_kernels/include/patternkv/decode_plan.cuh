@@ -95,9 +95,10 @@ __device__ int block_scan(int x, int* scratch) {
   return x;
 }
 
-// Chunk limits that are tried: four per octave, from 256 to kMaxChunk and beyond repeats it.
+// Chunk limits that are tried: eight per octave, from 64 to kMaxChunk and beyond repeats it.
+constexpr int kLimits = 64;
 __device__ __forceinline__ int chunk_limit(int candidate) {
-  const int limit = (256 << (candidate / 4)) / 4 * (4 + candidate % 4);
+  const int limit = (64 << (candidate / 8)) / 8 * (8 + candidate % 8);
   return min((limit + kTokenAlign - 1) / kTokenAlign * kTokenAlign, kMaxChunk);
 }
 
@@ -165,24 +166,26 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanParams giv
   const bool many = p.many_rows > 0 && has_many_rows(p);
   if (many) p.wide_rows = p.many_rows, p.wide_blocks = p.many_blocks;
   // Of private segments in `narrow`, of shared ones, and of both in the kernel of the shared ones.
-  __shared__ float times[3][kPlanWarps];
+  __shared__ float times[3][kLimits];
   __shared__ int limits[3];
   __shared__ int scratch[kPlanWarps];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  const int candidate = chunk_limit(warp);
-  const Units own = count_units(p, candidate, false), shared = count_units(p, candidate, true);
-  if (lane == 0) {
-    times[0][warp] = expected_time(own, {}, p.narrow_blocks, candidate);
-    times[1][warp] = expected_time(shared, {}, p.wide_blocks, candidate);
-    times[2][warp] = expected_time(shared, own, p.wide_blocks, candidate);
+  Units own, shared;
+  for (int i = warp; i < kLimits; i += kPlanWarps) {
+    const int limit = chunk_limit(i);
+    own = count_units(p, limit, false), shared = count_units(p, limit, true);
+    if (lane > 0) continue;
+    times[0][i] = expected_time(own, {}, p.narrow_blocks, limit);
+    times[1][i] = expected_time(shared, {}, p.wide_blocks, limit);
+    times[2][i] = expected_time(shared, own, p.wide_blocks, limit);
   }
   __syncthreads();
   if (thread < 3) {
     int best = 0;
-    for (int w = 1; w < kPlanWarps; ++w) {
+    for (int i = 1; i < kLimits; ++i) {
       // Longer chunks on a tie: fewer states to merge.
-      if (times[thread][w] <= times[thread][best]) best = w;
+      if (times[thread][i] <= times[thread][best]) best = i;
     }
     times[thread][0] = times[thread][best];
     limits[thread] = chunk_limit(best);
