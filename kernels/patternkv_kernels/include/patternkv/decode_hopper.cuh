@@ -344,8 +344,11 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
   const int thread = opaque(threadIdx.x);
   auto& memory = *reinterpret_cast<Memory<kRows>*>(bytes);
   Feed<Memory<kRows>> feed(p, item, head, thread, memory);
-  ask_queries(p, item, head, thread, memory);
+  // What takes two look-ups first.
+  const AskedQueries<Memory<kRows>> queries(p, item, thread);
+  feed.look_up();
   const KeyPatterns patterns(p, item, head, thread);
+  queries.issue(p, head, thread, memory);
   feed.start();
   const QueryScales scales = load_queries(p, item, head, thread, memory);
   fill_table(patterns, thread, memory, scales.table);

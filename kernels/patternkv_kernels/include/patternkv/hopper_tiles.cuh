@@ -109,26 +109,48 @@ struct Table {
   }
 };
 
-// Asks for the queries of the item's rows, into `weights`. Rows beyond them are zero.
+// Asks for the queries of the item's rows, into `weights`. Rows beyond them are zero. Lane l of a
+// warp looks up the l-th of the rows that its lanes bring together.
 template <typename Memory>
-__device__ __forceinline__ void ask_queries(const DecodeParams& p, const WorkItem& item, int head,
-                                            int thread, Memory& memory) {
-  constexpr int kPieces = HEAD_DIM / 8, kCount = Memory::kQueryRows * kPieces;
-#pragma unroll
-  for (int first = 0; first < kCount; first += kThreads) {
-    const int row = (first + thread) / kPieces, piece = thread % kPieces;
-    if (row >= Memory::kQueryRows) break;
-    uint8_t* to = memory.weights[1] + (first + thread) * 16;
-    if (row < item.num_branches * p.group) {
-      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
-      const int64_t at = batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM;
-      cp_async<16>(shared_address(to), static_cast<const uint8_t*>(p.q) + 2 * at + piece * 16);
-    } else {
-      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-    }
+struct AskedQueries {
+  static constexpr int kPieces = HEAD_DIM / 8, kCount = Memory::kQueryRows * kPieces;
+  static constexpr int kAtOnce = 32 / kPieces;  // rows of a warp
+  static constexpr int kSteps = (kCount + kThreads - 1) / kThreads;
+  static_assert(kAtOnce * kSteps <= 32);
+
+  int row, batch_row = 0;
+  bool live;
+
+  static __device__ __forceinline__ int row_of(int step, int warp, int place) {
+    return (step * kWarps + warp) * kAtOnce + place;
   }
-  cp_async_commit();
-}
+  __device__ __forceinline__ AskedQueries(const DecodeParams& p, const WorkItem& item, int thread)
+      : row(row_of(thread % 32 / kAtOnce, thread / 32, thread % kAtOnce)),
+        live(row < item.num_branches * p.group && thread % 32 < kAtOnce * kSteps) {
+    if (live) batch_row = p.rows[item.first_entry + p.branch_of(row)];
+  }
+  __device__ __forceinline__ void issue(const DecodeParams& p, int head, int thread,
+                                        Memory& memory) const {
+    const int lane = thread % 32;
+    // In units of 16 bytes.
+    const int own = batch_row * static_cast<int>(p.q_stride / 8) +
+                    (head * p.group + p.member_of(row)) * kPieces;
+    const uint32_t alive = __ballot_sync(~0u, live);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int source = step * kAtOnce + lane / kPieces;
+      const int at = __shfl_sync(~0u, own, source) + lane % kPieces;
+      if ((step + 1) * kThreads > kCount && step * kThreads + thread >= kCount) break;
+      uint8_t* to = memory.weights[1] + (step * kThreads + thread) * 16;
+      if (alive >> source & 1) {
+        cp_async<16>(shared_address(to), static_cast<const uint4*>(p.q) + at);
+      } else {
+        *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    cp_async_commit();
+  }
+};
 
 // Fills the query operands, and raw ones in `weights` for the table, once the queries are there.
 // Ends with a barrier. Loops stay loops: code that runs once per item waits for instructions.
@@ -312,6 +334,7 @@ struct Feed {
   Memory& memory;
   int last;             // token of the item, counted from its first
   int slot;             // of the tile to ask for next
+  int slot0, slot1;     // of the first tiles
   uint32_t ids, scale;  // of the tile after the present one, as loaded: unpacking waits for them
   uint32_t first_ids, first_scale;
   float code_scale, value_scale;
@@ -357,10 +380,13 @@ struct Feed {
     cp_async_commit();
   }
 
+  // Looks up the tokens of the first tiles.
+  __device__ __forceinline__ void look_up() {
+    slot0 = load_slot(0), slot1 = load_slot(1);
+    slot = load_slot(2);
+  }
   // Asks for the first two tiles.
   __device__ __forceinline__ void start() {
-    const int slot0 = load_slot(0), slot1 = load_slot(1);
-    slot = load_slot(2);
     put_units(0, slot0);
     put_units(1, slot1);
     load_metadata(slot0);
