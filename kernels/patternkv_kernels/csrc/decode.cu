@@ -284,7 +284,7 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.group_inverse = (65536 + group - 1) / group;
   // The narrow kernel first: what it leaves idle the wide one fills.
   launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream,
-         false, params);
+         config.dependent_launch, params);
   // The planner gives shared segments to one of these.
   for (const AttendLaunch* attend : {&config.shared(b * group), &config.larger(b * group)}) {
     if (attend->rows == 0) continue;

@@ -380,7 +380,6 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
     attention.multiply_values(stage, n % 2);
     attention.finish();
   }
-  attention.finish();
   cp_async_wait<0>();
   __syncthreads();
   attention.store(p, item, head, feed.value_scale);

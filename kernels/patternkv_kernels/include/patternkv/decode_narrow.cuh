@@ -406,12 +406,11 @@ template <int kLive>
 __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
+  // The first kernel of a layer: those after it start behind what came before the layer.
+  wait_for_previous_kernel();
   launch_dependents();
   for_each_unit(p.work.narrow(), p.pool.h_kv,
                 [&](const WorkItem& item, int head) { attend<kLive>(p, item, head, memory); });
-  // This grid then ends after the one before it, and the merge, which waits for this one, after
-  // both.
-  wait_for_previous_kernel();
 }
 
 }  // namespace narrow

@@ -184,6 +184,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, i
 template <typename T>
 __global__ void __launch_bounds__(32 * kFewWarps, 1) store_few(const StoreParams p) {
   __shared__ FewShared shared;
+  launch_dependents();  // decode, which waits for what is stored
   const int head = blockIdx.y % p.pool.h_kv;
   with_bits(blockIdx.y / p.pool.h_kv,
             [&](auto bits, int side) { store_few_side<T, bits()>(p, side, head, shared); });
@@ -264,6 +265,7 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm)
     store_many(const StoreParams p, int tokens_per_block) {
   __shared__ ManyShared shared;
+  launch_dependents();
   const int head = blockIdx.y % p.pool.h_kv;
   with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
     store_many_side<T, bits()>(p, side, head, tokens_per_block, shared);
