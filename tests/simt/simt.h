@@ -257,6 +257,12 @@ inline int atomicMax(int* at, int x) { return std::exchange(*at, std::max(*at, x
 inline unsigned __umulhi(unsigned x, unsigned y) { return uint64_t{x} * y >> 32; }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __vmaxu2(unsigned x, unsigned y) {
+  return std::max(x & 0xffff, y & 0xffff) | std::max(x >> 16, y >> 16) << 16;
+}
+inline unsigned __vminu2(unsigned x, unsigned y) {
+  return std::min(x & 0xffff, y & 0xffff) | std::min(x >> 16, y >> 16) << 16;
+}
 inline unsigned __float_as_uint(float x) { return simt::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return simt::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return simt::bit_cast<float>(x); }

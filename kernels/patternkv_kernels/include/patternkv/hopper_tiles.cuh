@@ -166,23 +166,34 @@ __device__ __forceinline__ QueryScales load_queries(const DecodeParams& p, const
   __syncthreads();
   float channel[8];
   to_floats<__half>(channel, channel_words);
-  const auto load = [&](int at, float (&q)[8]) {
-    uint32_t words[4];
-    load_words(words, memory.weights[1] + at * 16);
+  const auto to_queries = [&](const uint32_t (&words)[4], float (&q)[8]) {
     if (p.q_is_bf16) {
       to_floats<__nv_bfloat16>(q, words);
     } else {
       to_floats<__half>(q, words);
     }
   };
-  float largest[2] = {};
-#pragma unroll 1
+  // Magnitudes of 16-bit floats are ordered like their bits, of which those of NaN and infinity count
+  // as the largest number.
+  uint32_t magnitudes[4] = {};
+#pragma unroll
   for (int at = thread; at < kCount; at += kThreads) {
+    uint32_t words[4];
+    load_words(words, memory.weights[1] + at * 16);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) magnitudes[j] = __vmaxu2(magnitudes[j], words[j] & 0x7fff7fff);
+  }
+  float largest[2] = {};
+  {
+    const uint32_t most = p.q_is_bf16 ? 0x7f7f7f7f : 0x7bff7bff;
+    uint32_t words[4];
     float q[8];
-    load(at, q);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) words[j] = __vminu2(magnitudes[j], most);
+    to_queries(words, q);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      largest[0] = fmaxf(largest[0], fabsf(q[j]));
+      largest[0] = fmaxf(largest[0], q[j]);
       largest[1] = fmaxf(largest[1], fabsf(q[j] * channel[j]));
     }
   }
@@ -217,8 +228,10 @@ __device__ __forceinline__ QueryScales load_queries(const DecodeParams& p, const
 #pragma unroll 1
   for (int at = thread; at < kCount; at += kThreads) {
     const int row = at / kPieces;
+    uint32_t words[4];
     float q[8], centres = 0;
-    load(at, q);
+    load_words(words, memory.weights[1] + at * 16);
+    to_queries(words, q);
     __half x[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
