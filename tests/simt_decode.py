@@ -77,7 +77,7 @@ def leaves_32_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
 
 
 def separates_private_work(inputs: DecodeInputs) -> bool:
-    """Whether the planner of compute capability 9.0 leaves private segments to a kernel of theirs."""
+    """Whether the planner of compute capability 9.0 gives private segments a kernel of theirs."""
     return _decode(inputs, True, fewest_rows=33)[2].num_narrow > 0
 
 
