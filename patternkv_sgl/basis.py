@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import nn
 
+from patternkv_kernels import hadamard, rotate, rotate_heads
+
 logger = logging.getLogger(__name__)
 
 MAX_LOG2_BALANCE = 8
@@ -26,7 +28,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class KBasis:
     """One layer's basis. All its factors are powers of two, so that only results are rounded.
 
-    The rotation mixes blocks of the largest power of two that divides ``head_dim``.
+    The rotation mixes blocks of the largest power of two that divides ``head_dim``. Its signs are
+    part of the factors.
 
     Args:
         h_q: query heads.
@@ -44,58 +47,37 @@ class KBasis:
     ) -> None:
         h_kv, head_dim = balance.shape
         block = head_dim & -head_dim
-        self._heads = [h_q, h_kv]
-        signs = torch.block_diag(*[_signed_hadamard(block)] * (head_dim // block))
-        self._turn = signs.T.contiguous().to(device, dtype)
         # Products gain the factor ``block`` by the turns; queries and K get rid of about half each.
         log2 = block.bit_length() - 1
-        of_q = balance.reciprocal().repeat_interleave(h_q // h_kv, 0) * 2.0 ** -(log2 // 2)
-        of_k = balance * 2.0 ** -(log2 - log2 // 2)
+        signs = _signs(block).repeat(head_dim // block).to(balance.device)
+        of_q = signs * balance.reciprocal().repeat_interleave(h_q // h_kv, 0) * 2.0 ** -(log2 // 2)
+        of_k = signs * balance * 2.0 ** -(log2 - log2 // 2)
         self._factors = torch.cat([of_q, of_k]).to(device, dtype)
+        self._of_q, self._of_k = self._factors.split([h_q, h_kv])
+        self._hadamard = hadamard(head_dim).to(device)
         self._k_back = (1 / (block * of_k)).to(device)
 
     def turn(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`q` of ``q [n, h_q, d]`` and :meth:`k` of ``k [n, h_kv, d]``, views of one tensor.
-
-        Two kernels, or three where ``q`` and ``k`` are not parts of one projection's output.
-        """
-        both = _together(q, k)
-        if both is None:
-            both = torch.cat([q, k], 1)
-        turned_q, turned_k = ((both * self._factors) @ self._turn).split(self._heads, 1)
-        return turned_q, turned_k
+        """:meth:`q` of ``q [n, h_q, d]``, :meth:`k` of ``k [n, h_kv, d]``: views of one tensor."""
+        return rotate(q, k, self._factors)
 
     def k(self, k: torch.Tensor) -> torch.Tensor:
         """``k [..., h_kv, d]`` as it is stored."""
-        return (k * self._factors[self._heads[0] :]) @ self._turn
+        return rotate_heads(k, self._of_k)
 
     def q(self, q: torch.Tensor) -> torch.Tensor:
         """``q [..., h_q, d]`` as it meets stored K."""
-        return (q * self._factors[: self._heads[0]]) @ self._turn
+        return rotate_heads(q, self._of_q)
 
     def k_back(self, k: torch.Tensor) -> torch.Tensor:
         """Stored ``k [..., h_kv, d]`` as the model knows it, in ``k``'s dtype."""
-        return (k @ self._turn.T.to(k.dtype)) * self._k_back.to(k.dtype)
-
-
-def _together(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    """``[n, h_q + h_kv, d]`` without a copy, if ``k``'s heads lie behind ``q``'s."""
-    n, h_q, d = q.shape
-    follows = k.data_ptr() == q.data_ptr() + h_q * d * q.itemsize
-    if not follows or q.stride() != k.stride() or q.stride()[1:] != (d, 1):
-        return None
-    return q.as_strided((n, h_q + k.shape[1], d), q.stride())
+        return (k @ self._hadamard.to(k.dtype)) * self._k_back.to(k.dtype)
 
 
 @cache
-def _signed_hadamard(n: int) -> torch.Tensor:
-    """Float32 ``[n, n]`` of ones and minus ones with orthogonal rows: Sylvester's matrix, columns
-    negated at random so that no simple vector stays simple."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    signs = torch.randint(2, (n,), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return matrix * signs
+def _signs(n: int) -> torch.Tensor:
+    """``n`` ones and minus ones at random, so that no simple vector stays simple when turned."""
+    return torch.randint(2, (n,), generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def balance(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def _build(base: Any) -> Any:
             Optional[str],  # noqa: UP045
             Arg(
                 help="Whether K is stored rotated, which spreads outliers over all channels and "
-                "takes two kernels per layer and step. Default: on with K at 2 bits, off at 4.",
+                "takes a kernel per layer and step. Default: on with K at 2 bits, off at 4.",
                 choices=list(SWITCH),
             ),
         ] = FLAG_DEFAULTS["kv_quant_rotate"]

@@ -33,7 +33,7 @@ CRASHES = ("Traceback", "AssertionError", "memory leak detected")
 # The share of memory leaves room for what other processes take while a server starts; each test
 # caps the pool with --max-total-tokens.
 COMMON = (
-    *("--dtype", "bfloat16", "--mem-fraction-static", "0.3", "--random-seed", "0"),
+    *("--dtype", "bfloat16", "--mem-fraction-static", "0.6", "--random-seed", "0"),
     "--sleep-on-idle",
 )
 

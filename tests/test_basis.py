@@ -20,19 +20,18 @@ def vectors(d: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, t
 
 
 def logits(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    grouped = q.unflatten(1, (H_KV, -1)).float()
-    return torch.einsum("nhgd,mhd->hgnm", grouped, k.float())
+    return torch.einsum("nhgd,mhd->hgnm", q.unflatten(1, (H_KV, -1)), k)
 
 
 @pytest.mark.parametrize("d", [64, 96, 128, 256])
 @pytest.mark.parametrize("balanced", [False, True])
 def test_products_stay_what_they_were(d: int, balanced: bool) -> None:
     factors = torch.randint(-3, 4, (H_KV, d)).float().exp2() if balanced else torch.ones(H_KV, d)
-    basis = KBasis(H_Q, factors, dtype=torch.float32, device="cpu")
-    q, k = vectors(d)
+    basis = KBasis(H_Q, factors, dtype=torch.float64, device="cpu")
+    q, k = vectors(d, torch.float64)
     stored = basis.k(k)
-    torch.testing.assert_close(logits(basis.q(q), stored), logits(q, k), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(basis.k_back(stored), k, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(basis.q(q), stored), logits(q, k), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(basis.k_back(stored), k, atol=1e-10, rtol=1e-10)
     assert not torch.allclose(stored, k, atol=0.1)
 
 

@@ -224,7 +224,7 @@ def test_an_engine_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = tmp_path / "rows.jsonl"
     options = {"device": "cpu", "dtype": "bfloat16", "max_total_tokens": 5000}
     model = Path(bench_serving.__file__).parents[1] / "recipes/demo/model"
-    arguments = ["--suite", "smoke", "--kv", "4/4", "--model", str(model), "--mem-fraction", "0.2"]
+    arguments = ["--suite", "smoke", "--kv", "4/4", "--model", str(model), "--mem-fraction", "0.6"]
     arguments += ["--engine-args", json.dumps(options), "--out", str(out)]
     assert main(arguments) == 0, capsys.readouterr().out
     rows = [json.loads(text) for text in out.read_text(encoding="utf-8").splitlines()]

@@ -286,8 +286,8 @@ def test_build_command(
 ) -> None:
     arguments = ["--arch", "80", "--bits", "4:4", "2:4", "--head-dim", "64", "--jobs", "2"]
     assert build.main(arguments) == 0
-    # Mining has one library for both.
-    count = 2 * len(jit.OPS) - 1
+    # Ops of all bits have one library for both.
+    count = 2 * len(jit.OPS) - len(jit.OPS_OF_ALL_BITS)
     assert len(calls(fake_nvcc)) == count
     assert f"{count} of {count} libraries for sm_80" in capsys.readouterr().out
     (fake_nvcc / "toolkit" / "bin" / "nvcc").write_text('#!/bin/sh\n[ "$1" = --version ]\n')

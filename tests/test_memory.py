@@ -19,7 +19,7 @@ from tests.models import WORDS, make_model
 from tests.servers import environment
 
 MIB = 2**20
-BLOCK = 512  # bytes that PyTorch's allocator rounds to
+SMALL = 16 * 1024  # bytes of tensors that are not worth counting
 CHUNK, CONTEXT, ROWS = 8192, 65536, 128
 SLACK = 64 * MIB  # of cuBLAS and the like, which allocate once when first used
 
@@ -34,10 +34,15 @@ def test_memory_that_does_not_fit_is_explained() -> None:
 
 
 def grown(make: Any) -> tuple[Any, int]:
-    """What ``make`` returns, and the bytes that it left allocated."""
-    before = torch.cuda.memory_allocated()
+    """What ``make`` returns, and the bytes of the tensors that it left; blocks of PyTorch's
+    allocator may be 1 MiB larger than what was asked for."""
+
+    def held() -> int:
+        return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+
+    before = held()
     made = make()
-    return made, torch.cuda.memory_allocated() - before
+    return made, held() - before
 
 
 @pytest.mark.gpu
@@ -46,8 +51,7 @@ def test_a_pool_reports_what_it_allocates(bits: tuple[int, int]) -> None:
     config = PatternKVConfig(*bits, patterns=64)
     shape: dict[str, Any] = {"num_layers": 4, "h_kv": 8, "head_dim": 128, "size": 4096}
     pool, allocated = grown(lambda: make_pool(config, device="cuda", num_windows=17, **shape))
-    tensors = 4 * (1 + 4 + 2) + 1  # packed, tables, windows of each layer; ids of the tables
-    assert 0 <= allocated - pool.get_kv_size_bytes() <= tensors * BLOCK
+    assert 0 <= allocated - pool.get_kv_size_bytes() <= SMALL
     slots = sum(packed.nbytes for packed in pool.packed) + pool.slot_table.nbytes
     assert slots == (4096 + 1) * pool.geometry.bytes_per_token
 
@@ -63,7 +67,7 @@ def test_scratch_is_what_start_up_set_aside() -> None:
     assert abs(allocated - stated) <= MIB
     sizes = (ROWS, shape.max_entries, 10 * CONTEXT)
     _buffers, allocated = grown(lambda: DecodeBuffers(rows, *sizes))
-    assert 0 <= allocated - DecodeBuffers.nbytes(*sizes) <= 8 * BLOCK
+    assert 0 <= allocated - DecodeBuffers.nbytes(*sizes) <= SMALL
 
 
 def job(folder: Path, requests: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def job(folder: Path, requests: list[dict[str, Any]], **options: Any) -> dict[st
         "skip_tokenizer_init": True,
         "grammar_backend": "none",
         "kv_quant": "patternkv",
-        "mem_fraction_static": 0.3,
+        "mem_fraction_static": 0.6,
         "max_total_tokens": 3 * CONTEXT,
         "chunked_prefill_size": CHUNK,
         "max_running_requests": ROWS,

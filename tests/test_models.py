@@ -48,7 +48,7 @@ def engine(folder: Path, environment: dict[str, str], **kwargs: Any) -> dict[str
     options = {
         "model_path": str(folder),
         "dtype": "bfloat16",
-        "mem_fraction_static": 0.3,
+        "mem_fraction_static": 0.6,
         "max_total_tokens": 8192,
         "max_running_requests": 16,
         "chunked_prefill_size": CHUNK,

@@ -18,6 +18,7 @@ from benchmarks.quality.min_max import round_min_max
 from benchmarks.quality.ott import EXTRA, OTT, Pool
 from benchmarks.quality.patternkv_paper import PatternKVPaper, gate, k_means, narrowest, nearest
 from benchmarks.quality.patternkv_sgl import PatternKVSgl
+from benchmarks.quality.storage import bits_at
 
 D = 64
 SCALE = D**-0.5
@@ -275,6 +276,14 @@ def test_bits_of_ours_count_slots_ids_table_and_window() -> None:
     table_ids = 424 * 32 / (4 * 2)
     table = 2 * 16 * D * (64 + 2)
     assert cache.stored_bits() == slots + table_ids + table + 32 * 2 * 16 * D
+
+
+def test_bits_at_a_length_include_a_full_window() -> None:
+    (setting,) = Setting.parse("patternkv_sgl:2/2")
+    slots = 1024 * (16 + 16 + 6) * 8
+    table = 2 * 16 * D * (64 + 2)
+    wanted = slots + 1024 * 32 / (32 * 4) + table + 32 * 2 * 16 * D
+    assert bits_at(setting, 1024, D) == pytest.approx(wanted / (2 * D * 1024))
 
 
 def test_exact_attention_is_softmax_attention() -> None:

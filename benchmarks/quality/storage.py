@@ -9,16 +9,26 @@ from benchmarks.quality.methods import Setting
 
 _HEADS = 4
 _LAYERS = 32
+GENERATED = 128
+"""Tokens after the prompt: they fill every method's window."""
 
 
 def bits_at(setting: Setting, context: int, head_dim: int) -> float:
-    """All a prompt of ``context`` tokens takes, for one branch, per element of its K and V.
+    """All that a branch of ``context`` tokens, the last `GENERATED` of them its own, takes by
+    itself, per element of its K and V.
 
     Four KV heads (slots of ours then need no padding) and 32 layers. Only the pools of OTT depend
     on the vectors, which are random here.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (1, _HEADS, context, head_dim)
-    x = torch.randn(shape, generator=generator)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, head_dim, generator=generator)
+
+    x = random(_HEADS, context - GENERATED)
     prompt = LayerPrompt(x, x, x, layer=_LAYERS - 1, num_layers=_LAYERS)
-    return setting.maker(1, 1)(prompt).bits_per_element
+    cache = setting.maker(1, GENERATED)(prompt)
+    for _ in range(GENERATED):
+        token = random(1, _HEADS)
+        cache.step(token, token, token, 1.0)
+    return cache.bits_per_element

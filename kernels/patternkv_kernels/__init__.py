@@ -19,6 +19,8 @@ from patternkv_kernels.ragged import (
     merge_states,
     ragged_workspace,
 )
+from patternkv_kernels.rotate import rotate
+from patternkv_kernels.rotate_reference import hadamard, rotate_heads
 from patternkv_kernels.store import store_kv
 from patternkv_kernels.tables import LayerTables
 from patternkv_kernels.window import WindowWrite
@@ -37,12 +39,15 @@ __all__ = [
     "WindowWrite",
     "decode_unavailable",
     "dequantize",
+    "hadamard",
     "lower",
     "merge_states",
     "mine_kv",
     "mine_table",
     "query_weight",
     "ragged_workspace",
+    "rotate",
+    "rotate_heads",
     "store_kv",
     "tree_decode",
     "tree_decode_with_lse",

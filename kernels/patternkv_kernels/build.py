@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     variants = []
     for head_dim, widths, op in itertools.product(options.head_dim, options.bits, options.op):
-        k_bits, v_bits = jit.BITS_OF_ALL if op == "mining" else widths
+        k_bits, v_bits = jit.BITS_OF_ALL if op in jit.OPS_OF_ALL_BITS else widths
         variant = jit.Variant(op, k_bits, v_bits, head_dim, arch)
         if variant not in variants:
             variants.append(variant)

@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
     Module = tvm_ffi.Module
 
-Op = Literal["decode", "dequantize", "mining", "store"]
+Op = Literal["decode", "dequantize", "mining", "rotate", "store"]
 OPS: tuple[Op, ...] = get_args(Op)
 
+OPS_OF_ALL_BITS: frozenset[Op] = frozenset({"mining", "rotate"})
+"""They read and write no codes, so one library serves all bits,"""
 BITS_OF_ALL = (4, 4)
-"""What a library is called by that serves all bits: mining reads and writes no codes."""
+"""which is called by these."""
 
 MIN_ARCH = 80
 """Asynchronous copies and bfloat16 tensor cores came with compute capability 8.0."""
@@ -86,6 +88,11 @@ def load(op: Op, fmt: SlotFormat) -> tvm_ffi.Module:
     The page size and the number of heads are arguments of the kernels. Raises :class:`BuildError`.
     """
     return load_variant(Variant(op, fmt.k_bits, fmt.v_bits, fmt.head_dim, arch()))
+
+
+def format_of_all_bits(d: int) -> SlotFormat:
+    """What an op of `OPS_OF_ALL_BITS` is loaded for with heads of ``d`` dims."""
+    return SlotFormat(*BITS_OF_ALL, d, h_kv=1)
 
 
 @functools.cache

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+import patternkv_kernels.jit as jit
 from patternkv_kernels.dispatch import Impl, use_cuda
 from patternkv_kernels.format import BITS, MAX_PATTERNS
 from patternkv_kernels.mined import MinedTable
-from patternkv_kernels.mining_cuda import library_format, mine_cuda, unsupported
+from patternkv_kernels.mining_cuda import mine_cuda, unsupported
 from patternkv_kernels.mining_reference import mine_reference, query_weight, sample
 
 _MAX_SAMPLE, _ITERATIONS = 2048, 3
@@ -122,7 +123,7 @@ def _mine(
     x = sides[0]
     vectors = [*sides, q] if q is not None else sides
     reason = unsupported(vectors, out, min(len(x) - num_sinks, max_sample))
-    fmt = None if reason else library_format(x.shape[2])
+    fmt = None if reason else jit.format_of_all_bits(x.shape[2])
     if use_cuda(impl, "mining", fmt, x.device, reason):
         mine_cuda(sides, q, channel_weight, out, num_sinks, max_sample, iterations)
         return

@@ -7,17 +7,12 @@ from collections.abc import Sequence
 import torch
 
 import patternkv_kernels.jit as jit
-from patternkv_kernels.format import HEAD_DIMS, SlotFormat
+from patternkv_kernels.format import HEAD_DIMS
 from patternkv_kernels.mined import MinedTable
 from patternkv_kernels.store_cuda import DTYPES, aligned
 
 MAX_TOKENS = 2048
 """Besides the sinks: eight blocks of 256."""
-
-
-def library_format(d: int) -> SlotFormat:
-    """Which library mines heads of ``d`` dims: one serves all bits."""
-    return SlotFormat(*jit.BITS_OF_ALL, d, h_kv=1)
 
 
 def unsupported(
@@ -53,7 +48,7 @@ def mine_cuda(
     first = aligned(sides[0])
     n, h, d = first.shape
     num_patterns = out[0].patterns.shape[1]
-    library = jit.load("mining", library_format(d))
+    library = jit.load("mining", jit.format_of_all_bits(d))
     size = library.scratch_bytes(len(sides) * h, n, num_patterns, num_sinks, max_sample)
     library.mine(
         first,

@@ -1,0 +1,106 @@
+// Rotation of queries and keys (rotate.py): channels times their factors, then a Walsh-Hadamard
+// transform of every block of channels.
+//
+// A thread has 8 consecutive channels, so three of the transform's steps are its own and the others
+// are exchanges between neighbouring lanes. Factors are powers of two and sums are float32: only
+// results are rounded. Bound by the launch in decode and by memory in prefill.
+#pragma once
+
+#include <type_traits>
+
+#include "patternkv/bits.cuh"
+
+namespace patternkv::rotate {
+
+constexpr int kChannels = 8;  // of a thread
+constexpr int kThreads = 128;
+constexpr int kHeadDim = PKV_HEAD_DIM;
+constexpr int kHeadThreads = kHeadDim / kChannels;
+// The largest power of two that divides the head dim: so many channels are mixed.
+constexpr int kBlock = kHeadDim & -kHeadDim;
+constexpr int kLanes = kBlock / kChannels;
+static_assert(kLanes >= 1 && kLanes <= 32, "the threads of a block of channels share a warp");
+
+// bf16 or fp16 [n, heads, kHeadDim], 16-byte aligned vectors; strides in elements.
+struct Heads {
+  const void* data;
+  int64_t token_stride, head_stride;
+  int heads;
+};
+
+struct RotateParams {
+  Heads q, k;
+  const void* factors;  // [q.heads + k.heads, kHeadDim]
+  void* out;            // [n, q.heads + k.heads, kHeadDim]
+  int n;
+};
+
+template <typename T>
+struct alignas(16) Channels {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair pairs[kChannels / 2];
+};
+
+__device__ __forceinline__ float2 to_floats(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+__device__ __forceinline__ void round_to(__half2& x, float first, float second) {
+  x = __floats2half2_rn(first, second);
+}
+__device__ __forceinline__ void round_to(__nv_bfloat162& x, float first, float second) {
+  x = __floats2bfloat162_rn(first, second);
+}
+
+__device__ __forceinline__ void transform(float (&x)[kChannels], int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kChannels; distance *= 2) {
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      if (j & distance) continue;
+      const float low = x[j], high = x[j | distance];
+      x[j] = low + high, x[j | distance] = low - high;
+    }
+  }
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      const float other = __shfl_xor_sync(0xffffffff, x[j], distance);
+      x[j] = lane & distance ? other - x[j] : x[j] + other;
+    }
+  }
+}
+
+// One thread per 8 channels of n tokens with all their heads.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateParams p) {
+  const int heads = p.q.heads + p.k.heads;
+  const int64_t count = int64_t{p.n} * heads * kHeadThreads;
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  // Lanes past the end take part in the exchanges of their warp.
+  const int64_t piece = min(thread, count - 1);
+  const int64_t vector = piece / kHeadThreads;
+  const int part = static_cast<int>(piece % kHeadThreads);
+  const int64_t token = vector / heads;
+  const int head = static_cast<int>(vector % heads);
+  const bool is_q = head < p.q.heads;
+  const Heads& of = is_q ? p.q : p.k;
+  const int own = is_q ? head : head - p.q.heads;
+  const T* from = static_cast<const T*>(of.data) + token * of.token_stride + own * of.head_stride;
+  const auto channels = reinterpret_cast<const Channels<T>*>(from)[part];
+  const auto factors = static_cast<const Channels<T>*>(p.factors)[head * kHeadThreads + part];
+  float x[kChannels];
+#pragma unroll
+  for (int j = 0; j < kChannels / 2; ++j) {
+    const float2 pair = to_floats(channels.pairs[j]), factor = to_floats(factors.pairs[j]);
+    x[2 * j] = pair.x * factor.x, x[2 * j + 1] = pair.y * factor.y;
+  }
+  transform(x, threadIdx.x);
+  if (thread >= count) return;
+  Channels<T> rounded;
+#pragma unroll
+  for (int j = 0; j < kChannels / 2; ++j) round_to(rounded.pairs[j], x[2 * j], x[2 * j + 1]);
+  static_cast<Channels<T>*>(p.out)[piece] = rounded;
+}
+
+}  // namespace patternkv::rotate
