@@ -1,4 +1,4 @@
-"""Attention over the packed cache: plans a batch once, then runs each layer.
+"""Attention over the packed cache, layer by layer, of batches that are planned once.
 
 CPU and CUDA tensors take the same path through ``patternkv_kernels``.
 """
@@ -9,17 +9,13 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 
 from patternkv_kernels import (
-    DecodeWorkspace,
-    RaggedAttention,
     Window,
     WindowWrite,
     dequantize,
-    lower,
     merge_states,
     mine_kv,
     store_kv,
@@ -28,17 +24,11 @@ from patternkv_kernels import (
 )
 from patternkv_sgl.batch import CurrentBatch, DecodeBatch, ExtendBatch
 from patternkv_sgl.guard import LogitGuard
-from patternkv_sgl.metadata import DecodeBuffers, TreePlan, most_tokens
-from patternkv_sgl.prefill import (
-    ExtendPlan,
-    PrefixTree,
-    plan_pieces,
-    token_index,
-    window_index,
-)
+from patternkv_sgl.metadata import TreePlan
+from patternkv_sgl.planner import Planner
+from patternkv_sgl.prefill import ExtendPlan
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.scratch import Scratch
-from patternkv_sgl.segments import Segments
 from patternkv_sgl.warmup import dummy_decode, dummy_extend
 
 if TYPE_CHECKING:
@@ -80,11 +70,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self.current, self.stats, self.scratch = current, stats, scratch
         self.config = pool.geometry.config
         self.guard = LogitGuard(pool, stats)
-        shape = scratch.shape
-        self.buffers = DecodeBuffers(
-            req_to_token, shape.max_rows, shape.max_entries, most_tokens(pool.size, shape.max_rows)
-        )
-        self.workspace: DecodeWorkspace | None = None  # of the decode batch that runs
+        self.planner = Planner(pool, req_to_token, scratch)
         self.forward_metadata: ExtendPlan | TreePlan | None = None
 
     def support_triton(self) -> bool:
@@ -104,9 +90,9 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
                 "--kv-quant patternkv decodes by torch operators here, which no CUDA graph can "
                 f"hold: {self.scratch.decode_missing}; remedy that, or add --disable-cuda-graph"
             )
-        if max_bs > self.buffers.max_rows:
+        if max_bs > (most := self.scratch.shape.max_rows):
             raise RuntimeError(
-                f"CUDA graphs of {max_bs} requests, but at most {self.buffers.max_rows} run: lower "
+                f"CUDA graphs of {max_bs} requests, but at most {most} run: lower "
                 "--cuda-graph-max-bs or raise --max-running-requests"
             )
 
@@ -116,9 +102,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     def can_replay(self) -> bool:
         """Whether the batch about to run fits what decode graphs were captured with."""
         batch = self.current.peek()
-        return not isinstance(batch, DecodeBatch) or self.buffers.fits(
-            len(batch.tables), batch.segments
-        )
+        return not isinstance(batch, DecodeBatch) or self.planner.fits(batch)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
@@ -140,54 +124,10 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             self.forward_metadata = self._plan_decode(batch, forward_batch, num_rows)
         else:
             assert batch is None or isinstance(batch, ExtendBatch), f"{batch=} in an extend forward"
-            self.forward_metadata = self._plan_extend(
-                batch or dummy_extend(forward_batch, self.pool.page_size), forward_batch
+            self.forward_metadata = self.planner.extend(
+                batch or dummy_extend(forward_batch, self.pool.page_size),
+                forward_batch.out_cache_loc,
             )
-
-    def _plan_extend(self, batch: ExtendBatch, forward_batch: ForwardBatch) -> ExtendPlan:
-        extends, device = batch.extends, self.req_to_token.device
-        token_tables = torch.from_numpy(
-            np.repeat(
-                np.array([extend.table for extend in extends], dtype=np.int32),
-                [extend.num_tokens for extend in extends],
-            )
-        ).to(device)
-        # A prefill graph pads its batch.
-        self.pool.slot_table[forward_batch.out_cache_loc[: len(token_tables)]] = token_tables
-        workspace = self.scratch.ragged
-        if workspace is not None:
-            workspace.begin()
-        index = window_index(batch, self.config.window)
-        return ExtendPlan(
-            batch,
-            token_tables,
-            None if index is None else torch.from_numpy(index).to(device),
-            RaggedAttention(
-                batch.token_indptr, batch.token_indptr, causal=True, workspace=workspace
-            ),
-            self._plan_tree(batch),
-            plan_pieces(
-                batch,
-                self.req_to_token,
-                self.pool.slot_table,
-                max_tokens=self.scratch.shape.prefix[0],
-                workspace=workspace,
-            ),
-        )
-
-    def _plan_tree(self, batch: ExtendBatch) -> PrefixTree | None:
-        if batch.tree_segments is None:
-            return None
-        starts = batch.token_indptr
-        ranges = [(starts[i], starts[i + 1]) for i in sorted(batch.tree_requests)]
-        num_rows = sum(end - start for start, end in ranges)
-        if self.config.check:
-            self._check_segments(batch.tree_segments)
-        buffers, workspace = self._memory(num_rows, batch.tree_segments)
-        plan = buffers.load_segments(batch.tree_segments)
-        if workspace is not None:
-            lower(plan, workspace, num_rows)
-        return PrefixTree(token_index(ranges, self.req_to_token.device), plan, workspace)
 
     def _plan_decode(
         self, batch: DecodeBatch | None, forward_batch: ForwardBatch, num_rows: int
@@ -197,38 +137,12 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         else:
             self._count(batch)
             self.guard.poll()
-        buffers, self.workspace = self._memory(num_rows, batch.segments)
-        plan = buffers.load(batch, num_rows, window=self.config.window)
-        slots = forward_batch.out_cache_loc[: len(batch.tables)]
-        self.pool.slot_table[slots] = plan.token_tables[: len(slots)]
-        if self.config.check:
-            self._check_segments(batch.segments)
-        if self.workspace is not None:
-            lower(plan.decode, self.workspace, num_rows)
-        return plan
-
-    def _memory(
-        self, num_rows: int, segments: Segments
-    ) -> tuple[DecodeBuffers, DecodeWorkspace | None]:
-        """Where a batch is planned: what was made at start-up, or its own if it is larger."""
-        if self.buffers.fits(num_rows, segments):
-            return self.buffers, self.scratch.decode
-        num_entries = len(segments.rows)
-        own = DecodeBuffers(self.req_to_token, num_rows, num_entries, segments.num_tokens)
-        return own, self.scratch.larger_decode(num_rows, num_entries)
+        return self.planner.decode(batch, forward_batch.out_cache_loc, num_rows)
 
     def _count(self, batch: DecodeBatch) -> None:
         self.stats.kv_reads += int(batch.seq_lens.sum())
         self.stats.kv_reads_shared += batch.segments.shared_reads
         self.stats.max_branches = max(self.stats.max_branches, batch.segments.max_branches)
-
-    def _check_segments(self, segments: Segments) -> None:
-        for row, start, end, table in segments.segments.tolist():
-            stored = self.pool.slot_table[self.req_to_token[row, start:end].long()]
-            assert bool((stored == table).all()), (
-                f"request row {row} reads positions [{start}, {end}) with table {table} but their "
-                f"slots were quantized with {sorted(set(stored.tolist()))}"
-            )
 
     # Per layer
 
@@ -317,7 +231,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             window=window,
             sm_scale=layer.scaling,
             logit_cap=layer.logit_cap,
-            workspace=self.workspace,
+            workspace=plan.workspace,
         )
         return out.reshape(len(out), -1)
 

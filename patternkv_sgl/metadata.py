@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from patternkv_kernels import DecodePlan
+from patternkv_kernels import DecodePlan, DecodeWorkspace
 from patternkv_sgl.batch import DecodeBatch
 from patternkv_sgl.segments import MIN_SHARED_TOKENS, Segments
 
@@ -23,6 +23,7 @@ class TreePlan:
     window_start: torch.Tensor  # int64 [b]
     window_end: torch.Tensor  # int64 [b], one past the token being decoded
     window_index: torch.Tensor  # int64 [b], that token's entry of the flattened rings
+    workspace: DecodeWorkspace | None = None  # where kernels decode; None: torch does
 
 
 def most_tokens(pool_tokens: int, max_rows: int) -> int:

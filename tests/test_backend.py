@@ -375,7 +375,7 @@ def test_a_capture_batch_reads_and_writes_only_padding() -> None:
 def test_a_batch_larger_than_the_prepared_memory_decodes_outside_of_graphs() -> None:
     model = Model(config(4))
     reqs = model.prefill(tokens(0, 64), [*tokens(0, 64), 5], [*tokens(0, 64), 6])
-    model.backend.buffers = DecodeBuffers(model.rows.req_to_token, 2, 100, 1000)
+    model.backend.planner.buffers = DecodeBuffers(model.rows.req_to_token, 2, 100, 1000)
     for step in range(3):
         batch = model.decode(reqs, sampled(reqs, step))
         model.check()

@@ -69,6 +69,7 @@ LAYERS = [
         "patternkv_sgl.prefill",
         "patternkv_sgl.warmup",
     ],
+    ["patternkv_sgl.planner"],
     ["patternkv_sgl.backend"],
     ["patternkv_sgl.refusals"],
     ["patternkv_sgl.server_args"],
