@@ -2,28 +2,10 @@
 #include <algorithm>
 
 #include "patternkv/dequantize.cuh"
+#include "patternkv/resident.cuh"
 #include "tvm_ffi_utils.h"
 
 namespace patternkv {
-namespace {
-
-// Blocks that run at once on the current device.
-template <typename T>
-int resident_blocks(int device) {
-  constexpr int kMaxDevices = 64;
-  static thread_local int blocks[kMaxDevices];
-  TVM_FFI_ICHECK(device >= 0 && device < kMaxDevices) << "device " << device;
-  if (blocks[device] == 0) {
-    int per_sm = 0, sms = 0;
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, dequantize::dequantize_kernel<T>,
-                                                  dequantize::kThreads, 0);
-    blocks[device] = std::max(per_sm, 1) * std::max(sms, 1);
-  }
-  return blocks[device];
-}
-
-}  // namespace
 
 // Shapes are the caller's to check; k and v are contiguous [n, h_kv, HEAD_DIM].
 void dequantize_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView patterns,
@@ -48,9 +30,10 @@ void dequantize_kv(TensorView buffer, int64_t page_size, TensorView slots, Tenso
   const int device = buffer.device().device_id, h_kv = params.pool.h_kv;
   const int runs = (params.n + dequantize::kRunTokens - 1) / dequantize::kRunTokens;
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP32_FP16(k.dtype(), T, [&] {
-    const int blocks = std::clamp(resident_blocks<T>(device) / h_kv, 1, runs);
-    dequantize::dequantize_kernel<T>
-        <<<dim3(h_kv, blocks), dequantize::kThreads, 0, get_stream(k.device())>>>(params);
+    constexpr auto kKernel = dequantize::dequantize_kernel<T>;
+    const int resident = resident_blocks<kKernel, dequantize::kThreads>(device);
+    const int blocks = std::clamp(resident / h_kv, 1, runs);
+    kKernel<<<dim3(h_kv, blocks), dequantize::kThreads, 0, get_stream(k.device())>>>(params);
     return true;
   });
   const cudaError_t error = cudaGetLastError();

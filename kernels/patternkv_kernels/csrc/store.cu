@@ -2,33 +2,18 @@
 #include <algorithm>
 #include <climits>
 
+#include "patternkv/resident.cuh"
 #include "patternkv/store.cuh"
 #include "tvm_ffi_utils.h"
 
 namespace patternkv {
 namespace {
 
-// Blocks of store_many that run at once on the current device.
-template <typename T>
-int resident_blocks(int device) {
-  constexpr int kMaxDevices = 64;
-  static thread_local int blocks[kMaxDevices];
-  TVM_FFI_ICHECK(device >= 0 && device < kMaxDevices) << "device " << device;
-  if (blocks[device] == 0) {
-    int per_sm = 0, sms = 0;
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, store::store_many<T>,
-                                                  32 * store::kManyWarps, 0);
-    blocks[device] = std::max(per_sm, 1) * std::max(sms, 1);
-  }
-  return blocks[device];
-}
-
 template <typename T>
 void launch(const StoreParams& params, int device, cudaStream_t stream) {
   const int sides = 2 * params.pool.h_kv;
   const int tiles = (params.n + kTileTokens - 1) / kTileTokens;
-  const int resident = resident_blocks<T>(device);
+  const int resident = resident_blocks<store::store_many<T>, 32 * store::kManyWarps>(device);
   // Up to twice as many small blocks as run at once; beyond that it pays to share a table's set-up.
   if (int64_t{tiles} * sides <= 2 * resident) {
     store::store_few<T><<<dim3(tiles, sides), 32 * store::kFewWarps, 0, stream>>>(params);
