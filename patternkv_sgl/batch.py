@@ -7,7 +7,7 @@ before the forward and emptied by the backend. An empty slot means a dummy batch
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patternkv_sgl.requests import ATTRIBUTE, Extend, RequestTables
-from patternkv_sgl.segments import Reader, Segments, build_segments
+from patternkv_sgl.segments import Path, Reader, Segments, build_segments
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -115,19 +115,26 @@ class DecodePlanner:
             self._first_starts = np.array([state.window_start for state in states], dtype=np.int64)
         starts = np.maximum(self._first_starts, seq_lens - self._tree.config.window)
         if changed:
-            readers = [
-                Reader(req.kv.req_pool_idx, self._tree.path(req.last_node), state.runs, int(end))
-                for req, state, end in zip(reqs, states, starts, strict=True)
-            ]
-            segments = build_segments(readers)
-            rows = np.array([reader.req_pool_idx for reader in readers], dtype=np.int64)
-            tables = np.array([state.runs.last for state in states], dtype=np.int32)
+            indices = [req.kv.req_pool_idx for req in reqs]
+            runs = [state.runs for state in states]
+            paths = _paths(self._tree, reqs)
+            segments = build_segments([*map(Reader, indices, paths, runs, starts.tolist())])
+            rows = np.array(indices, dtype=np.int64)
+            tables = np.array([own.last for own in runs], dtype=np.int32)
         else:
             segments, rows = self._batch.segments, self._batch.req_pool_indices
             tables = self._batch.tables
             segments.grow(starts)
         self._key, self._batch = key, DecodeBatch(segments, rows, tables, starts, seq_lens)
         return self._batch
+
+
+def _paths(tree: PatternRadixCache, reqs: Sequence[Req]) -> list[Path]:
+    """The radix paths of ``reqs``, one object for those at the same node."""
+    nodes = [req.last_node for req in reqs]
+    ids = [*map(id, nodes)]
+    path_of = {key: tree.path(node) for key, node in dict(zip(ids, nodes, strict=True)).items()}
+    return [path_of[key] for key in ids]
 
 
 def plan_extend(
@@ -137,17 +144,17 @@ def plan_extend(
     req_pool_indices = [req.kv.req_pool_idx for req in reqs]
     chosen: set[int] = set()
     readers: list[Reader] = []
-    for index, (req, extend) in enumerate(zip(reqs, extends, strict=True)):
+    paths = _paths(tree, reqs)
+    for index, (req, extend, path) in enumerate(zip(reqs, extends, paths, strict=True)):
         few = 0 < extend.num_tokens <= MAX_TREE_TOKENS and extend.prefix_len > 0
         if not few or len(readers) + extend.num_tokens > max_tree_rows:
             continue
         chosen.add(index)
         row, end = req_pool_indices[index], extend.prefix_len
-        path: list[tuple[int, int, Hashable]] = [*tree.path(req.last_node)]
         depth = path[-1][1] if path else 0
         if depth < end:
             # Stored by this request alone, for all of its tokens.
-            path.append((depth, end, ("request", row)))
+            path = [*path, (depth, end, ("request", row))]
         runs = getattr(req, ATTRIBUTE).runs
         readers += [Reader(row, path, runs, end)] * extend.num_tokens
     segments = build_segments(readers) if readers else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -135,7 +135,7 @@ def test_rows_grow(readers: list[Reader], data: st.DataObject) -> None:
         return
     for _ in range(2):
         readers = [
-            replace(reader, end=reader.end + data.draw(st.integers(0, 40))) for reader in readers
+            reader._replace(end=reader.end + data.draw(st.integers(0, 40))) for reader in readers
         ]
         segments.grow(np.array([reader.end for reader in readers]))
         for _, _, end, _, rows in items(segments):
@@ -246,8 +246,7 @@ def test_a_short_shared_run_goes_to_the_longer_one_below_it() -> None:
 def test_a_row_that_reads_less_than_its_node_bounds_the_shared_segment() -> None:
     prefix = chain(100)
     longer, shorter = reader(0, prefix, []), reader(1, prefix, [])
-    shorter = Reader(shorter.req_pool_idx, shorter.path, shorter.runs, 60)
-    assert items(build_segments([longer, shorter])) == [
+    assert items(build_segments([longer, shorter._replace(end=60)])) == [
         (100, 0, 60, 1, [0, 1]),
         (100, 60, 100, 1, [0]),
     ]
