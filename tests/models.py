@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.demo.vocabulary import CHAT_TEMPLATE
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -71,6 +73,7 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 

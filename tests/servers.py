@@ -53,11 +53,6 @@ class Model:
         vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
         return cls(path, sorted(word for word in vocabulary if not word.startswith("<")))
 
-    @property
-    def has_chat_template(self) -> bool:
-        config = json.loads((self.path / "tokenizer_config.json").read_text())
-        return "chat_template" in config or (self.path / "chat_template.jinja").exists()
-
     def prompt(self, num_tokens: int, seed: int) -> str:
         """``num_tokens`` random words; a shorter prompt of the same seed is a prefix."""
         return " ".join(random.Random(seed).choices(self.words, k=num_tokens))

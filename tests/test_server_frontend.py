@@ -88,8 +88,6 @@ def test_openai_completions_with_8_choices(server: Server, model: Model) -> None
 
 
 def test_openai_chat_with_8_choices(server: Server, model: Model) -> None:
-    if not model.has_chat_template:
-        pytest.skip(f"the tokenizer of {model.path.name} has no chat template")
     before = server.stats()
     body = {
         "model": "m",

@@ -19,6 +19,7 @@ WORDS = [
     *(str(number) for number in range(MODULUS)),
 ]
 TOKEN_IDS = {word: token for token, word in enumerate(WORDS)}
+CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join(' ') }}\n"
 FIRST_SYLLABLE = TOKEN_IDS[SYLLABLES[0]]
 FIRST_DELTA = TOKEN_IDS["+0"]
 FIRST_NUMBER = TOKEN_IDS["0"]
@@ -30,7 +31,7 @@ def decode(tokens: list[int]) -> str:
 
 
 def save_tokenizer(folder: Path, max_length: int) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json`` for Hugging Face's AutoTokenizer."""
+    """Write what Hugging Face's AutoTokenizer reads; a chat is its messages one after the other."""
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -51,3 +52,4 @@ def save_tokenizer(folder: Path, max_length: int) -> None:
     }
     text = json.dumps(config, indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
