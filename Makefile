@@ -10,12 +10,12 @@ ifneq ($(BUILT_AT),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-# Tests that keep a core busy for minutes and start no server, in two halves; those that share servers.
+# Tests that keep a core busy for minutes and start no server: two halves, side by side.
 KERNELS_1 := tests/test_decode_simt.py tests/test_dequantize_simt.py
 KERNELS_2 := tests/test_mining.py tests/test_jit.py tests/test_rotate.py
-SERVERS := $(sort $(wildcard tests/test_server*.py))
-PYTEST = $(PY) -m pytest -m "not gpu"
-side_by_side = $(PYTEST) -q $(1) & first=$$!; $(PYTEST) -q $(2); second=$$?; wait $$first && exit $$second
+OTHERS := $(addprefix --ignore=,$(KERNELS_1) $(KERNELS_2))
+PYTEST = $(PY) -m pytest -q
+side_by_side = $(PYTEST) $(1) & first=$$!; $(PYTEST) $(2); second=$$?; wait $$first && exit $$second
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-gpu bench-kernels bench-serving lint types format clean
@@ -31,9 +31,9 @@ demo: $(STAMP) ## best-of-8 on the demo model, bf16 against 4-bit and 2-bit KV, 
 
 test: lint types ## lint, types and every test that needs no GPU
 	@echo "==> tests (all but gpu): kernels on the CPU, two files at a time"
-	@$(call side_by_side,$(KERNELS_1),$(KERNELS_2))
-	@echo "==> tests (all but gpu): servers, beside the rest"
-	@$(call side_by_side,$(SERVERS),$(addprefix --ignore=,$(KERNELS_1) $(KERNELS_2) $(SERVERS)))
+	@$(call side_by_side,-m "not gpu" $(KERNELS_1),-m "not gpu" $(KERNELS_2))
+	@echo "==> tests (all but gpu): those without a server, beside the first ones with"
+	@$(call side_by_side,-m "not gpu and not slow" $(OTHERS),-m "not gpu and slow" $(OTHERS))
 
 test-fast: $(STAMP) ## the tests that start no server
 	@echo "==> tests (no gpu, no server)"

@@ -6,7 +6,8 @@
 // With 4, the lanes of the idle columns take over the softmax of every other 16 tokens.
 #pragma once
 
-#include "patternkv/decode_tile.cuh"
+#include "patternkv/decode_queries.cuh"
+#include "patternkv/decode_units.cuh"
 
 namespace patternkv {
 namespace narrow {

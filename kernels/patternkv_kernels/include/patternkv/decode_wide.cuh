@@ -5,7 +5,8 @@
 
 #include <climits>
 
-#include "patternkv/decode_tile.cuh"
+#include "patternkv/decode_queries.cuh"
+#include "patternkv/decode_units.cuh"
 
 namespace patternkv {
 namespace wide {

@@ -2,7 +2,8 @@
 // metadata of tokens, queries, and the table of query-pattern products.
 #pragma once
 
-#include "patternkv/decode_tile.cuh"
+#include "patternkv/decode_queries.cuh"
+#include "patternkv/decode_units.cuh"
 #include "patternkv/wgmma.cuh"
 
 namespace patternkv {

@@ -4,7 +4,8 @@
 
 #include <cstddef>
 
-#include "patternkv/decode_tile.cuh"
+#include "patternkv/decode_queries.cuh"
+#include "patternkv/decode_units.cuh"
 #include "patternkv/wgmma.cuh"
 
 namespace patternkv {
