@@ -14,6 +14,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.CELL_SIZE`, `hooks.POOL_SIZES` | capacity from packed bytes, room for tables | asserted |
 | `hooks.FUSED_STORE` | fused RoPE kernels must not write K and V into the pool | dense writes |
 | `hooks.INIT_FORWARD_BATCH` | the batch's requests: tables, shared segments | asserted |
+| `hooks.CAN_RUN_GRAPH` | batches larger than decode graphs were captured for | reads past memory |
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
