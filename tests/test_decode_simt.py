@@ -30,7 +30,7 @@ HARD = {
 HOPPER = {
     *("bits42", "bits24", "bits22", "d96", "d256", "group7", "group16", "page3", "depth4"),
     *("branches17", "branches64", "only_shared", "many_chunks", "wide8_44_d128", "wide4_22_d128"),
-    *("wide16_42_d64", "patterns1_4", "patterns256_4", "one_token", "cap_wide"),
+    *("wide16_42_d64", "patterns1_4", "patterns100_1", "patterns256_4", "one_token", "cap_wide"),
 }
 
 
@@ -54,11 +54,18 @@ def test_hopper_match_float64_attention(case: DecodeCase) -> None:
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
 
 
-@pytest.mark.parametrize(("branches", "bits"), [(24, (4, 4)), (32, (2, 2)), (9, (4, 4))])
-def test_hopper_over_many_tiles(branches: int, bits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("branches", "bits", "patterns"),
+    [
+        *((24, (4, 4), 64), (32, (2, 2), 64), (9, (4, 4), 64)),
+        # Two groups of patterns, of which the second may be part of one.
+        *((4, (2, 2), 65), (8, (4, 4), 100), (3, (4, 2), 128), (8, (2, 2), 96)),
+    ],
+)
+def test_hopper_over_many_tiles(branches: int, bits: tuple[int, int], patterns: int) -> None:
     tree = [Segment(2100, tuple(range(branches)))]
     case = DecodeCase("tiles", bits=bits, d=128, group=4, h_kv=1, dtype=BF16, tree=tree)
-    inputs = make_inputs(replace(case, num_patterns=64))
+    inputs = make_inputs(replace(case, num_patterns=patterns))
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
 
 
@@ -108,12 +115,17 @@ def test_grouped_equals_ungrouped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("branches", "hopper"), [(1, False), (4, False), (1, True), (4, True), (20, True)]
+    ("branches", "hopper", "patterns"),
+    [
+        *((1, False, 16), (4, False, 16), (1, True, 16), (4, True, 16), (20, True, 16)),
+        (8, True, 90),
+    ],
 )
-def test_references_that_keep_rising(branches: int, hopper: bool) -> None:
+def test_references_that_keep_rising(branches: int, hopper: bool, patterns: int) -> None:
     """Logits far apart: sums are rescaled again and again along a row."""
     tree = [Segment(900, tuple(range(branches)))]
-    inputs = make_inputs(DecodeCase("loud", d=128, group=4, h_kv=1, dtype=FP16, tree=tree))
+    case = DecodeCase("loud", d=128, group=4, h_kv=1, dtype=FP16, tree=tree)
+    inputs = make_inputs(replace(case, num_patterns=patterns))
     inputs = replace(inputs, q=inputs.q * 30)
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=hopper))
 

@@ -90,7 +90,8 @@ extern "C" void decode(Arguments* arguments) {
   p.wide_rows = wide::kMostRows;
   if (hopper) p.wide_rows = rows <= 16 ? 16 : 32;
   if (a.hopper && warpgroup::kExists && rows > 32) {
-    p.many_rows = hopper && rows <= 64 ? 64 : warpgroup::kMostRows;
+    const bool fits = a.num_patterns <= hopper::kGroupPatterns && rows <= 64;
+    p.many_rows = hopper && fits ? 64 : warpgroup::kMostRows;
     p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
   p.narrow_blocks = kNarrowBlocks, p.wide_blocks = kBlocks;
@@ -132,17 +133,25 @@ extern "C" void decode(Arguments* arguments) {
       wide::attend_kernel(d);
     });
   } else if constexpr (hopper::kExists) {
-    const auto launch = [&](auto rows) {
-      constexpr int kRows = decltype(rows)::value;
-      simt::launch(grid, kThreads, hopper::shared_bytes<kRows>(),
-                   [&] { hopper::attend_kernel<kRows>(d); });
+    const auto launch = [&](auto rows, auto patterns) {
+      constexpr int kRows = decltype(rows)::value, kPatterns = decltype(patterns)::value;
+      simt::launch(grid, kThreads, hopper::shared_bytes<kRows, kPatterns>(),
+                   [&] { hopper::attend_kernel<kRows, kPatterns>(d); });
     };
-    if (p.wide_rows == 16) {
-      launch(std::integral_constant<int, 16>());
+    const auto launch_up_to = [&](auto patterns) {
+      if (p.wide_rows == 16) {
+        launch(std::integral_constant<int, 16>(), patterns);
+      } else {
+        launch(std::integral_constant<int, 32>(), patterns);
+      }
+    };
+    const std::integral_constant<int, hopper::kGroupPatterns> few;
+    if (a.num_patterns <= hopper::kGroupPatterns) {
+      launch_up_to(few);
+      if (p.many_rows == 64) launch(std::integral_constant<int, 64>(), few);
     } else {
-      launch(std::integral_constant<int, 32>());
+      launch_up_to(std::integral_constant<int, hopper::kMostPatterns>());
     }
-    if (p.many_rows == 64) launch(std::integral_constant<int, 64>());
   }
   if constexpr (warpgroup::kExists) {
     const auto launch = [&](auto tile) {

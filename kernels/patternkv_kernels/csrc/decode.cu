@@ -126,6 +126,12 @@ AttendLaunch make_warpgroup_launch(int num_patterns, int device) {
   return {};
 }
 
+template <int kRows, int kPatterns>
+AttendLaunch make_hopper_launch(int num_patterns, int device) {
+  return make_launch(hopper::attend_kernel<kRows, kPatterns>, kThreads, kRows,
+                     hopper::shared_bytes<kRows, kPatterns>(), num_patterns, device);
+}
+
 LaunchConfig make_config(int num_patterns, int group, int device) {
   int major;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
@@ -137,15 +143,16 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
   config.most = make_warpgroup_launch(num_patterns, device);
   config.dependent_launch = major >= 9;
   if constexpr (hopper::kExists) {
+    if (num_patterns <= hopper::kGroupPatterns) {
+      config.few = make_hopper_launch<16, hopper::kGroupPatterns>(num_patterns, device);
+      config.wide = make_hopper_launch<32, hopper::kGroupPatterns>(num_patterns, device);
+      config.many = make_hopper_launch<64, hopper::kGroupPatterns>(num_patterns, device);
+      return config;
+    }
     if (num_patterns <= hopper::kMostPatterns) {
-      const auto launch = [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        return make_launch(hopper::attend_kernel<kRows>, kThreads, kRows,
-                           hopper::shared_bytes<kRows>(), num_patterns, device);
-      };
-      config.few = launch(std::integral_constant<int, 16>());
-      config.wide = launch(std::integral_constant<int, 32>());
-      config.many = launch(std::integral_constant<int, 64>());
+      // 64 rows have no registers for the sums of more patterns.
+      config.few = make_hopper_launch<16, hopper::kMostPatterns>(num_patterns, device);
+      config.wide = make_hopper_launch<32, hopper::kMostPatterns>(num_patterns, device);
       return config;
     }
   }

@@ -17,17 +17,42 @@ namespace hopper {
 // V scales of up to kMostScale too, and steps of 2^-20 of the largest.
 constexpr float kHeadroom = 4.0f, kLimit = 11.0f;
 
+// A thread's dims of the V patterns of a group: 64 i + 2 t, + 1, + 8 and + 9 of each 16.
+struct ValuePatterns {
+  uint32_t rows[kGroupPatterns / 16][4][kDimTiles];
+
+  __device__ __forceinline__ ValuePatterns(const DecodeParams& p, const WorkItem& item, int head,
+                                           int dim, int group, int t) {
+    const __half* patterns = table_rows(p, item.table, 1, head) + dim;
+#pragma unroll
+    for (int i = 0; i < kGroupPatterns / 4; ++i) {
+      const int own = group * kGroupPatterns + i / 4 * 16 + 2 * t + i % 2 + i / 2 % 2 * 8;
+      load_early(rows[i / 4][i % 4], patterns + min(own, p.num_patterns - 1) * HEAD_DIM);
+    }
+  }
+  // Of a product over 16 patterns.
+  __device__ __forceinline__ void operands(uint32_t (&a)[kDimTiles][4], int step) const {
+#pragma unroll
+    for (int i = 0; i < kDimTiles * 4; ++i) {
+      const int h = i % 4;
+      a[i / 4][h] = __byte_perm(rows[step][h / 2 * 2][i / 4], rows[step][h / 2 * 2 + 1][i / 4],
+                                h % 2 == 0 ? 0x5410 : 0x7632);
+    }
+  }
+};
+
 // The running attention of a block: a thread's share of the accumulators.
-template <int kRows>
+template <int kRows, int kPatterns>
 struct Attention {
-  using Memory = hopper::Memory<kRows>;
+  using Memory = hopper::Memory<kRows, kPatterns>;
+  static constexpr int kGroups = Memory::kGroups;
 
   Memory& memory;
   const int thread;
   float cap_log2;
   // Warp w, lane 4 g + t, element 4 j + 2 h + e: query row 8 j + 2 t + e and
   float out[kDimTiles][kRows / 2] = {};  // [i]: dim first_dim() + 2 i + h
-  float sums[kRows / 2] = {};            // pattern 16 w + 8 h + g, its probabilities
+  float sums[kGroups][kRows / 2] = {};   // [i]: pattern 64 i + 16 w + 8 h + g, its probabilities
   // Probabilities times V scales, of the thread's tokens: element 2 j + e.
   float scaled[kRows / 4] = {};
   const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -159,12 +184,13 @@ struct Attention {
         x[element] -= shift;
 #pragma unroll
         for (int k = 0; k < kDimTiles; ++k) out[k][element] *= scale;
-        sums[element] *= scale;
+#pragma unroll
+        for (int k = 0; k < kGroups; ++k) sums[k][element] *= scale;
       }
     }
     // Under a soft cap references come off later.
     if (cap_log2 == 0) {
-      Table<kRows>::lower(memory.table, memory.shift, thread);
+      Table<kRows>::template lower<kPatterns>(memory.table, memory.shift, thread);
     }
   }
 
@@ -182,7 +208,7 @@ struct Attention {
       for (int half = 0; half < 2; ++half) {
         const int step = 2 * pair + half;
         const uint32_t low = words[2 * half] >> shift, high = words[2 * half + 1] >> shift;
-        uint32_t a[kDimTiles + 1][4];
+        uint32_t a[kDimTiles + kGroups][4];
 #pragma unroll
         for (int i = 0; i < kDimTiles; ++i) {
 #pragma unroll
@@ -195,17 +221,24 @@ struct Attention {
             reinterpret_cast<const uint32_t*>(memory.patterns[stage]) + step * 8 + t;
         const __half2 first = as_half2(patterns[0]), second = as_half2(patterns[4]);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const __half2 own = __float2half2_rn(static_cast<float>(16 * warp + 8 * h + g));
-          a[kDimTiles][h] = as_u32(__heq2(first, own));
-          a[kDimTiles][2 + h] = as_u32(__heq2(second, own));
+        for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int pattern = i * kGroupPatterns + 16 * warp + 8 * h + g;
+            const __half2 own = __float2half2_rn(static_cast<float>(pattern));
+            a[kDimTiles + i][h] = as_u32(__heq2(first, own));
+            a[kDimTiles + i][2 + h] = as_u32(__heq2(second, own));
+          }
         }
         const uint32_t b = weights + step * kSwizzledRow;
         settle(a);
         wgmma_begin();
 #pragma unroll
         for (int i = 0; i < kDimTiles; ++i) wgmma_by_columns(out[i], a[i], b);
-        wgmma_by_columns(sums, a[kDimTiles], b + Memory::kPlainOffset / 16);
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          wgmma_by_columns(sums[i], a[kDimTiles + i], b + Memory::kPlainOffset / 16);
+        }
         wgmma_commit();
         // Where registers are scarce, operands take turns in the same ones.
         if (kRows >= 32 && step == 1) finish();
@@ -217,7 +250,8 @@ struct Attention {
     wgmma_wait();
 #pragma unroll
     for (int i = 0; i < kDimTiles; ++i) settle(out[i]);
-    settle(sums);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) settle(sums[i]);
   }
 
   // The state of every row: pattern terms join the codes', and sums go over all threads.
@@ -226,18 +260,14 @@ struct Attention {
     const int dim = first_dim(warp, g);
     uint32_t channel_words[kDimTiles];
     load_early(channel_words, table_channels(p, item.table, 1, head) + dim);
-    // Of the patterns 16 i + 2 t, + 1, + 8 and + 9.
-    uint32_t rows[kMostPatterns / 16][4][kDimTiles];
-    const __half* patterns = table_rows(p, item.table, 1, head) + dim;
-#pragma unroll
-    for (int i = 0; i < kMostPatterns / 4; ++i) {
-      const int pattern = min(i / 4 * 16 + 2 * t + i % 2 + i / 2 % 2 * 8, p.num_patterns - 1);
-      load_early(rows[i / 4][i % 4], patterns + pattern * HEAD_DIM);
-    }
+    ValuePatterns patterns(p, item, head, dim, 0, t);
     // Per row and warp: softmax mass, and scaled probabilities.
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
-      float mass = sums[i / 2 * 4 + i % 2] + sums[i / 2 * 4 + i % 2 + 2], sum = scaled[i];
+      const int element = i / 2 * 4 + i % 2;
+      float mass = sums[0][element] + sums[0][element + 2], sum = scaled[i];
+#pragma unroll
+      for (int k = 1; k < kGroups; ++k) mass += sums[k][element] + sums[k][element + 2];
 #pragma unroll
       for (int distance = 4; distance < 32; distance *= 2) {
         mass += __shfl_xor_sync(~0u, mass, distance);
@@ -278,49 +308,54 @@ struct Attention {
         const float codes = x * ((1 << 24) / VCodes::masked_step(d));
         x = (codes - centres) * (channel[d] * factor);
       }
-      sums[i / 2 * 4 + i % 2] *= factor;
-      sums[i / 2 * 4 + i % 2 + 2] *= factor;
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        sums[k][i / 2 * 4 + i % 2] *= factor;
+        sums[k][i / 2 * 4 + i % 2 + 2] *= factor;
+      }
     }
     // Sums as two fp16 parts, so that they count with 22 bits.
-    const uint32_t at = memory.weights_place(0, warp, lane);
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      uint32_t parts[4];
+    for (int k = 0; k < kGroups; ++k) {
+      const uint32_t at = memory.weights_place(k, warp, lane);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float x = sums[4 * j + 2 * h], y = sums[4 * j + 2 * h + 1];
-        const __half2 coarse = __floats2half2_rn(x, y);
-        const float2 back = __half22float2(coarse);
-        parts[h] = as_u32(coarse);
-        parts[2 + h] = as_u32(__floats2half2_rn(x - back.x, y - back.y));
+      for (int j = 0; j < kRows / 8; ++j) {
+        uint32_t parts[4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float x = sums[k][4 * j + 2 * h], y = sums[k][4 * j + 2 * h + 1];
+          const __half2 coarse = __floats2half2_rn(x, y);
+          const float2 back = __half22float2(coarse);
+          parts[h] = as_u32(coarse);
+          parts[2 + h] = as_u32(__floats2half2_rn(x - back.x, y - back.y));
+        }
+        store_matrices(at ^ (j * 16), parts);
       }
-      store_matrices(at ^ (j * 16), parts);
     }
     publish_operands();
     __syncthreads();
-    uint32_t a[kMostPatterns / 16][kDimTiles][4];
 #pragma unroll
-    for (int step = 0; step < kMostPatterns / 16; ++step) {
+    for (int k = 0; k < kGroups; ++k) {
+      if (k > 0) patterns = ValuePatterns(p, item, head, dim, k, t);
+      uint32_t a[kGroupPatterns / 16][kDimTiles][4];
 #pragma unroll
-      for (int i = 0; i < kDimTiles * 4; ++i) {
-        const int h = i % 4;
-        a[step][i / 4][h] = __byte_perm(rows[step][h / 2 * 2][i / 4], rows[step][h / 2 * 2 + 1][i / 4],
-                                        h % 2 == 0 ? 0x5410 : 0x7632);
+      for (int step = 0; step < kGroupPatterns / 16; ++step) {
+        patterns.operands(a[step], step);
+        settle(a[step]);
       }
-      settle(a[step]);
-    }
-    wgmma_begin();
+      wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < kMostPatterns / 16; ++step) {
-      const uint32_t b = operand(shared_address(memory.weights[0])) + step * kSwizzledRow;
+      for (int step = 0; step < kGroupPatterns / 16; ++step) {
+        const uint32_t b = operand(shared_address(memory.weights[k])) + step * kSwizzledRow;
 #pragma unroll
-      for (int i = 0; i < kDimTiles; ++i) {
-        wgmma_by_columns(out[i], a[step][i], b);
-        wgmma_by_columns(out[i], a[step][i], b + Memory::kPlainOffset / 16);
+        for (int i = 0; i < kDimTiles; ++i) {
+          wgmma_by_columns(out[i], a[step][i], b);
+          wgmma_by_columns(out[i], a[step][i], b + Memory::kPlainOffset / 16);
+        }
       }
+      wgmma_commit();
+      finish();
     }
-    wgmma_commit();
-    finish();
     float* to = p.state_out + dim;
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
@@ -337,24 +372,29 @@ struct Attention {
   }
 };
 
-template <int kRows>
+template <int kRows, int kPatterns>
 __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, uint8_t* bytes) {
   head = uniform(head);
   // Sizes of items share no addresses, which would outlive the registers.
   const int thread = opaque(threadIdx.x);
-  auto& memory = *reinterpret_cast<Memory<kRows>*>(bytes);
-  Feed<Memory<kRows>> feed(p, item, head, thread, memory);
+  using Memory = hopper::Memory<kRows, kPatterns>;
+  auto& memory = *reinterpret_cast<Memory*>(bytes);
+  Feed<Memory> feed(p, item, head, thread, memory);
   // What takes two look-ups first.
-  const AskedQueries<Memory<kRows>> queries(p, item, thread);
+  const AskedQueries<Memory> queries(p, item, thread);
   feed.look_up();
-  const KeyPatterns patterns(p, item, head, thread);
+  const KeyPatterns patterns(p, item, head, 0, thread);
   queries.issue(p, head, thread, memory);
   feed.start();
   const QueryScales scales = load_queries(p, item, head, thread, memory);
-  fill_table(patterns, thread, memory, scales.table);
+  fill_table(patterns, 0, thread, memory, scales.table);
+#pragma unroll
+  for (int k = 1; k < Memory::kGroups; ++k) {
+    fill_table(KeyPatterns(p, item, head, k, thread), k, thread, memory, scales.table);
+  }
   feed.begin(scales.codes);  // a barrier: tile 0, queries and table are there
 
-  Attention<kRows> attention(memory, thread, p.cap_log2);
+  Attention<kRows, kPatterns> attention(memory, thread, p.cap_log2);
   for (int n = 0; n < feed.count(); ++n) {
     const int stage = n % kStages;
     float x[kRows / 2];
@@ -389,9 +429,9 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
 template <int kRows>
 constexpr int kBlocks = kRows == 64 ? 2 : 3;
 
-// Work items of up to kRows query rows, tables of up to 64 patterns. A kernel per number of rows:
-// in one kernel they would share registers out badly.
-template <int kRows>
+// Work items of up to kRows query rows, tables of up to kPatterns patterns. A kernel per number of
+// rows: in one kernel they would share registers out badly.
+template <int kRows, int kPatterns>
 __global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
@@ -399,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
   uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
   const WorkQueue queue = kRows == 64 ? p.work.many() : p.work.wide();
   for_each_unit(queue, p.pool.h_kv, [&](const WorkItem& item, int head) {
-    attend<kRows>(p, item, head, aligned);
+    attend<kRows, kPatterns>(p, item, head, aligned);
   });
   // This grid then ends after the one before it, and the merge, which waits for this one, after
   // both.

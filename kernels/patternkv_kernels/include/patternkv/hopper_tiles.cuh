@@ -11,7 +11,8 @@ namespace hopper {
 
 constexpr bool kExists = PKV_WGMMA && (HEAD_DIM == 64 || HEAD_DIM == 128);
 
-constexpr int kMostPatterns = 64;     // of a table: a product sums their probabilities
+constexpr int kGroupPatterns = 64;    // whose probabilities a product sums
+constexpr int kMostPatterns = 128;    // of a table
 constexpr int kTile = 64;             // tokens
 constexpr int kStages = 3;            // tiles on their way or at work
 constexpr int kDimTiles = D / 64;     // products that the output takes
@@ -47,9 +48,11 @@ struct alignas(16) Token {
   uint32_t unused;
 };
 
-template <int kRows>
+template <int kRows, int kPatterns>
 struct alignas(kAlign) Memory {
   static constexpr int kQueryRows = kRows;
+  static constexpr int kGroups = kPatterns / kGroupPatterns;  // of patterns
+  static_assert(kGroups == 1 || kGroups == 2, "their sums leave through the buffers of weights");
   // Up to 32 columns of weights leave room in their rows for the same weights without V scales.
   static constexpr int kParts = kRows > 32 ? 2 : 1;
   static constexpr int kPlainPiece = kRows > 32 ? 0 : 4;
@@ -59,7 +62,7 @@ struct alignas(kAlign) Memory {
   uint8_t weights[2][kParts * kTile * kSwizzledRow];  // queries before the first tile
   uint8_t queries[kDimTiles][kRows * kSwizzledRow];
   uint8_t codes[kStages][kTileBytes];
-  float table[kMostPatterns * kRows];
+  float table[kPatterns * kRows];
   Token tokens[kStages][kTile];
   __half patterns[kStages][kTile];  // ids of V patterns, as numbers
   uint32_t units[2][kTile];         // offsets of code rows
@@ -80,9 +83,9 @@ struct alignas(kAlign) Memory {
   }
 };
 
-template <int kRows>
+template <int kRows, int kPatterns>
 __host__ __device__ constexpr int shared_bytes() {
-  return kAlign - kLeastAlign + sizeof(Memory<kRows>);
+  return kAlign - kLeastAlign + sizeof(Memory<kRows, kPatterns>);
 }
 
 // The table of query-pattern products. A pattern's row holds, for each pair of n-tiles i and each
@@ -100,13 +103,14 @@ struct Table {
     return (row + t * 16) ^ (i / 2 * 64);
   }
   // Subtracts a row's `shift` from all of its products.
+  template <int kPatterns>
   static __device__ __forceinline__ void lower(float* table, const float* shift, int thread) {
     // A thread meets one row, in patterns of one parity.
     static_assert(kThreads % (2 * kRows) == 0);
     const int at = thread % kRows ^ thread / kRows % 2 * (kSwap / 4);
     const float down = shift[at / 16 * 16 + at % 16 / 4 * 2 + at % 4 / 2 * 8 + at % 2];
 #pragma unroll 1
-    for (int e = thread; e < kMostPatterns * kRows; e += kThreads) table[e] -= down;
+    for (int e = thread; e < kPatterns * kRows; e += kThreads) table[e] -= down;
   }
 };
 
@@ -281,36 +285,38 @@ __device__ __forceinline__ void multiply_queries(float (&x)[kRows / 2],
   wgmma_commit();
 }
 
-// A thread's dims of the K patterns that it multiplies for the table, asked for ahead of the
-// queries; and where V's are not in the L2 cache, which the end of an item reads them from, they go
-// there meanwhile.
+// A thread's dims of the K patterns of a group that it multiplies for the table. The first group is
+// asked for ahead of the queries; and where V's patterns are not in the L2 cache, which the end of an
+// item reads them from, they go there meanwhile.
 struct KeyPatterns {
   uint32_t rows[2][HEAD_DIM / 32][4];
 
   __device__ __forceinline__ KeyPatterns(const DecodeParams& p, const WorkItem& item, int head,
-                                         int thread) {
+                                         int group, int thread) {
     const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
     const __half* patterns = table_rows(p, item.table, 0, head);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int pattern = min(16 * warp + 8 * h + g, p.num_patterns - 1);
+      const int pattern =
+          min(group * kGroupPatterns + 16 * warp + 8 * h + g, p.num_patterns - 1);
 #pragma unroll
       for (int k = 0; k < HEAD_DIM / 32; ++k) {
         load_early(rows[h][k], patterns + pattern * HEAD_DIM + t * 8 + k * 32);
       }
     }
     constexpr int kLine = 64;  // elements
-    if (thread * kLine < p.num_patterns * HEAD_DIM) {
-      prefetch(table_rows(p, item.table, 1, head) + thread * kLine);
+    const int line = group * (kGroupPatterns * HEAD_DIM / kLine) + thread;
+    if (line * kLine < p.num_patterns * HEAD_DIM) {
+      prefetch(table_rows(p, item.table, 1, head) + line * kLine);
     }
   }
 };
-static_assert(!kExists || kMostPatterns * HEAD_DIM / 64 <= kThreads, "a thread has a line of V");
+static_assert(!kExists || kGroupPatterns * HEAD_DIM / 64 <= kThreads, "a thread has a line of V");
 
-// Fills the table with the logits of queries and K patterns. Ends without a barrier.
+// Fills the table's group of patterns with their logits. Ends without a barrier.
 template <typename Memory>
-__device__ __forceinline__ void fill_table(const KeyPatterns& patterns, int thread, Memory& memory,
-                                           float scale) {
+__device__ __forceinline__ void fill_table(const KeyPatterns& patterns, int group, int thread,
+                                           Memory& memory, float scale) {
   constexpr int kRows = Memory::kQueryRows;
   using Table = hopper::Table<kRows>;
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
@@ -326,7 +332,8 @@ __device__ __forceinline__ void fill_table(const KeyPatterns& patterns, int thre
   settle(x);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const uint32_t row = Table::pattern_offset(16 * warp + 8 * h + g);
+    const uint32_t row =
+        Table::pattern_offset(group * kGroupPatterns + 16 * warp + 8 * h + g);
 #pragma unroll
     for (int i = 0; i < kRows / 8; i += 2) {
       const float* from = x + 4 * i + 2 * h;
