@@ -6,7 +6,7 @@ python -m benchmarks.report_quality
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -349,39 +349,54 @@ def served(path: Path) -> str:
     return table(head, lines)
 
 
+def _most_chains(found: Iterable[Result]) -> str:
+    return max(found, key=lambda result: len(result.problems)).level
+
+
 def plot_curves(report: Report, path: Path) -> None:
-    """KL over generated tokens, 4/2 and 2/2 side by side."""
+    """KL over generated tokens at the level with most chains, 4/4, 4/2 and 2/2 side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, bits in zip(axes, ((4, 2), (2, 2)), strict=True):
-        for (method, *widths, _), result in report.pick("demo", "forced").items():
-            if tuple(widths) == bits:
-                points = [
-                    (CURVE_STEP * i, point)
-                    for i, point in enumerate(result.kl_curve)
-                    if point is not None
-                ]
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
-        axis.set(yscale="log", xlabel="generated tokens", title=f"{bits[0]}/{bits[1]} bits")
+    shown = report.shown("demo", "forced")
+    level = _most_chains(shown.values())
+    methods = [*dict.fromkeys(key[0] for key in shown)]
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    lines: dict[str, Any] = {}
+    for axis, bits in zip(axes, ((4, 4), (4, 2), (2, 2)), strict=True):
+        for (method, *widths, at_level), result in shown.items():
+            if tuple(widths) != bits or at_level != level:
+                continue
+            points = [
+                (CURVE_STEP * i, point)
+                for i, point in enumerate(result.kl_curve)
+                if point is not None
+            ]
+            color = f"C{methods.index(method) % 10}"
+            (lines[method],) = axis.plot(
+                *zip(*points, strict=True), marker="o", markersize=3, color=color
+            )
+        title = f"{bits[0]}/{bits[1]} bits, {level}"
+        axis.set(yscale="log", xlabel="generated tokens", title=title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL(bf16 || method), nats")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def plot_storage(report: Report, path: Path) -> None:
-    """KL against bits per element, every method and bit width."""
+    """KL against bits per element at the level with most chains, every method and bit width."""
     from matplotlib.figure import Figure
 
+    picked = report.pick("demo", "forced")
+    level = _most_chains(picked.values())
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axis = figure.subplots()
     for method in METHODS:
         points = [
             (result.bits_per_element, mean_and_stderr(result.kl)[0], name(result).split()[1])
-            for key, result in report.pick("demo", "forced").items()
-            if key[0] == method and method != "bf16"
+            for key, result in picked.items()
+            if key[0] == method and key[3] == level and method != "bf16"
         ]
         if points:
             x, y, labels = zip(*points, strict=True)

@@ -245,16 +245,17 @@ def _percent(row: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw maj@k with standard errors over gigabytes, a curve per cache, into a PNG."""
+    """Draw maj@k with standard errors over KV memory, a curve per cache, into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in dict.fromkeys(row["variant"] for row in rows):
         points = [row for row in rows if row["variant"] == name]
-        size = [row["gb"] for row in points]
+        size = [1e9 * row["gb"] for row in points]
         rate = [100 * row["maj_at_k"] for row in points]
         error = [0 if math.isnan(row["stderr"]) else 100 * row["stderr"] for row in points]
         drawn = axes.errorbar(size, rate, error, marker="o", capsize=3, label=name)
@@ -264,7 +265,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 color=drawn[0].get_color(),
             )  # fmt: skip
     axes.set_xscale("log")
-    axes.set(xlabel="GB of KV (numbers: branches k)", ylabel="maj@k, %")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="KV memory (numbers: branches k)", ylabel="maj@k, %")
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="KV cache")
     figure.savefig(path, dpi=120)
