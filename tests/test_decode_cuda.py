@@ -67,8 +67,8 @@ HARD_CASES = [
             num_patterns=m,
             tree=balanced_tree(1, b, 400, [77]),
         )
-        for m in (1, 5, 100, 256)
-        for b in (1, 4, 12)
+        for m in (1, 5, 65, 100, 128, 256)
+        for b in (1, 4, 8, 12)
     ),
     *(
         DecodeCase(
