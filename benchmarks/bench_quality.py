@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.attention import prepare
 from benchmarks.quality.cells import CURVE_STEP, Cell
 from benchmarks.quality.decoding import (
     Decoder,
@@ -30,7 +31,6 @@ from benchmarks.quality.decoding import (
     attention_errors,
     force,
     prefill,
-    prepare,
     sample,
 )
 from benchmarks.quality.methods import EXACT, SETTINGS, Setting

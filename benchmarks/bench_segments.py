@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.simulate import Cache, divergence, mined, prepare, simulated
+from benchmarks.attention import prepare
+from benchmarks.simulate import Cache, divergence, mined, simulated
 from patternkv_sgl.config import PatternKVConfig, default_rotate
 from recipes.demo.ledger import Level, make_problems
 from recipes.environment import git_commit, hardware, versions
@@ -94,6 +95,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.count < 2:
+        parser.error(f"--count {args.count}: a standard error takes at least 2")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")

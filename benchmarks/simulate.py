@@ -7,15 +7,16 @@ by the recipes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from benchmarks.attention import attending
 from patternkv_kernels import (
     LayerTables,
     SlotFormat,
@@ -25,8 +26,6 @@ from patternkv_kernels import (
 )
 from patternkv_sgl.basis import KBasis, balance, projected_sizes
 from patternkv_sgl.config import PatternKVConfig
-
-ATTENTION = "patternkv_simulated"
 
 
 @dataclass
@@ -44,36 +43,34 @@ class Cache:
     tables: dict[int, LayerTables] | None = None
 
 
-_cache: Cache | None = None
 mined: dict[int, LayerTables] = {}
 
 
 def _attend(
+    cache: Cache | None,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface: query [1, h_q, n, d]; key, value [1, h_kv, n, d]."""
+) -> torch.Tensor:
+    """Of one sequence: query [1, h_q, n, d]; key, value [1, h_kv, n, d]."""
     q, k, v = query[0].float(), key[0].float(), value[0].float()
     group, n = len(q) // len(k), q.shape[1]
     column = torch.arange(n, device=q.device)
     row = column[:, None]
     visible, exact = column <= row, torch.ones(n, n, dtype=torch.bool, device=q.device)
     stored_k, stored_v = k, v
-    if _cache is not None:
-        stored_k, stored_v = _store(_cache, module, query[0], key[0], value[0])
-        prompt = _cache.prompt_len
-        first_exact = torch.clamp(row + 1 - _cache.config.window, min=prompt)
+    if cache is not None:
+        stored_k, stored_v = _store(cache, module, query[0], key[0], value[0])
+        prompt = cache.prompt_len
+        first_exact = torch.clamp(row + 1 - cache.config.window, min=prompt)
         exact = (row < prompt) | (column >= first_exact)
     q = q.view(len(k), group, n, -1) * scaling
     logits = torch.where(exact, q @ k[:, None].mT, q @ stored_k[:, None].mT)
     p = logits.masked_fill(~visible, -torch.inf).softmax(-1)
     out = (p * exact) @ v[:, None] + (p * ~exact) @ stored_v[:, None]
-    return out.flatten(0, 1).transpose(0, 1)[None].to(query.dtype), None
+    return out.flatten(0, 1)[None]
 
 
 def _store(
@@ -109,21 +106,9 @@ def _store(
     return k.transpose(0, 1), v.transpose(0, 1)
 
 
-@contextmanager
-def simulated(cache: Cache | None) -> Iterator[None]:
-    """Run the model with ``cache``, or with exact attention for None."""
-    global _cache
-    previous, _cache = _cache, cache
-    try:
-        yield
-    finally:
-        _cache = previous
-
-
-def prepare(model: PreTrainedModel) -> None:
-    """Make ``model`` attend through this module."""
-    AttentionInterface.register(ATTENTION, _attend)
-    model.set_attn_implementation(ATTENTION)
+def simulated(cache: Cache | None) -> AbstractContextManager[None]:
+    """Run prepared models with ``cache``, or with exact attention for None."""
+    return attending(partial(_attend, cache))
 
 
 @torch.inference_mode()

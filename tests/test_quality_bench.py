@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.attention import prepare
 from benchmarks.bench_quality import DEMO, main
 from benchmarks.quality.cells import Cell
-from benchmarks.quality.decoding import Decoder, attention_errors, force, prefill, prepare, sample
+from benchmarks.quality.decoding import Decoder, attention_errors, force, prefill, sample
 from benchmarks.quality.flatness import Flatness
 from benchmarks.quality.methods import EXACT, Setting
 from benchmarks.quality.outliers import add_k_outliers

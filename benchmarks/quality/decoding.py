@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from benchmarks.attention import attending
 from benchmarks.quality.cache import LayerCache, LayerPrompt
 from patternkv_sgl.basis import balance, projected_sizes
 
-ATTENTION = "kv_bench"
 MakeCache = Callable[[LayerPrompt], LayerCache]
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""Layer, q ``[b, h_q, n, d]``, k and v ``[b, h_kv, n, d]``, logit scale; gives q's shape."""
-
 PREFILL_TOKENS = {"cuda": 2**15}
 """Prompt tokens in one forward by device; elsewhere prompts are prefilled one by one."""
 _NOISE_ELEMENTS = 2**22
 """Noise drawn at a time for one prompt; few launches where the vocabulary is small."""
-
-_attend: Attend | None = None
-
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface; only the new tokens arrive here."""
-    assert _attend is not None, "a model prepared for the bench runs inside attending()"
-    out = _attend(module.layer_idx, query, key, value, scaling)
-    return out.transpose(1, 2).to(query.dtype), None
-
-
-@contextmanager
-def attending(attend: Attend) -> Iterator[None]:
-    """Let the prepared model attend through ``attend``."""
-    global _attend
-    previous, _attend = _attend, attend
-    try:
-        yield
-    finally:
-        _attend = previous
-
-
-def prepare(model: PreTrainedModel) -> None:
-    """Make ``model`` attend through this module."""
-    AttentionInterface.register(ATTENTION, _attention)
-    model.set_attn_implementation(ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -85,9 +47,9 @@ def prefill(model: PreTrainedModel, prompts: torch.Tensor) -> Prefilled:
     seen: dict[int, list[tuple[torch.Tensor, ...]]] = {}
 
     def attend(
-        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        seen.setdefault(layer, []).append((q, k, v))
+        seen.setdefault(module.layer_idx, []).append((q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=True
         )
@@ -156,10 +118,10 @@ class Decoder:
         return sum(cache.bits_per_element for cache in self.caches) / len(self.caches)
 
     def _attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         q, k, v = (x.squeeze(2).unflatten(0, (-1, self._branches)) for x in (q, k, v))
-        out = self.caches[layer].step(q, k, v, scale)
+        out = self.caches[module.layer_idx].step(q, k, v, scale)
         if self._record is not None:
             self._record[-1].append(Step(q, k, v, scale, out))
         return out.flatten(0, 1).unsqueeze(2)

@@ -18,7 +18,8 @@ import orjson
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.quality.decoding import Decoder, force, prefill, prepare
+from benchmarks.attention import prepare
+from benchmarks.quality.decoding import Decoder, force, prefill
 from benchmarks.quality.methods import EXACT, Setting
 from benchmarks.quality.tasks import problem_set
 from recipes.config import RunConfig
