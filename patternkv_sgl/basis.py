@@ -54,7 +54,6 @@ class KBasis:
         of_k = signs * balance * 2.0 ** -(log2 - log2 // 2)
         self._factors = torch.cat([of_q, of_k]).to(device, dtype)
         self._of_q, self._of_k = self._factors.split([h_q, h_kv])
-        self._hadamard = hadamard(head_dim).to(device)
         self._k_back = (1 / (block * of_k)).to(device)
 
     def turn(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +70,7 @@ class KBasis:
 
     def k_back(self, k: torch.Tensor) -> torch.Tensor:
         """Stored ``k [..., h_kv, d]`` as the model knows it, in ``k``'s dtype."""
-        return (k @ self._hadamard.to(k.dtype)) * self._k_back.to(k.dtype)
+        return (k @ hadamard(k.shape[-1], k.dtype, k.device)) * self._k_back.to(k.dtype)
 
 
 @cache

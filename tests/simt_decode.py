@@ -9,7 +9,7 @@ import torch
 
 from patternkv_kernels import SlotFormat
 from tests.cases import DecodeInputs
-from tests.simt_library import compile_library
+from tests.simt_library import compile_library, fields
 
 _POINTERS = [
     "q",
@@ -49,12 +49,7 @@ _NUMBERS = [
 class Arguments(ctypes.Structure):
     """``Arguments`` of ``simt/decode.cpp``."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("sm_scale", ctypes.c_double),
-        ("logit_cap", ctypes.c_double),
-    ]
+    _fields_ = fields(_POINTERS, _NUMBERS, ["sm_scale", "logit_cap"])
 
 
 @functools.cache

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import patternkv_kernels.jit as jit
 
@@ -30,6 +32,17 @@ def _cuda_headers() -> Path | None:
     except jit.BuildError:
         return None
     return folder if (folder / "cuda_fp16.h").exists() else None
+
+
+def fields(
+    pointers: Iterable[str], numbers: Iterable[str], reals: Iterable[str] = ()
+) -> list[tuple[str, type[ctypes._SimpleCData[Any]]]]:
+    """``_fields_`` of the ``Arguments`` that a library's source declares in this order."""
+    return [
+        *((name, ctypes.c_void_p) for name in pointers),
+        *((name, ctypes.c_int64) for name in numbers),
+        *((name, ctypes.c_double) for name in reals),
+    ]
 
 
 def compile_library(name: str, k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:

@@ -8,7 +8,7 @@ import functools
 import torch
 
 from patternkv_kernels import MinedTable
-from tests.simt_library import compile_library
+from tests.simt_library import compile_library, fields
 
 _POINTERS = [
     *("k", "v", "q", "weight"),
@@ -23,10 +23,7 @@ _NUMBERS = [
 class Arguments(ctypes.Structure):
     """``Arguments`` of ``simt/mining.cpp``."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-    ]
+    _fields_ = fields(_POINTERS, _NUMBERS)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 
 from patternkv_kernels import SlotFormat
 from tests.cases import NUM_TABLES, fill_slots, formula, random_tables
-from tests.simt_library import compile_library, unavailable
+from tests.simt_library import compile_library, fields, unavailable
 
 REASON = unavailable()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -21,10 +21,7 @@ _NUMBERS = ["n", "h_kv", "page_size", "num_patterns", "slots_are_int64", "blocks
 class Arguments(ctypes.Structure):
     """``Arguments`` of ``simt/dequantize.cpp``."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-    ]
+    _fields_ = fields(_POINTERS, _NUMBERS)
 
 
 @pytest.mark.parametrize(

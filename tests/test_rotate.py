@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from patternkv_kernels import hadamard, rotate
-from tests.simt_library import compile_library, unavailable
+from tests.simt_library import compile_library, fields, unavailable
 
 H_Q, H_KV = 6, 2
 DTYPES = (torch.bfloat16, torch.float16)
@@ -23,10 +23,7 @@ _NUMBERS = ("n", "h_q", "h_kv", "q_token", "q_head", "k_token", "k_head")
 class Arguments(ctypes.Structure):
     """``Arguments`` of ``simt/rotate.cpp``."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-    ]
+    _fields_ = fields(_POINTERS, _NUMBERS)
 
 
 @functools.cache

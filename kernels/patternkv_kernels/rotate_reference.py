@@ -7,25 +7,23 @@ import functools
 import torch
 
 
-def hadamard(d: int) -> torch.Tensor:
-    """Symmetric float32 ``[d, d]`` of ones, minus ones and zeros: along the diagonal, Sylvester's
-    matrix of the largest power of two that divides ``d``. Its square is that power times the
-    identity."""
+@functools.cache
+def hadamard(
+    d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Symmetric ``[d, d]`` of ones, minus ones and zeros: along the diagonal, Sylvester's matrix of
+    the largest power of two that divides ``d``. Its square is that power times the identity.
+    Everyone gets the same tensor."""
     block = d & -d
     matrix = torch.ones(1, 1)
     while len(matrix) < block:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.block_diag(*[matrix] * (d // block))
-
-
-@functools.cache
-def _hadamard(d: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return hadamard(d).to(device, dtype)
+    return torch.block_diag(*[matrix] * (d // block)).to(device, dtype)
 
 
 def rotate_heads(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """``(x * factors) @ hadamard(d)`` of ``x [..., h, d]`` and ``factors [h, d]``, dtypes alike."""
-    return (x * factors) @ _hadamard(x.shape[-1], x.dtype, x.device)
+    return (x * factors) @ hadamard(x.shape[-1], x.dtype, x.device)
 
 
 def rotate_reference(

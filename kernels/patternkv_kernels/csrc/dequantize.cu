@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "patternkv/dequantize.cuh"
-#include "patternkv/resident.cuh"
+#include "patternkv/launch.cuh"
 #include "tvm_ffi_utils.h"
 
 namespace patternkv {

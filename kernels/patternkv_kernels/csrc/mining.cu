@@ -1,4 +1,5 @@
 // Launcher of mining.
+#include "patternkv/launch.cuh"
 #include "patternkv/mining.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -13,9 +14,7 @@ void check(cudaError_t error) {
 }
 
 mining::Vectors vectors(const TensorView& x) {
-  TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
-                 x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
-      << "vectors must be contiguous and 16-byte aligned";
+  check_vectors(x);
   return {x.data_ptr(), x.stride(0), x.stride(1)};
 }
 

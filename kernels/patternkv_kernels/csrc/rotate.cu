@@ -1,4 +1,5 @@
 // Launcher of rotate.
+#include "patternkv/launch.cuh"
 #include "patternkv/rotate.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -6,9 +7,7 @@ namespace patternkv {
 namespace {
 
 rotate::Heads heads(const TensorView& x) {
-  TVM_FFI_ICHECK(x.size(2) == rotate::kHeadDim && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
-                 x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
-      << "queries and keys must be contiguous and 16-byte aligned";
+  check_vectors(x);
   return {x.data_ptr(), x.stride(0), x.stride(1), static_cast<int>(x.size(1))};
 }
 

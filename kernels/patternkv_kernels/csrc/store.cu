@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <climits>
 
-#include "patternkv/resident.cuh"
+#include "patternkv/launch.cuh"
 #include "patternkv/store.cuh"
 #include "tvm_ffi_utils.h"
 
@@ -29,9 +29,7 @@ void launch(const StoreParams& params, int device, cudaStream_t stream) {
 }
 
 Vectors vectors(const TensorView& x) {
-  TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
-                 x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
-      << "vectors of K and V must be contiguous and 16-byte aligned";
+  check_vectors(x);
   TVM_FFI_ICHECK(x.stride(0) <= INT_MAX && x.stride(1) <= INT_MAX) << "strides beyond 2^31";
   return {x.data_ptr(), static_cast<int>(x.stride(0)), static_cast<int>(x.stride(1))};
 }

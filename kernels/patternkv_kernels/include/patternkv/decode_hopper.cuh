@@ -17,7 +17,7 @@ namespace hopper {
 // V scales of up to kMostScale too, and steps of 2^-20 of the largest.
 constexpr float kHeadroom = 4.0f, kLimit = 11.0f;
 
-// A thread's dims of the V patterns of a group: 64 i + 2 t, + 1, + 8 and + 9 of each 16.
+// A thread's dims of the V patterns of a group: of each 16 those at 2 t, + 1, + 8 and + 9.
 struct ValuePatterns {
   uint32_t rows[kGroupPatterns / 16][4][kDimTiles];
 

@@ -161,12 +161,6 @@ __device__ __forceinline__ void store_words(uint8_t* shared, const uint32_t (&x)
   }
 }
 
-template <typename T, int kDims>
-__device__ __forceinline__ void to_floats(float (&out)[kDims], const uint32_t (&words)[kDims / 2]) {
-#pragma unroll
-  for (int i = 0; i < kDims; ++i) out[i] = load_float(reinterpret_cast<const T*>(words) + i);
-}
-
 __device__ __forceinline__ KeyWords load_keys(const uint8_t* rows, int token, int t) {
   KeyWords words;
   const uint8_t* row = rows + token * kKStride + t * (D / 4 * K_BITS / 8);

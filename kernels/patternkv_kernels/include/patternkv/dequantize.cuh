@@ -144,17 +144,9 @@ __device__ __forceinline__ void store_dims(T* out, const float (&x)[kDims]) {
     store_streaming(reinterpret_cast<uint4*>(out), words[0]);
     store_streaming(reinterpret_cast<uint4*>(out) + 1, words[1]);
   } else {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    alignas(16) Pair pairs[kDims / 2];
-#pragma unroll
-    for (int j = 0; j < kDims / 2; ++j) {
-      if constexpr (std::is_same_v<T, __half>) {
-        pairs[j] = __floats2half2_rn(x[2 * j], x[2 * j + 1]);
-      } else {
-        pairs[j] = __floats2bfloat162_rn(x[2 * j], x[2 * j + 1]);
-      }
-    }
-    store_streaming(reinterpret_cast<uint4*>(out), *reinterpret_cast<const uint4*>(pairs));
+    alignas(16) uint32_t words[kDims / 2];
+    to_words<T>(words, x);
+    store_streaming(reinterpret_cast<uint4*>(out), *reinterpret_cast<const uint4*>(words));
   }
 }
 

@@ -6,22 +6,20 @@
 // results are rounded. Bound by the launch in decode and by memory in prefill.
 #pragma once
 
-#include <type_traits>
-
 #include "patternkv/bits.cuh"
+#include "patternkv/layout.cuh"
 
 namespace patternkv::rotate {
 
 constexpr int kChannels = 8;  // of a thread
 constexpr int kThreads = 128;
-constexpr int kHeadDim = PKV_HEAD_DIM;
-constexpr int kHeadThreads = kHeadDim / kChannels;
+constexpr int kHeadThreads = HEAD_DIM / kChannels;
 // The largest power of two that divides the head dim: so many channels are mixed.
-constexpr int kBlock = kHeadDim & -kHeadDim;
+constexpr int kBlock = HEAD_DIM & -HEAD_DIM;
 constexpr int kLanes = kBlock / kChannels;
 static_assert(kLanes >= 1 && kLanes <= 32, "the threads of a block of channels share a warp");
 
-// bf16 or fp16 [n, heads, kHeadDim], 16-byte aligned vectors; strides in elements.
+// bf16 or fp16 [n, heads, HEAD_DIM], 16-byte aligned vectors; strides in elements.
 struct Heads {
   const void* data;
   int64_t token_stride, head_stride;
@@ -30,26 +28,10 @@ struct Heads {
 
 struct RotateParams {
   Heads q, k;
-  const void* factors;  // [q.heads + k.heads, kHeadDim]
-  void* out;            // [n, q.heads + k.heads, kHeadDim]
+  const void* factors;  // [q.heads + k.heads, HEAD_DIM]
+  void* out;            // [n, q.heads + k.heads, HEAD_DIM]
   int n;
 };
-
-template <typename T>
-struct alignas(16) Channels {
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  Pair pairs[kChannels / 2];
-};
-
-__device__ __forceinline__ float2 to_floats(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-
-__device__ __forceinline__ void round_to(__half2& x, float first, float second) {
-  x = __floats2half2_rn(first, second);
-}
-__device__ __forceinline__ void round_to(__nv_bfloat162& x, float first, float second) {
-  x = __floats2bfloat162_rn(first, second);
-}
 
 __device__ __forceinline__ void transform(float (&x)[kChannels], int lane) {
 #pragma unroll
@@ -87,20 +69,19 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateParams p) 
   const Heads& of = is_q ? p.q : p.k;
   const int own = is_q ? head : head - p.q.heads;
   const T* from = static_cast<const T*>(of.data) + token * of.token_stride + own * of.head_stride;
-  const auto channels = reinterpret_cast<const Channels<T>*>(from)[part];
-  const auto factors = static_cast<const Channels<T>*>(p.factors)[head * kHeadThreads + part];
-  float x[kChannels];
+  alignas(16) uint32_t words[2][kChannels / 2];
+  *reinterpret_cast<uint4*>(words[0]) = reinterpret_cast<const uint4*>(from)[part];
+  *reinterpret_cast<uint4*>(words[1]) =
+      static_cast<const uint4*>(p.factors)[head * kHeadThreads + part];
+  float x[kChannels], factors[kChannels];
+  to_floats<T>(x, words[0]);
+  to_floats<T>(factors, words[1]);
 #pragma unroll
-  for (int j = 0; j < kChannels / 2; ++j) {
-    const float2 pair = to_floats(channels.pairs[j]), factor = to_floats(factors.pairs[j]);
-    x[2 * j] = pair.x * factor.x, x[2 * j + 1] = pair.y * factor.y;
-  }
+  for (int j = 0; j < kChannels; ++j) x[j] *= factors[j];
   transform(x, threadIdx.x);
   if (thread >= count) return;
-  Channels<T> rounded;
-#pragma unroll
-  for (int j = 0; j < kChannels / 2; ++j) round_to(rounded.pairs[j], x[2 * j], x[2 * j + 1]);
-  static_cast<Channels<T>*>(p.out)[piece] = rounded;
+  to_words<T>(words[0], x);
+  static_cast<uint4*>(p.out)[piece] = *reinterpret_cast<const uint4*>(words[0]);
 }
 
 }  // namespace patternkv::rotate

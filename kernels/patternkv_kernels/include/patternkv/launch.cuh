@@ -1,11 +1,19 @@
-// How many blocks of a kernel run at once.
+// What launchers share.
 #pragma once
 
 #include <algorithm>
 
+#include "patternkv/layout.cuh"
 #include "tvm_ffi_utils.h"
 
 namespace patternkv {
+
+// Raises unless `x` is [n, heads, HEAD_DIM] with contiguous vectors that start at 16 bytes.
+inline void check_vectors(const TensorView& x) {
+  TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
+                 x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0)
+      << "vectors must be contiguous and 16-byte aligned";
+}
 
 // Blocks of kKernel, of kThreads threads without dynamic shared memory, that fill `device`.
 template <auto kKernel, int kThreads>
