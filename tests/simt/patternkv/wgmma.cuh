@@ -17,6 +17,10 @@ inline uint32_t operand(uint32_t address, uint32_t next_tile = 16) {
   return address / 16 | next_tile / 16 << 16;
 }
 
+template <int kCount>
+void raise_registers() {}
+template <int kCount>
+void lower_registers() {}
 inline void publish_operands() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}

@@ -438,7 +438,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
   launch_dependents();
   uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
   const WorkQueue queue = kRows == 64 ? p.work.many() : p.work.wide();
-  for_each_unit(queue, p.pool.h_kv, [&](const WorkItem& item, int head) {
+  __shared__ int next_unit;
+  for_each_unit(queue, p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
     attend<kRows, kPatterns>(p, item, head, aligned);
   });
   // This grid then ends after the one before it, and the merge, which waits for this one, after

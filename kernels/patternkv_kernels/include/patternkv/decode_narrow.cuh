@@ -410,7 +410,8 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
   // The first kernel of a layer: those after it start behind what came before the layer.
   wait_for_previous_kernel();
   launch_dependents();
-  for_each_unit(p.work.narrow(), p.pool.h_kv,
+  __shared__ int next_unit;
+  for_each_unit(p.work.narrow(), p.pool.h_kv, next_unit,
                 [&](const WorkItem& item, int head) { attend<kLive>(p, item, head, memory); });
 }
 

@@ -34,11 +34,12 @@ struct FixedPoint {
 };
 
 // Works through the units of a launch, an item and a KV head each, block by block: `attend(item,
-// head)` by whole blocks. The next unit is asked for before the present one is worked on, and the
-// first item before it is known whether there is one, so that these answers cost no time.
+// head)` by whole blocks, whose threads may come here from several places. The next unit is asked
+// for before the present one is worked on, and the first item before it is known whether there is
+// one, so that these answers cost no time. `next` is in shared memory.
 template <typename AttendUnit>
-__device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, AttendUnit attend) {
-  __shared__ int next;
+__device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, int& next,
+                                              AttendUnit attend) {
   int unit = blockIdx.x;
   WorkItem item = queue.items[unit / h_kv];
   const int num_units = queue.sign * *queue.num_items * h_kv;

@@ -1,10 +1,11 @@
 // Attention of up to 128 query rows over a chunk of tokens, with the asynchronous matrix products
 // of compute capability 9.0: K and V are dequantized to fp16 operands in shared memory, once for
-// all rows. A block is three warpgroups, and a product has 64 rows.
+// all rows. A block is four warpgroups. Two producers dequantize every other tile each; two
+// consumers have 64 rows, as many as a product:
 //
-//   up to 64 rows   every group takes every third tile, from codes to output; while products run it
-//                   dequantizes what the next ones need. The three results are added at the end.
-//   up to 128 rows  two groups have 64 rows each, the third dequantizes for both.
+//   up to 64 rows   the same ones, a consumer for the tiles of each producer; the two results are
+//                   added at the end
+//   up to 128 rows  each their own, of all tiles
 #pragma once
 
 #include "patternkv/warpgroup_tiles.cuh"
@@ -158,144 +159,140 @@ struct Rows {
   }
 };
 
-// Adds up the groups' attention to the same rows in the first group. A group without tokens has
+// Adds up the consumers' attention to the same rows in the first one. A consumer without tokens has
 // reference -inf, hence weight 0.
-__device__ __forceinline__ void merge_groups(Rows& rows, int group, Shared& shared,
-                                             float4* outputs) {
+__device__ __forceinline__ void merge_consumers(Rows& rows, int consumer, Shared& shared,
+                                                float4* output) {
   const int thread = threadIdx.x % kGroupThreads, t = thread % 4, row = Rows::first_row();
   constexpr int kQuads = D / 8;
-  auto& states = reinterpret_cast<float2(&)[kGroups][kGroupRows]>(shared.queries[1]);
+  auto& states = reinterpret_cast<float2(&)[kConsumers][kGroupRows]>(shared.queries[1]);
   rows.add_mass();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (t == 0) {
-      states[group][row + 8 * h] =
+      states[consumer][row + 8 * h] =
           make_float2(rows.softmax.reference[h], rows.softmax.mass[h]);
     }
   }
-  __syncthreads();  // nobody reads operands any more either
+  block_barrier_wait(kConsumerBarrier, kConsumerThreads);  // nobody reads operands any more either
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float top = -INFINITY, mass = 0;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) top = fmaxf(top, states[i][row + 8 * h].x);
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const float2 state = states[i][row + 8 * h];
-      mass += state.y * exp2_approx(state.x - top);
-    }
-    const float weight = exp2_approx(rows.softmax.reference[h] - top);
+    const float2 own = states[consumer][row + 8 * h], other = states[1 - consumer][row + 8 * h];
+    const float top = fmaxf(own.x, other.x), weight = exp2_approx(own.x - top);
     rows.softmax.reference[h] = top;
-    rows.softmax.mass[h] = mass;
+    rows.softmax.mass[h] = own.y * weight + other.y * exp2_approx(other.x - top);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       rows.out[4 * i + 2 * h] *= weight;
       rows.out[4 * i + 2 * h + 1] *= weight;
     }
   }
-  if (group > 0 && rows.busy) {
+  if (consumer > 0 && rows.busy) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      outputs[((group - 1) * kQuads + i) * kGroupThreads + thread] =
-          *reinterpret_cast<const float4*>(&rows.out[4 * i]);
+      output[i * kGroupThreads + thread] = *reinterpret_cast<const float4*>(&rows.out[4 * i]);
     }
   }
-  __syncthreads();
-  if (group > 0 || !rows.busy) return;
+  block_barrier_wait(kConsumerBarrier, kConsumerThreads);
+  if (consumer > 0 || !rows.busy) return;
 #pragma unroll
   for (int i = 0; i < kQuads; ++i) {
-#pragma unroll
-    for (int j = 0; j < kGroups - 1; ++j) {
-      const float4 other = outputs[(j * kQuads + i) * kGroupThreads + thread];
-      rows.out[4 * i] += other.x, rows.out[4 * i + 1] += other.y;
-      rows.out[4 * i + 2] += other.z, rows.out[4 * i + 3] += other.w;
-    }
+    const float4 other = output[i * kGroupThreads + thread];
+    rows.out[4 * i] += other.x, rows.out[4 * i + 1] += other.y;
+    rows.out[4 * i + 2] += other.z, rows.out[4 * i + 3] += other.w;
+  }
+}
+
+// How an item is shared out.
+struct Shares {
+  int num_rows;
+  bool tokens;  // consumers share these, else the rows
+  // Threads at the barrier of a tile: its producer's, and of those who use it.
+  int threads;
+
+  __device__ __forceinline__ Shares(const DecodeParams& p, const WorkItem& item)
+      : num_rows(item.num_branches * p.group),
+        tokens(num_rows <= kGroupRows),
+        threads(kGroupThreads * (tokens ? 2 : 1 + kConsumers)) {}
+};
+
+template <int kTile>
+__device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& item, int head,
+                                        uint8_t* bytes, int producer) {
+  auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
+  auto& shared = memory.shared;
+  uint8_t* k_patterns = bytes + kPatternStart<kTile>;
+  uint8_t* v_patterns = k_patterns + p.num_patterns * HEAD_DIM * 2;
+  const int thread = threadIdx.x - kConsumerThreads;
+  const Shares shares(p, item);
+
+  Feed<kTile> feed(p, item, head, memory.incoming[producer], producer);
+  feed.start(producer);
+  if (thread < 2 * HEAD_DIM) {
+    const int side = thread / HEAD_DIM, dim = thread % HEAD_DIM;
+    shared.channels[side][place_of(dim)] = table_channels(p, item.table, side, head)[dim];
+  }
+  load_patterns(table_rows(p, item.table, 0, head), p.num_patterns, k_patterns, thread);
+  load_patterns(table_rows(p, item.table, 1, head), p.num_patterns, v_patterns, thread);
+  cp_async_wait<0>();
+  __syncthreads();
+
+  for (int n = 0; n < feed.count; ++n) {
+    const int tile = n * kProducers + producer, stage = tile % kStages;
+    auto& operands = memory.operands[stage];
+    feed.ask(n);
+    if (tile >= kStages) block_barrier_wait(kKeysEmpty + stage, shares.threads);
+    feed.dequantize_keys(n, operands, shared, k_patterns);
+    publish_operands();
+    block_barrier_arrive(kKeysFull + stage, shares.threads);
+    if (tile >= kStages) block_barrier_wait(kValuesEmpty + stage, shares.threads);
+    feed.dequantize_values(n, operands, shared, v_patterns);
+    feed.receive(n);
+    publish_operands();
+    block_barrier_arrive(kValuesFull + stage, shares.threads);
+    group_barrier(producer);
   }
 }
 
 template <int kTile>
-__device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* bytes) {
-  // The same for all lanes, which the compiler cannot know of threadIdx.x.
-  const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
+__device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& item, int head,
+                                        uint8_t* bytes, int consumer) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
-  const int pattern_bytes = p.num_patterns * HEAD_DIM * 2;
-  uint8_t* k_patterns = bytes + kPatternStart<kTile>;
-  uint8_t* v_patterns = k_patterns + pattern_bytes;
-  const int num_rows = item.num_branches * p.group;
-  const bool shares_tokens = num_rows <= kGroupRows;  // else rows
-  const bool feeds = shares_tokens || group == kGroups - 1;
-
-  Feed<kTile> feed(p, item, head, memory.incoming[group], shares_tokens ? group : 0,
-                   shares_tokens ? kGroups : 1);
-  if (feeds) feed.start(group);
-  if (threadIdx.x < 2 * HEAD_DIM) {
-    const int side = threadIdx.x / HEAD_DIM, dim = threadIdx.x % HEAD_DIM;
-    shared.channels[side][place_of(dim)] = table_channels(p, item.table, side, head)[dim];
-  }
-  load_patterns(table_rows(p, item.table, 0, head), p.num_patterns, k_patterns);
-  load_patterns(table_rows(p, item.table, 1, head), p.num_patterns, v_patterns);
-  load_queries(p, item, head, shares_tokens ? kGroupRows : kMostRows, shared);
-  cp_async_wait<0>();
+  const Shares shares(p, item);
+  load_queries(p, item, head, shares.tokens ? kGroupRows : kMostRows, shared);
   __syncthreads();
 
-  if (shares_tokens) {
-    auto& operands = memory.operands[group];
-    Rows rows(shared, 0, num_rows);
-    for (int n = 0; n < feed.count; ++n) {
-      feed.ask(n);
-      feed.dequantize_keys(n, operands, shared, k_patterns);
-      rows.finish();
-      publish_operands();
-      group_barrier(group);  // the keys are there, and nobody reads the values before
-      float x[kTile / 2];
-      rows.multiply_keys<kTile>(x, operands);
-      feed.dequantize_values(n, operands, shared, v_patterns);
-      wgmma_wait();
-      settle(x);
-      uint32_t weights[kTile / 16][4];
-      rows.weigh<kTile>(x, weights, feed.last + 1 - (feed.first + n * feed.stride), p.cap_log2);
-      feed.receive(n);
-      publish_operands();
-      group_barrier(group);  // the values are there, and the next tile's codes
-      rows.multiply_values<kTile>(weights, operands);
+  const int which = shares.tokens ? 0 : consumer;
+  Rows rows(shared, which, shares.num_rows);
+  const int tiles = (item.end - item.start + kTile - 1) / kTile;
+  const int stride = shares.tokens ? kConsumers : 1;
+  for (int tile = shares.tokens ? consumer : 0; tile < tiles; tile += stride) {
+    const int stage = tile % kStages, before = tile - stride;
+    const auto& operands = memory.operands[stage];
+    block_barrier_wait(kKeysFull + stage, shares.threads);
+    float x[kTile / 2];
+    rows.multiply_keys<kTile>(x, operands);
+    rows.finish();  // the values of the tile before too
+    settle(x);
+    // The last stages have nobody who waits for them.
+    if (tile + kStages < tiles) block_barrier_arrive(kKeysEmpty + stage, shares.threads);
+    if (before >= 0 && before + kStages < tiles) {
+      block_barrier_arrive(kValuesEmpty + before % kStages, shares.threads);
     }
-    rows.finish();
-    merge_groups(rows, group, shared, reinterpret_cast<float4*>(memory.operands));
-    if (group == 0) rows.store(p, item, head, 0);
-  } else if (group == kGroups - 1) {
-    for (int n = 0; n < feed.count; ++n) {
-      const int stage = n % kGroups;
-      feed.ask(n);
-      if (n >= kGroups) block_barrier_wait(kEmptyBarrier + stage, kBlockThreads);
-      feed.dequantize_keys(n, memory.operands[stage], shared, k_patterns);
-      feed.dequantize_values(n, memory.operands[stage], shared, v_patterns);
-      feed.receive(n);
-      publish_operands();
-      block_barrier_arrive(kFullBarrier + stage, kBlockThreads);
-      group_barrier(group);
-    }
-  } else {
-    Rows rows(shared, group, num_rows);
-    for (int n = 0; n < feed.count; ++n) {
-      const auto& operands = memory.operands[n % kGroups];
-      block_barrier_wait(kFullBarrier + n % kGroups, kBlockThreads);
-      float x[kTile / 2];
-      rows.multiply_keys<kTile>(x, operands);
-      rows.finish();
-      settle(x);
-      // The last rounds find nobody waiting.
-      if (n > 0 && n - 1 + kGroups < feed.count) {
-        block_barrier_arrive(kEmptyBarrier + (n - 1) % kGroups, kBlockThreads);
-      }
-      uint32_t weights[kTile / 16][4];
-      rows.weigh<kTile>(x, weights, feed.last + 1 - (feed.first + n * feed.stride), p.cap_log2);
-      rows.multiply_values<kTile>(weights, operands);
-    }
-    rows.finish();
-    rows.add_mass();
-    rows.store(p, item, head, group);
+    uint32_t weights[kTile / 16][4];
+    rows.weigh<kTile>(x, weights, item.end - item.start - tile * kTile, p.cap_log2);
+    block_barrier_wait(kValuesFull + stage, shares.threads);
+    rows.multiply_values<kTile>(weights, operands);
   }
+  rows.finish();
+  if (shares.tokens) {
+    merge_consumers(rows, consumer, shared, reinterpret_cast<float4*>(memory.operands));
+    if (consumer > 0) return;
+  } else {
+    rows.add_mass();
+  }
+  rows.store(p, item, head, which);
 }
 
 // kTile is 64, or 32 where large tables leave no room.
@@ -303,10 +300,23 @@ template <int kTile>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
+  __shared__ int next_unit;
   launch_dependents();
   uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
-  for_each_unit(p.work.many(), p.pool.h_kv,
-                [&](const WorkItem& item, int head) { attend<kTile>(p, item, head, aligned); });
+  // The same for all lanes, which the compiler cannot know of threadIdx.x.
+  const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
+  const auto for_each = [&](auto work) {
+    for_each_unit(p.work.many(), p.pool.h_kv, next_unit, work);
+  };
+  if (group < kConsumers) {
+    raise_registers<kConsumerRegisters>();
+    for_each([&](const WorkItem& item, int head) { consume<kTile>(p, item, head, aligned, group); });
+  } else {
+    lower_registers<kProducerRegisters>();
+    for_each([&](const WorkItem& item, int head) {
+      produce<kTile>(p, item, head, aligned, group - kConsumers);
+    });
+  }
   // This grid then ends after the one before it, and the merge, which waits for this one, after
   // both.
   wait_for_previous_kernel();

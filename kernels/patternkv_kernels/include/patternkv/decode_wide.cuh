@@ -455,7 +455,8 @@ __global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
   launch_dependents();
-  for_each_unit(p.work.wide(), p.pool.h_kv, [&](const WorkItem& item, int head) {
+  __shared__ int next_unit;
+  for_each_unit(p.work.wide(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
     if (item.num_branches * p.group <= 16) {
       attend<2>(p, item, head, memory);
     } else {

@@ -16,14 +16,23 @@ constexpr bool kExists = PKV_WGMMA && HEAD_DIM <= 128;
 
 constexpr int kGroupRows = 64;
 constexpr int kMostRows = 2 * kGroupRows;
-constexpr int kGroups = 3;
+constexpr int kConsumers = 2, kProducers = 2;  // warpgroups
 constexpr int kGroupThreads = 128;
-constexpr int kBlockThreads = kGroups * kGroupThreads;
+constexpr int kConsumerThreads = kConsumers * kGroupThreads;
+constexpr int kProducerThreads = kProducers * kGroupThreads;
+constexpr int kBlockThreads = kConsumerThreads + kProducerThreads;
+// A thread of a consumer and of a producer together have what two threads of the launch have.
+constexpr int kConsumerRegisters = 168, kProducerRegisters = 88;
+constexpr int kStages = 3;      // tiles of operands
 constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
 
-// Named barriers. Those of the groups come first (group_barrier).
-constexpr int kFullBarrier = 1 + kGroups, kEmptyBarrier = kFullBarrier + kGroups;
+// Named barriers. Those of the producers come first (group_barrier); keys and values of a stage
+// have two each.
+constexpr int kKeysFull = 1 + kProducers, kValuesFull = kKeysFull + kStages;
+constexpr int kKeysEmpty = kValuesFull + kStages, kValuesEmpty = kKeysEmpty + kStages;
+constexpr int kConsumerBarrier = kValuesEmpty + kStages;
+static_assert(kConsumerBarrier < 16, "a block has 16 barriers");
 
 // Metadata of a token's K or V as its readers need it.
 struct alignas(8) Source {
@@ -32,7 +41,7 @@ struct alignas(8) Source {
 };
 
 struct Shared {
-  // Where groups share rows, their results take the place of the second 64 queries.
+  // Where consumers share rows, their results take the place of the second 64 queries.
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
   __half channels[2][D];         // channel scales
@@ -45,7 +54,7 @@ struct alignas(1024) Operands {
   uint8_t values[kTiles][kTile * kSwizzledRow];
 };
 
-// The tiles on their way to one group.
+// The tiles on their way to one producer.
 template <int kTile>
 struct alignas(128) Incoming {
   uint8_t codes[2][kTile * CODE_BYTES];  // K's rows, then V's
@@ -54,25 +63,25 @@ struct alignas(128) Incoming {
   uint32_t units[2][kTile];              // offsets of code rows
 };
 
-// [Shared][Operands of each group][Incoming of each group][K patterns][V patterns], from an address
-// aligned to kAlign. Once the tiles are done, two groups leave their output behind Shared.
+// [Shared][Operands of each stage][Incoming of each producer][K patterns][V patterns], from an
+// address aligned to kAlign. Once the tiles are done, a consumer may leave its output behind Shared.
 template <int kTile>
 struct Memory {
   Shared shared;
-  Operands<kTile> operands[kGroups];
-  Incoming<kTile> incoming[kGroups];
+  Operands<kTile> operands[kStages];
+  Incoming<kTile> incoming[kProducers];
 };
 constexpr int kAlign = 1024, kLeastAlign = 256;  // of a tile; what the launch gives anyway
 constexpr int kOutputBytes = kGroupRows * D * 4;
 
 template <int kTile>
 constexpr int kPatternStart =
-    offsetof(Memory<kTile>, incoming) + kGroups * sizeof(Incoming<kTile>);
+    offsetof(Memory<kTile>, incoming) + kProducers * sizeof(Incoming<kTile>);
 
 template <int kTile>
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
   const int tiles = kPatternStart<kTile> + 2 * num_patterns * HEAD_DIM * 2;
-  const int outputs = offsetof(Memory<kTile>, operands) + (kGroups - 1) * kOutputBytes;
+  const int outputs = offsetof(Memory<kTile>, operands) + (kConsumers - 1) * kOutputBytes;
   return kAlign - kLeastAlign + (tiles > outputs ? tiles : outputs);
 }
 
@@ -155,20 +164,21 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
   }
 }
 
-// Brings the patterns of one side to shared memory.
-__device__ __forceinline__ void load_patterns(const __half* from, int num_patterns, uint8_t* to) {
+// Brings the patterns of one side to shared memory. `thread` is among the producers'.
+__device__ __forceinline__ void load_patterns(const __half* from, int num_patterns, uint8_t* to,
+                                              int thread) {
   constexpr int kBatch = 4;
   const int end = num_patterns * (HEAD_DIM / 8);
-  for (int first = threadIdx.x; first < end; first += kBatch * kBlockThreads) {
+  for (int first = thread; first < end; first += kBatch * kProducerThreads) {
     uint32_t words[kBatch][4];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = min(first + i * kBlockThreads, end - 1);
+      const int at = min(first + i * kProducerThreads, end - 1);
       load_words(words[i], reinterpret_cast<const uint8_t*>(from + at * 8));
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = min(first + i * kBlockThreads, end - 1);
+      const int at = min(first + i * kProducerThreads, end - 1);
       const uint32_t(&in)[4] = words[i];
       const uint32_t out[4] = {
           __byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
@@ -178,13 +188,14 @@ __device__ __forceinline__ void load_patterns(const __half* from, int num_patter
   }
 }
 
-// Fills the query operands of `rows` rows, a multiple of 64, and the scales of their products. Ends
-// without a barrier.
+// Fills the query operands of `rows` rows, a multiple of 64, and the scales of their products. By
+// the consumers; ends without a barrier.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkItem& item, int head,
                                              int rows, Shared& shared) {
   constexpr int kThreadsPerRow = 4, kDims = HEAD_DIM / kThreadsPerRow;
   const int first = threadIdx.x % kThreadsPerRow * kDims;
-  for (int row = threadIdx.x / kThreadsPerRow; row < rows; row += kBlockThreads / kThreadsPerRow) {
+  for (int row = threadIdx.x / kThreadsPerRow; row < rows;
+       row += kConsumerThreads / kThreadsPerRow) {
     uint32_t words[kDims / 8][4] = {};
     if (row < item.num_branches * p.group) {
       const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
@@ -228,34 +239,35 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkIt
   }
 }
 
-// Brings a group its tiles: tile n starts at position first + n * stride. Threads below kTile own a
-// token each; tokens beyond the end repeat the last one, so that no byte outside the segment is
-// read.
+// Brings a producer its tiles, every kProducers-th one: tile n starts at position first +
+// n * kStride. Threads below kTile own a token each; tokens beyond the end repeat the last one, so
+// that no byte outside the segment is read.
 template <int kTile>
 struct Feed {
+  static constexpr int kStride = kProducers * kTile;
+
   const DecodeParams& p;
   HeadPool pool;
   const int* slots;
   Incoming<kTile>& incoming;
-  int first, stride, last;  // positions
-  int count;                // of tiles
+  int first, last;  // positions
+  int count;        // of tiles
   int next_slot, later_slot, fresh_slot;
   RawToken raw;
   const int thread = threadIdx.x % kGroupThreads;
 
   __device__ __forceinline__ Feed(const DecodeParams& p, const WorkItem& item, int head,
-                                  Incoming<kTile>& incoming, int index, int feeds)
+                                  Incoming<kTile>& incoming, int producer)
       : p(p),
         pool(p.pool, head),
         slots(p.req_to_token + item.req * p.req_stride),
         incoming(incoming),
-        first(item.start + index * kTile),
-        stride(feeds * kTile),
+        first(item.start + producer * kTile),
         last(item.end - 1),
-        count(((item.end - item.start + kTile - 1) / kTile - index + feeds - 1) / feeds) {}
+        count((item.end - first + kStride - 1) / kStride) {}
 
   __device__ __forceinline__ int load_slot(int n) const {
-    return slots[min(first + n * stride + thread, last)];
+    return slots[min(first + n * kStride + thread, last)];
   }
   __device__ __forceinline__ void put_units(int n, int slot) {
     if (thread < kTile) incoming.units[n % 2][thread] = pool.row_units(p.pool, slot);
@@ -286,13 +298,13 @@ struct Feed {
   }
 
   // The first tile, but for a wait for copies and a barrier.
-  __device__ __forceinline__ void start(int group) {
+  __device__ __forceinline__ void start(int producer) {
     const int slot = load_slot(0);
     next_slot = load_slot(1), later_slot = load_slot(2);
     raw = load_token(pool.metadata_words(p.pool, slot));
     put_units(0, slot);
     put_units(1, next_slot);
-    group_barrier(group);
+    group_barrier(producer);
     issue(0);
     put_sources(0);
   }
