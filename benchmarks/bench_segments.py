@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.attention import prepare
 from benchmarks.simulate import Cache, divergence, mined, simulated
-from patternkv_sgl.config import PatternKVConfig, default_rotate
+from patternkv_sgl.config import PatternKVConfig
 from recipes.demo.ledger import Level, make_problems
 from recipes.environment import git_commit, hardware, versions
 
@@ -44,10 +44,6 @@ class Sequence:
     answer: int
 
 
-def default_config(k_bits: int, v_bits: int) -> PatternKVConfig:
-    return PatternKVConfig(k_bits, v_bits, rotate=default_rotate(k_bits))
-
-
 def token_sequences(tokenizer: Any, level: Level, count: int, seed: int) -> list[Sequence]:
     sequences = []
     for problem in make_problems(level, contexts=count, questions=1, seed=seed):
@@ -64,12 +60,15 @@ def exact_log_probs(model: PreTrainedModel, token_ids: list[int]) -> torch.Tenso
         return logits.float().log_softmax(-1)
 
 
-def bits_per_element(config: PatternKVConfig, model: PreTrainedModel, tokens: int) -> float:
-    """Stored bits of one prompt's K and V per element, with its table, without page padding."""
-    head_dim, patterns = model.config.head_dim, config.patterns
-    slot = config.slot_format(1, head_dim, 1).bytes_per_slot * tokens
-    table = 2 * 2 * head_dim * (patterns + 2)
-    return 8 * (slot + table) / (2 * head_dim * tokens)
+def bits_per_element(
+    config: PatternKVConfig, model: PreTrainedModel, tokens: int, *, own_table: bool = True
+) -> float:
+    """Stored bits of one prompt's K and V per element, with its own tables if it has them, without
+    page padding."""
+    head_dim, layers = model.config.head_dim, model.config.num_hidden_layers
+    slots = sum(fmt.bytes_per_slot for fmt in config.slot_formats(layers, 1, head_dim, 1))
+    tables = layers * 2 * 2 * head_dim * (config.patterns + 2) if own_table else 0
+    return 8 * (slots * tokens + tables) / (2 * head_dim * tokens * layers)
 
 
 def row(config: PatternKVConfig, kls: list[float], **extra: Any) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def row(config: PatternKVConfig, kls: list[float], **extra: Any) -> dict[str, An
         "bits_k": config.k_bits,
         "bits_v": config.v_bits,
         "patterns": config.patterns,
-        "rotate": config.rotate,
+        "rotate": config.rotates(config.k_bits),
         "window": config.window,
         "sinks": config.sinks,
         "kl": mean(kls),
@@ -119,7 +118,7 @@ def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
         other = token_sequences(tokenizer, args.level, 1, args.seed + 1)[0]
         exact = [exact_log_probs(model, sequence.token_ids) for sequence in sequences]
         for k_bits, v_bits in BITS:
-            config = default_config(k_bits, v_bits)
+            config = PatternKVConfig(k_bits, v_bits)
             with torch.inference_mode(), simulated(Cache(config, other.context)):
                 model(torch.tensor([other.token_ids], device=model.device))
             inherited = dict(mined)
@@ -131,18 +130,15 @@ def segment_study(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
                     for s, reference in zip(sequences, exact, strict=True)
                 ]
                 own = tables is None
-                bits = bits_per_element(config, model, sequences[0].context)
                 rows.append(
                     row(
                         config,
                         kls,
                         own_table=own,
                         context=sequences[0].context,
-                        bits_per_element=bits
-                        if own
-                        else 8
-                        * config.slot_format(1, model.config.head_dim, 1).bytes_per_slot
-                        / (2 * model.config.head_dim),
+                        bits_per_element=bits_per_element(
+                            config, model, sequences[0].context, own_table=own
+                        ),
                     )
                 )
     return rows

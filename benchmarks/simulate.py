@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from benchmarks.attention import attending
 from patternkv_kernels import (
     LayerTables,
-    SlotFormat,
     dequantize,
     mine_kv,
     store_kv,
@@ -79,7 +78,10 @@ def _store(
     config, device, (h_kv, n, d) = cache.config, key.device, key.shape
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     basis = None
-    if config.rotate:
+    fmt = config.slot_formats(module.config.num_hidden_layers, h_kv, d, page_size=1)[
+        module.layer_idx
+    ]
+    if config.rotates(fmt.k_bits):
         sizes = projected_sizes(module, len(query), h_kv, d)
         factors = torch.ones(h_kv, d) if sizes is None else balance(*sizes)
         basis = KBasis(len(query), factors, dtype=key.dtype, device=device)
@@ -90,13 +92,12 @@ def _store(
             *(x[: cache.prompt_len] for x in (q, k, v)),
             num_patterns=config.patterns,
             num_sinks=config.sinks,
-            bits=(config.k_bits, config.v_bits),
+            bits=(fmt.k_bits, fmt.v_bits),
         )
         tables.write(0, *mined_kv)
     else:
         tables = cache.tables[module.layer_idx]
     mined[module.layer_idx] = tables
-    fmt = SlotFormat(config.k_bits, config.v_bits, d, h_kv=h_kv)
     buffer, slots = fmt.allocate(n, device), torch.arange(n, device=device)
     table_ids = torch.zeros(n, dtype=torch.int32, device=device)
     store_kv(fmt, buffer, slots, k, v, tables, table_ids)

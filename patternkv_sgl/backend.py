@@ -181,7 +181,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]]:
         """``tokens, out, lse``: attention of some new tokens to some of their stored ones."""
         pool = self.pool
-        cache = pool.slot_format, pool.packed[index]
+        cache = pool.slot_formats[index], pool.packed[index]
         tables = pool.tables[index]
         if plan.tree is not None:
             tokens = plan.tree.tokens
@@ -224,7 +224,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables, write)
         out = tree_decode(
             q,
-            self.pool.slot_format,
+            self.pool.slot_formats[index],
             self.pool.packed[index],
             self.pool.tables[index],
             plan.decode,
@@ -256,7 +256,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     def _mine(
         self, index: int, extend: Extend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        config = self.config
+        config, fmt = self.config, self.pool.slot_formats[index]
         sinks = max(0, min(config.sinks, extend.num_tokens) - extend.prefix_len)
         mine_kv(
             q,
@@ -264,7 +264,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             v,
             num_patterns=config.patterns,
             num_sinks=sinks,
-            bits=(config.k_bits, config.v_bits),
+            bits=(fmt.k_bits, fmt.v_bits),
             out=self.pool.tables[index].table(extend.table),
         )
 
@@ -279,7 +279,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     ) -> None:
         pool = self.pool
         store_kv(
-            pool.slot_format,
+            pool.slot_formats[index],
             pool.packed[index],
             slots.long(),
             k,

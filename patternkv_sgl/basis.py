@@ -12,6 +12,7 @@ the others; balancing first makes K and the queries equally large in every chann
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from functools import cache
 
 import torch
@@ -134,13 +135,15 @@ def _rows(attention: nn.Module, name: str, rows: int) -> torch.Tensor | None:
     return None
 
 
-def model_bases(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[int, KBasis]:
-    """A basis for every attention layer of an SGLang model, by layer id."""
+def model_bases(
+    model: nn.Module, layers: Set[int], dtype: torch.dtype, device: torch.device
+) -> dict[int, KBasis]:
+    """A basis for those attention layers of an SGLang model whose ids are ``layers``, by id."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     bases, unread = {}, []
     for path, layer in model.named_modules():
-        if not isinstance(layer, RadixAttention):
+        if not isinstance(layer, RadixAttention) or layer.layer_id not in layers:
             continue
         heads = layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim
         sizes = projected_sizes(model.get_submodule(path.rpartition(".")[0]), *heads)

@@ -83,7 +83,8 @@ class PatternCache:
 
     def snapshot(self) -> dict[str, Any]:
         """Stats for ``/server_info``: builtins only, since they travel as msgpack."""
-        config = self.pool.geometry.config
+        geometry = self.pool.geometry
+        config = geometry.config
         if config.check:
             self.tree.check_integrity(self.pool.slot_table)
         return {
@@ -92,7 +93,11 @@ class PatternCache:
             "window": config.window,
             "sinks": config.sinks,
             "mine_tokens": config.mine_tokens,
-            "rotate": config.rotate,
+            "rotate": config.rotates(config.k_bits),
+            "layer_bits": {
+                str(layer): f"{k_bits}/{v_bits}"
+                for layer, (k_bits, v_bits) in config.exceptions(geometry.num_layers).items()
+            },
             **self.numbers(),
             **device_memory(self.pool.slot_table.device),
         }

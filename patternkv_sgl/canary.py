@@ -44,7 +44,7 @@ def attach(
     Raises:
         ValueError: slots of this format are not aligned for the hash.
     """
-    fmt, num_slots = pool.slot_format, len(pool.slot_table)
+    fmt, num_slots = pool.slot_formats[0], len(pool.slot_table)
     sources: tuple[RealKvSource, ...] = ()
     if read_bytes:
         code_bytes = fmt.code_bytes

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 from patternkv_kernels import SlotFormat
 
 BITS = (2, 4)
+Bits = tuple[int, int]
+LayerBits = tuple[tuple[int, Bits], ...]
+"""Layers, -1 for the last, and the bits of their K and V."""
 
 
-def parse_bits(text: str) -> tuple[int, int]:
+def parse_bits(text: str, flag: str = "--kv-quant-bits") -> Bits:
     """Bits of K and V from ``"4"``, ``"2"`` or ``"K:V"`` such as ``"4:2"``.
 
     Raises:
@@ -21,15 +25,33 @@ def parse_bits(text: str) -> tuple[int, int]:
         parts *= 2
     if len(parts) != 2 or any(part not in map(str, BITS) for part in parts):
         raise ValueError(
-            f"--kv-quant-bits {text!r}: expected 4, 2 or K:V with each of K and V in {{2, 4}}, "
+            f"{flag} {text!r}: expected 4, 2 or K:V with each of K and V in {{2, 4}}, "
             "for example 4:2 (quoted in YAML, which reads a bare 4:2 as a number)"
         )
     return int(parts[0]), int(parts[1])
 
 
-def default_rotate(k_bits: int) -> bool:
-    """Whether K is rotated where the user does not say: at 4 bits there is nothing to gain."""
-    return k_bits == 2
+def parse_layer_bits(text: str) -> LayerBits:
+    """Layers with bits of their own from ``"LAYER=K:V,…"`` such as ``"0=4:4,last=4:2"``, or
+    ``"none"``.
+
+    Raises:
+        ValueError: ``text`` is malformed or names a bit width outside {2, 4}.
+    """
+    flag = "--kv-quant-layer-bits"
+    if text == "none":
+        return ()
+    found = [re.fullmatch(r"(\d+|last)=(.+)", part, re.ASCII) for part in str(text).split(",")]
+    if any(match is None for match in found):
+        raise ValueError(
+            f"{flag} {text!r}: expected LAYER=K:V with a number or 'last' for LAYER, several of "
+            "them with commas between, for example 0=4:4,last=4:2; or none"
+        )
+    return tuple(
+        (-1 if match[1] == "last" else int(match[1]), parse_bits(match[2], flag))
+        for match in found
+        if match
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,10 @@ class PatternKVConfig:
             those that end a prompt whose table was mined from other tokens.
         sinks: first tokens of a sequence that become patterns of their own (stored exactly).
         mine_tokens: a prefill of at least this many new tokens gets its own table.
-        rotate: K is stored in a balanced, rotated basis (``basis.py``).
+        rotate: K is stored in a balanced, rotated basis (``basis.py``); None is where K has 2 bits:
+            at 4 there is nothing to gain.
+        layer_bits: layers whose bits are others; None is K of the last layer at 4 bits if it has 2
+            elsewhere. It is what a 2-bit cache loses answers by (docs/quality.md).
         tables: table slots; None derives them from the memory budget.
         check: verify the conservation laws and the per-slot table ids while serving.
 
@@ -57,7 +82,8 @@ class PatternKVConfig:
     window: int = 32
     sinks: int = 4
     mine_tokens: int = 256
-    rotate: bool = False
+    rotate: bool | None = None
+    layer_bits: LayerBits | None = None
     tables: int | None = None
     check: bool = False
 
@@ -88,6 +114,34 @@ class PatternKVConfig:
         """``"K/V"`` bits, as printed in tables and stats."""
         return f"{self.k_bits}/{self.v_bits}"
 
-    def slot_format(self, h_kv: int, head_dim: int, page_size: int) -> SlotFormat:
-        """The slot format of ``h_kv`` KV heads of ``head_dim`` in pages of ``page_size`` slots."""
-        return SlotFormat(self.k_bits, self.v_bits, head_dim, page_size, h_kv=h_kv)
+    def rotates(self, k_bits: int) -> bool:
+        """Whether K is rotated in layers that store it with ``k_bits``."""
+        return k_bits == 2 if self.rotate is None else self.rotate
+
+    def exceptions(self, num_layers: int) -> dict[int, Bits]:
+        """Bits of K and V of the layers that have not `k_bits` and `v_bits`.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        chosen = self.layer_bits
+        if chosen is None:
+            chosen = ((-1, (4, self.v_bits)),) if self.k_bits == 2 else ()
+        for layer, _ in chosen:
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(
+                    f"--kv-quant-layer-bits: no layer {layer}, the model has 0 to {num_layers - 1}"
+                )
+        found = {layer % num_layers: bits for layer, bits in chosen}
+        own = self.k_bits, self.v_bits
+        return {layer: found[layer] for layer in sorted(found) if found[layer] != own}
+
+    def slot_formats(
+        self, num_layers: int, h_kv: int, head_dim: int, page_size: int
+    ) -> list[SlotFormat]:
+        """The slot format of every layer: ``h_kv`` KV heads of ``head_dim`` in pages of
+        ``page_size`` slots."""
+        bits = [(self.k_bits, self.v_bits)] * num_layers
+        for layer, own in self.exceptions(num_layers).items():
+            bits[layer] = own
+        return [SlotFormat(*own, head_dim, page_size, h_kv=h_kv) for own in bits]

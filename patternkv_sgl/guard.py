@@ -65,7 +65,7 @@ class LogitGuard:
         ``q [n, h_q, d]`` and ``k [n, h_kv, d]`` in the basis of stored K."""
         pool, few = self._pool, slice(None, None, -(-len(k) // _KEYS))
         stored_k, _ = dequantize(
-            pool.slot_format,
+            pool.slot_formats[index],
             pool.packed[index],
             slots[few].long(),
             pool.tables[index],
@@ -93,21 +93,27 @@ class LogitGuard:
             logger.warning(
                 "PatternKV: %s-bit K moves attention's logits in layer %d, KV head %d by %.2f of "
                 "their spread (limit %.2f; %d of %d heads exceed it), so answers may suffer: %s",
-                self._pool.geometry.config.k_bits,
+                self._pool.slot_formats[layer].k_bits,
                 self._pool.start_layer + layer,
                 head,
                 worst,
                 LIMIT,
                 int((errors > LIMIT).sum()),
                 errors.numel(),
-                self._remedy(),
+                self._remedy(sorted(set(torch.nonzero(errors > LIMIT)[:, 0].tolist()))),
             )
 
-    def _remedy(self) -> str:
-        config = self._pool.geometry.config
+    def _remedy(self, layers: list[int]) -> str:
+        """What helps ``layers``."""
+        config, formats = self._pool.geometry.config, self._pool.slot_formats
+        low = [layer for layer in layers if formats[layer].k_bits == 2]
+        exceptions = config.exceptions(len(formats)) | {
+            layer: (4, formats[layer].v_bits) for layer in low
+        }
         remedies = []
-        if config.k_bits == 2:
-            remedies.append(f"--kv-quant-bits 4:{config.v_bits}")
-        if not config.rotate:
+        if low:
+            chosen = (f"{layer}={k}:{v}" for layer, (k, v) in sorted(exceptions.items()))
+            remedies.append("--kv-quant-layer-bits " + ",".join(chosen))
+        if not all(config.rotates(formats[layer].k_bits) for layer in layers):
             remedies.append("--kv-quant-rotate on")
         return "use " + " or ".join(remedies or ["more --kv-quant-patterns, or no --kv-quant"])

@@ -108,7 +108,7 @@ def _cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: in
         kvc.kv_cache_dtype,
     )
     _scratch = ScratchShape(
-        _geometry.slot_format,
+        tuple(dict.fromkeys(_geometry.slot_formats)),
         _geometry.config.patterns,
         model.get_num_attention_heads(tp_size),
         get_schedule().max_running_requests,
@@ -193,9 +193,9 @@ def _build_backend(runner: Any) -> AttentionBackend:
     flags = ("--mem-fraction-static", "--max-running-requests", "--context-length")
     with explained_memory("kernel scratch", *flags):
         scratch = Scratch(_scratch, req_to_token.device)
-        bases = {}
-        if pool.geometry.config.rotate:
-            bases = model_bases(runner.model, pool.dtype, req_to_token.device)
+        config, formats = pool.geometry.config, pool.slot_formats
+        rotated = {layer for layer, fmt in enumerate(formats) if config.rotates(fmt.k_bits)}
+        bases = model_bases(runner.model, rotated, pool.dtype, req_to_token.device)
         return PatternKVBackend(pool, req_to_token, CURRENT, STATS, scratch, bases)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,14 +59,15 @@ class PoolGeometry:
     page_size: int
     dtype: torch.dtype
 
-    @property
-    def slot_format(self) -> SlotFormat:
-        return self.config.slot_format(self.h_kv, self.head_dim, self.page_size)
+    @cached_property
+    def slot_formats(self) -> list[SlotFormat]:
+        """Of every layer."""
+        return self.config.slot_formats(self.num_layers, self.h_kv, self.head_dim, self.page_size)
 
     @property
     def bytes_per_token(self) -> int:
         """All layers of one slot, with its share of page padding and its table id."""
-        return self.num_layers * self.slot_format.bytes_per_token + TABLE_ID_BYTES
+        return sum(fmt.bytes_per_token for fmt in self.slot_formats) + TABLE_ID_BYTES
 
     @property
     def dense_bytes_per_token(self) -> int:
@@ -111,7 +113,8 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
     """KV pool of SGLang (mem_cache/memory_pool.py) that holds packed slots.
 
     Attributes:
-        packed: per layer, uint8 [num_pages, page_bytes] in ``slot_format``.
+        slot_formats: per layer.
+        packed: per layer, uint8 [num_pages, page_bytes] in its format.
         slot_table: int32 [num_slots]: the table each slot was quantized with, for all layers.
         tables: per layer, the patterns and channel scales of every table slot.
         window_k, window_v: per layer, [num_windows, window, h_kv, head_dim]; the ring of request
@@ -124,7 +127,7 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
         self, size: int, *, geometry: PoolGeometry, num_tables: int, num_windows: int, **kwargs: Any
     ) -> None:
         self.geometry = geometry
-        self.slot_format = geometry.slot_format
+        self.slot_formats = geometry.slot_formats
         self.num_tables, self.num_windows = num_tables, num_windows
         super().__init__(size, **kwargs)
 
@@ -140,7 +143,7 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
         actual = (h_kv, head_dim, self.layer_num)
         assert actual == expected, f"pool of {actual} (heads, dim, layers), sized for {expected}"
 
-        self.packed = [self.slot_format.allocate(rows, self.device) for _ in layers]
+        self.packed = [fmt.allocate(rows, self.device) for fmt in self.slot_formats]
         self.slot_table = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self.tables = [
             LayerTables.allocate(
@@ -171,9 +174,12 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
     def describe(self) -> str:
         """The start-up line: what the pool is made of and what it saves."""
         geometry, mib = self.geometry, 2**20
+        bits = [geometry.config.bits]
+        for layer, (k_bits, v_bits) in geometry.config.exceptions(geometry.num_layers).items():
+            bits.append(f"{k_bits}/{v_bits} in layer {layer}")
         ratio = geometry.dense_bytes_per_token / geometry.bytes_per_token
         return (
-            f"PatternKV cache: bits K/V {geometry.config.bits}, "
+            f"PatternKV cache: bits K/V {', '.join(bits)}, "
             f"{geometry.bytes_per_token} bytes per token against "
             f"{geometry.dense_bytes_per_token} in {str(self.dtype).removeprefix('torch.')} "
             f"({ratio:.2f}x), {self.size} tokens, {self.num_tables - 1} table slots of "

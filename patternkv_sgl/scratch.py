@@ -13,6 +13,7 @@ from patternkv_kernels import (
     RaggedWorkspace,
     SlotFormat,
     decode_unavailable,
+    plans_are_alike,
     ragged_workspace,
 )
 
@@ -30,7 +31,8 @@ class ScratchShape:
     """What the backend's memory is made for.
 
     Attributes:
-        fmt: slot format, with this rank's KV heads.
+        formats: of the layers, each once, with this rank's KV heads. Batches are planned for the
+            first.
         num_patterns: patterns per table.
         h_q: query heads of this rank.
         max_rows: most requests in a decode batch.
@@ -38,7 +40,7 @@ class ScratchShape:
         dtype: model dtype.
     """
 
-    fmt: SlotFormat
+    formats: tuple[SlotFormat, ...]
     num_patterns: int
     h_q: int
     max_rows: int
@@ -52,7 +54,7 @@ class ScratchShape:
     @property
     def decode(self) -> DecodeShape:
         return DecodeShape(
-            self.fmt,
+            self.formats[0],
             self.num_patterns,
             self.h_q,
             self.max_rows,
@@ -63,7 +65,29 @@ class ScratchShape:
     @property
     def prefix(self) -> tuple[int, int, int]:
         """Shape of K and of V of the dequantized prefix."""
-        return min(PREFIX_TOKENS, self.context_len), self.fmt.h_kv, self.fmt.head_dim
+        fmt = self.formats[0]
+        return min(PREFIX_TOKENS, self.context_len), fmt.h_kv, fmt.head_dim
+
+    def decode_missing(self, device: torch.device) -> str | None:
+        """Why decode runs torch operators on ``device``, or None.
+
+        Raises:
+            ValueError: some layers' kernels cannot follow what is planned for the others'.
+        """
+        first, *others = self.formats
+        for fmt in self.formats:
+            reason = decode_unavailable(replace(self.decode, fmt=fmt), device)
+            if reason is not None:
+                return reason
+        for fmt in others:
+            if not plans_are_alike(self.decode, fmt, device):
+                raise ValueError(
+                    f"--kv-quant-layer-bits: with {self.num_patterns} patterns, layers of "
+                    f"{fmt.k_bits}:{fmt.v_bits} bits need other kernels than those of "
+                    f"{first.k_bits}:{first.v_bits}: lower --kv-quant-patterns to 128, or use "
+                    "--kv-quant-layer-bits none"
+                )
+        return None
 
     def nbytes(self, device: torch.device) -> int:
         """Bytes that :class:`Scratch` takes on ``device``; 0 on a CPU, where torch allocates."""
@@ -71,7 +95,7 @@ class ScratchShape:
             return 0
         tokens, h_kv, d = self.prefix
         nbytes = 2 * tokens * h_kv * d * self.dtype.itemsize
-        if decode_unavailable(self.decode, device) is None:
+        if self.decode_missing(device) is None:
             nbytes += DecodeWorkspace.nbytes(self.decode, device)
         return nbytes + RaggedWorkspace.nbytes(RAGGED_PLANS)
 
@@ -88,7 +112,7 @@ class Scratch:
         self.shape = shape
         self._device = device
         self.ragged: RaggedWorkspace | None = ragged_workspace(device, RAGGED_PLANS)
-        self.decode_missing = decode_unavailable(shape.decode, device)
+        self.decode_missing = shape.decode_missing(device)
         self.decode: DecodeWorkspace | None = None
         if self.decode_missing is None:
             self.decode = DecodeWorkspace.allocate(shape.decode, device)

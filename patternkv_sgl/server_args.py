@@ -11,7 +11,7 @@ import sglang.srt.server_args as sglang_server_args
 import torch
 from sglang.srt.arg_groups.arg_utils import A, Arg
 
-from patternkv_sgl.config import PatternKVConfig, default_rotate, parse_bits
+from patternkv_sgl.config import PatternKVConfig, parse_bits, parse_layer_bits
 from patternkv_sgl.refusals import (
     refuse_canary_on_cpu,
     refuse_model,
@@ -31,6 +31,7 @@ FLAG_DEFAULTS: dict[str, Any] = {
     "kv_quant_sinks": DEFAULTS.sinks,
     "kv_quant_mine_tokens": DEFAULTS.mine_tokens,
     "kv_quant_rotate": None,
+    "kv_quant_layer_bits": None,
     "kv_quant_tables": DEFAULTS.tables,
     "kv_quant_check": DEFAULTS.check,
 }
@@ -87,6 +88,11 @@ def _build(base: Any) -> Any:
                 choices=list(SWITCH),
             ),
         ] = FLAG_DEFAULTS["kv_quant_rotate"]
+        kv_quant_layer_bits: A[
+            Optional[str],  # noqa: UP045
+            "Layers with bits of their own: LAYER=K:V with commas between, where LAYER is a number "
+            "or 'last'; or 'none'. Default with K at 2 bits: last=4:V.",
+        ] = FLAG_DEFAULTS["kv_quant_layer_bits"]
         kv_quant_tables: A[
             Optional[int],  # noqa: UP045
             f"Table slots, the zero table included ({_range('tables')}). Default: 1 percent of "
@@ -166,6 +172,7 @@ def config_of(args: Any) -> PatternKVConfig:
     rotate = args.kv_quant_rotate
     if rotate is not None and rotate not in SWITCH:
         raise ValueError(f"--kv-quant-rotate {rotate!r}: expected on or off")
+    layer_bits = args.kv_quant_layer_bits
     return PatternKVConfig(
         k_bits,
         v_bits,
@@ -173,7 +180,8 @@ def config_of(args: Any) -> PatternKVConfig:
         window=args.kv_quant_window,
         sinks=args.kv_quant_sinks,
         mine_tokens=args.kv_quant_mine_tokens,
-        rotate=default_rotate(k_bits) if rotate is None else SWITCH[rotate],
+        rotate=None if rotate is None else SWITCH[rotate],
+        layer_bits=None if layer_bits is None else parse_layer_bits(layer_bits),
         tables=args.kv_quant_tables,
         check=args.kv_quant_check,
     )

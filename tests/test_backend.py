@@ -82,10 +82,13 @@ class Model(Scheduler):
         balance = torch.ones(H_KV, D)
         balance[0, [3, 3 + D // 2]] = 0.125
         basis = KBasis(H_Q, balance, dtype=dtype, device="cpu")
-        self.bases = dict.fromkeys(range(LAYERS), basis) if options.rotate else {}
+        formats = geometry.slot_formats
+        self.bases = {
+            layer: basis for layer, fmt in enumerate(formats) if options.rotates(fmt.k_bits)
+        }
         rows, context = self.rows.req_to_token.shape
         self.scratch_shape = ScratchShape(
-            geometry.slot_format, options.patterns, H_Q, rows - 1, context, dtype
+            tuple(dict.fromkeys(formats)), options.patterns, H_Q, rows - 1, context, dtype
         )
         self.backend = PatternKVBackend(
             self.pool,
@@ -122,8 +125,9 @@ class Model(Scheduler):
         pool = self.pool
         tables = pool.slot_table[slots]
         packed = pool.packed[layer]
-        k, v = dequantize(pool.slot_format, packed, slots, pool.tables[layer], tables)
-        return torch.stack([self.bases[layer].k_back(k) if self.bases else k, v])
+        fmt = pool.slot_formats[layer]
+        k, v = dequantize(fmt, packed, slots, pool.tables[layer], tables)
+        return torch.stack([self.bases[layer].k_back(k) if layer in self.bases else k, v])
 
     def forward(self, batch: Batch, reqs: Sequence[Req], slots: torch.Tensor) -> None:
         extending = isinstance(batch, ExtendBatch)

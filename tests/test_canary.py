@@ -59,7 +59,7 @@ def test_the_hash_reads_the_codes_of_the_first_head(
     pool.packed[0].random_(256)
     (source,) = attached(pool, read_bytes).real_kv_sources_k
     assert source.read_bytes == expected
-    views = pool.slot_format.views(pool.packed[0])
+    views = pool.slot_formats[0].views(pool.packed[0])
     for slot in (0, 1, 17, 300):
         row, column = divmod(slot, source.page_size)
         start = column * source.num_bytes_per_token

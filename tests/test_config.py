@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from patternkv_kernels import SlotFormat
-from patternkv_sgl.config import PatternKVConfig, parse_bits
+from patternkv_sgl.config import PatternKVConfig, parse_bits, parse_layer_bits
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,68 @@ def test_each_sink_needs_a_pattern() -> None:
 
 def test_the_slot_format_carries_the_bits() -> None:
     config = PatternKVConfig(*parse_bits("4:2"))
-    fmt = config.slot_format(h_kv=3, head_dim=96, page_size=16)
-    assert fmt == SlotFormat(4, 2, 96, 16, h_kv=3)
+    formats = config.slot_formats(2, h_kv=3, head_dim=96, page_size=16)
+    assert formats == [SlotFormat(4, 2, 96, 16, h_kv=3)] * 2
     assert config.bits == "4/2"
+
+
+def bits_of(config: PatternKVConfig, num_layers: int) -> list[str]:
+    formats = config.slot_formats(num_layers, h_kv=1, head_dim=64, page_size=1)
+    return [f"{fmt.k_bits}/{fmt.v_bits}" for fmt in formats]
+
+
+def test_k_of_the_last_layer_has_four_bits_unless_told_otherwise() -> None:
+    assert bits_of(PatternKVConfig(2, 2), 3) == ["2/2", "2/2", "4/2"]
+    assert bits_of(PatternKVConfig(2, 4), 2) == ["2/4", "4/4"]
+    assert bits_of(PatternKVConfig(4, 2), 2) == ["4/2", "4/2"]
+    assert bits_of(PatternKVConfig(2, 2, layer_bits=()), 2) == ["2/2", "2/2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("none", ["2/2", "2/2", "2/2"]),
+        ("last=4:4", ["2/2", "2/2", "4/4"]),
+        ("0=4,2=4:2", ["4/4", "2/2", "4/2"]),
+        ("2=4:2,last=2:4", ["2/2", "2/2", "2/4"]),
+        ("1=2", ["2/2", "2/2", "2/2"]),
+    ],
+)
+def test_layers_may_have_bits_of_their_own(text: str, layers: list[str]) -> None:
+    assert bits_of(PatternKVConfig(2, 2, layer_bits=parse_layer_bits(text)), 3) == layers
+
+
+@pytest.mark.parametrize("text", ["", "4:2", "first=4:2", "0=4:2,", "0=", "=4:2", "-1=4:2", "None"])
+def test_malformed_layers_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected LAYER=K:V") as error:
+        parse_layer_bits(text)
+    assert str(error.value).startswith(f"--kv-quant-layer-bits {text!r}: ")
+
+
+def test_malformed_bits_of_a_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match="--kv-quant-layer-bits '3:2': expected 4, 2 or K:V"):
+        parse_layer_bits("0=3:2")
+
+
+@pytest.mark.parametrize("layer", [3, 40])
+def test_layers_that_are_not_there_are_refused(layer: int) -> None:
+    config = PatternKVConfig(layer_bits=((layer, (4, 2)),))
+    with pytest.raises(ValueError, match=f"no layer {layer}, the model has 0 to 2"):
+        config.exceptions(3)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "at_two", "at_four"),
+    [(None, True, False), (True, True, True), (False, False, False)],
+)
+def test_k_is_rotated_by_default_at_two_bits(
+    chosen: bool | None, at_two: bool, at_four: bool
+) -> None:
+    config = PatternKVConfig(rotate=chosen)
+    assert (config.rotates(2), config.rotates(4)) == (at_two, at_four)
 
 
 @pytest.mark.parametrize("bits", [(3, 4), (4, 0)])
 def test_unsupported_bits_are_refused_by_the_format(bits: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="codes have 2 or 4 bits"):
-        PatternKVConfig(*bits).slot_format(h_kv=1, head_dim=64, page_size=1)
+        PatternKVConfig(*bits).slot_formats(2, h_kv=1, head_dim=64, page_size=1)

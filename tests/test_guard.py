@@ -47,10 +47,11 @@ def store(guard: LogitGuard, pool: Any, index: int, *, noisy_head: int | None = 
         k[:, head] = k[:4, head].repeat(TOKENS // 4, 1)
     config, slots = pool.geometry.config, torch.arange(1, TOKENS + 1)
     table_ids = torch.ones(TOKENS, dtype=torch.int32)
-    bits = (config.k_bits, config.v_bits)
+    fmt = pool.slot_formats[index]
+    bits = (fmt.k_bits, fmt.v_bits)
     mined = mine_kv(q, k, v, num_patterns=config.patterns, num_sinks=0, bits=bits)
     pool.tables[index].write(1, *mined)
-    tables, fmt = pool.tables[index], pool.slot_format
+    tables = pool.tables[index]
     store_kv(fmt, pool.packed[index], slots, k, v, tables, table_ids)
     guard.measure(index, q, k, slots, table_ids)
 
@@ -59,6 +60,7 @@ def measured(
     k_bits: int, caplog: pytest.LogCaptureFixture, *, noisy_head: int | None, **options: Any
 ) -> tuple[Stats, list[str]]:
     """Stats and warnings after both layers, the second of them noisy."""
+    options = {"rotate": False, "layer_bits": ()} | options
     config = PatternKVConfig(k_bits, 2, patterns=8, **options)
     pool = make_pool(config, h_kv=H_KV, num_layers=2, head_dim=D)
     stats = Stats()
@@ -71,7 +73,8 @@ def measured(
     assert not guard.wants(1)
     for _ in range(3):
         guard.poll()
-    return stats, [record.getMessage() for record in caplog.records]
+    own = (record for record in caplog.records if record.name == "patternkv_sgl.guard")
+    return stats, [record.getMessage() for record in own]
 
 
 def test_the_worst_head_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -80,12 +83,23 @@ def test_the_worst_head_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     (warning,) = warnings
     value = f"{stats.logit_error_percent / 100:.2f} of their spread (limit {LIMIT:.2f}; 1 of 4"
     assert f"2-bit K moves attention's logits in layer 1, KV head 1 by {value}" in warning
-    assert warning.endswith("use --kv-quant-bits 4:2 or --kv-quant-rotate on")
+    assert warning.endswith("use --kv-quant-layer-bits 1=4:2 or --kv-quant-rotate on")
 
 
 def test_a_rotated_cache_is_not_told_to_rotate(caplog: pytest.LogCaptureFixture) -> None:
     _, (warning,) = measured(2, caplog, noisy_head=0, rotate=True)
-    assert "layer 1, KV head 0" in warning and warning.endswith("use --kv-quant-bits 4:2")
+    assert "layer 1, KV head 0" in warning
+    assert warning.endswith("use --kv-quant-layer-bits 1=4:2")
+
+
+def test_exceptions_that_are_made_stay(caplog: pytest.LogCaptureFixture) -> None:
+    _, (warning,) = measured(2, caplog, noisy_head=0, layer_bits=((0, (4, 4)),))
+    assert "--kv-quant-layer-bits 0=4:4,1=4:2" in warning
+
+
+def test_layers_with_four_bits_are_protected(caplog: pytest.LogCaptureFixture) -> None:
+    stats, warnings = measured(2, caplog, noisy_head=1, layer_bits=None)
+    assert stats.logit_error_percent <= 100 * LIMIT and not warnings
 
 
 @pytest.mark.parametrize(("k_bits", "noisy_head"), [(2, None), (4, 1)])

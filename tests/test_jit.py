@@ -343,26 +343,34 @@ def test_falling_back_warns_once(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Sets ``PATTERNKV_IMPL`` as at the start of a process."""
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets ``PATTERNKV_IMPL`` as at the start of a process, or the one of an op."""
 
-    def ask(impl: str) -> None:
-        monkeypatch.setenv("PATTERNKV_IMPL", impl)
+    def ask(impl: str, op: str = "") -> None:
+        monkeypatch.setenv("PATTERNKV_IMPL" + (op and f"_{op}"), impl)
         dispatch.auto_impl.cache_clear()
 
     yield ask
     dispatch.auto_impl.cache_clear()
 
 
-def test_the_environment_decides_what_auto_is(asked: Callable[[str], None]) -> None:
+def test_the_environment_decides_what_auto_is(asked: Callable[..., None]) -> None:
     asked("reference")
     assert not dispatch.use_cuda("auto", "store", FMT, CUDA, None)
-    assert dispatch.missing("store", FMT, CUDA) == "PATTERNKV_IMPL=reference asks for the torch ops"
+    reason = dispatch.missing("store", FMT, CUDA)
+    assert reason == "the environment (PATTERNKV_IMPL) asks for the torch ops"
     with pytest.raises(ValueError, match="the tensors are on cpu"):
         dispatch.use_cuda("cuda", "store", FMT, CPU, None)
     asked("cuda")
     with pytest.raises(ValueError, match="impl='cuda' cannot run store: the tensors are on cpu"):
         dispatch.use_cuda("auto", "store", FMT, CPU, None)
+    asked("reference", "STORE")
+    assert not dispatch.use_cuda("auto", "store", FMT, CPU, None)
+    with pytest.raises(ValueError, match="impl='cuda' cannot run decode: the tensors are on cpu"):
+        dispatch.use_cuda("auto", "decode", FMT, CPU, None)
+    asked("slow", "DECODE")
+    with pytest.raises(ValueError, match="PATTERNKV_IMPL_DECODE='slow': choose one of"):
+        dispatch.use_cuda("auto", "decode", FMT, CPU, None)
     asked("fast")
     with pytest.raises(ValueError, match="PATTERNKV_IMPL='fast': choose one of"):
-        dispatch.use_cuda("auto", "store", FMT, CPU, None)
+        dispatch.use_cuda("auto", "mining", FMT, CPU, None)

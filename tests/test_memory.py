@@ -59,8 +59,8 @@ def test_a_pool_reports_what_it_allocates(bits: tuple[int, int]) -> None:
 @pytest.mark.gpu
 def test_scratch_is_what_start_up_set_aside() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    fmt = PatternKVConfig(4, 4, patterns=64).slot_format(8, 128, 1)
-    shape = ScratchShape(fmt, 64, 32, ROWS, CONTEXT, torch.bfloat16)
+    formats = tuple(dict.fromkeys(PatternKVConfig(2, 2, patterns=64).slot_formats(4, 8, 128, 1)))
+    shape = ScratchShape(formats, 64, 32, ROWS, CONTEXT, torch.bfloat16)
     rows = torch.zeros(ROWS + 1, CONTEXT, dtype=torch.int32, device=device)
     stated = shape.nbytes(device)
     _scratch, allocated = grown(lambda: Scratch(shape, device))

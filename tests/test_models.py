@@ -2,7 +2,8 @@
 
 ``transformers`` in float32 says what the model means: its log-probabilities must be those of an
 engine as far as bfloat16 and the cache allow. The torch ops (``PATTERNKV_IMPL=reference``) say what
-the stored bytes mean: on a GPU an engine with kernels and CUDA graphs answers as one with these.
+the stored bytes mean: on a GPU an engine with kernels and CUDA graphs answers as one with these,
+whose tables and bytes come from the kernels too.
 """
 
 from __future__ import annotations
@@ -129,12 +130,14 @@ def gpu_runs(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, EngineRun]:
     """Kernels in CUDA graphs, then torch ops, of all architectures at the same time."""
+    reference = {"PATTERNKV_IMPL": "reference"}
+    reference |= dict.fromkeys(("PATTERNKV_IMPL_MINING", "PATTERNKV_IMPL_STORE"), "cuda")
     runs = {}
     for name in SERVED:
         log = tmp_path_factory.mktemp(name)
         jobs = [
             engine(folders[name], {"PATTERNKV_IMPL": "cuda"}, cuda_graph_max_bs_decode=8),
-            engine(folders[name], {"PATTERNKV_IMPL": "reference"}, disable_cuda_graph=True),
+            engine(folders[name], reference, disable_cuda_graph=True),
         ]
         runs[name] = EngineRun(jobs, log, environment())
     return runs

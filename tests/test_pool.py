@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from tests.fakes import make_pool
 LLAMA_8B = (32, 8, 128)  # layers, KV heads, head dim
 
 
-def geometry(bits: str, model: tuple[int, int, int], **options: int) -> PoolGeometry:
+def geometry(bits: str, model: tuple[int, int, int], **options: Any) -> PoolGeometry:
     page_size = options.pop("page_size", 1)
-    config = PatternKVConfig(*parse_bits(bits), **options)  # type: ignore[arg-type]
+    config = PatternKVConfig(*parse_bits(bits), **options)
     return PoolGeometry(config, *model, page_size, torch.bfloat16)
 
 
@@ -38,10 +39,19 @@ def geometry(bits: str, model: tuple[int, int, int], **options: int) -> PoolGeom
 def test_bytes_per_token(
     bits: str, head_dim: int, per_head: int, num_layers: int, h_kv: int, page_size: int
 ) -> None:
-    sizes = geometry(bits, (num_layers, h_kv, head_dim), page_size=page_size)
+    model = num_layers, h_kv, head_dim
+    sizes = geometry(bits, model, page_size=page_size, layer_bits=())
     page = math.ceil(page_size * h_kv * per_head / 8) * 8
     assert sizes.bytes_per_token == num_layers * page // page_size + 4  # and one table id
     assert sizes.dense_bytes_per_token == num_layers * h_kv * 2 * head_dim * 2
+
+
+def test_the_last_layer_keeps_k_at_four_bits() -> None:
+    sizes, uniform = (geometry("2", LLAMA_8B, **more) for more in ({}, {"layer_bits": ()}))
+    assert sizes.bytes_per_token - uniform.bytes_per_token == 8 * 32
+    pool = make_pool(PatternKVConfig(2, 2), num_layers=3, h_kv=2)
+    assert [(fmt.k_bits, fmt.v_bits) for fmt in pool.slot_formats] == [(2, 2), (2, 2), (4, 2)]
+    assert "bits K/V 2/2, 4/2 in layer 2, " in pool.describe()
 
 
 def test_bytes_per_table_and_window() -> None:

@@ -280,7 +280,8 @@ def test_bits_of_ours_count_slots_ids_table_and_window() -> None:
 
 def test_bits_at_a_length_include_a_full_window() -> None:
     (setting,) = Setting.parse("patternkv_sgl:2/2")
-    slots = 1024 * (16 + 16 + 6) * 8
+    # One of 32 layers has K at 4 bits.
+    slots = 1024 * (16 + 16 + 6) * 8 + 1024 * 16 * 8 / 32
     table = 2 * 16 * D * (64 + 2)
     wanted = slots + 1024 * 32 / (32 * 4) + table + 32 * 2 * 16 * D
     assert bits_at(setting, 1024, D) == pytest.approx(wanted / (2 * D * 1024))

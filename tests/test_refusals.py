@@ -124,6 +124,7 @@ def test_the_remedy_of_a_refusal_is_accepted(conflict: Any) -> None:
         ({"kv_quant_patterns": 0}, "--kv-quant-patterns 0: expected an integer from 1 to 256"),
         ({"kv_quant_window": -1}, "--kv-quant-window -1"),
         ({"kv_quant_rotate": "yes"}, "--kv-quant-rotate 'yes': expected on or off"),
+        ({"kv_quant_layer_bits": "4:2"}, "--kv-quant-layer-bits '4:2': expected LAYER=K:V"),
         ({"kv_quant_sinks": 65}, "--kv-quant-sinks 65"),
         ({"kv_quant_mine_tokens": 15}, "--kv-quant-mine-tokens 15"),
         ({"kv_quant_tables": 1}, "--kv-quant-tables 1"),
@@ -153,19 +154,9 @@ def test_a_tuning_flag_without_the_scheme_is_refused(flag: str, value: Any) -> N
         KVQuantServerArgs(model_path="m", **{flag: value})
 
 
-@pytest.mark.parametrize(
-    ("bits", "chosen", "rotate"),
-    [
-        ("4", None, False),
-        ("4:2", None, False),
-        ("2", None, True),
-        ("2:4", None, True),
-        ("2", "off", False),
-        ("4", "on", True),
-    ],
-)
-def test_k_is_rotated_by_default_at_two_bits(bits: str, chosen: str | None, rotate: bool) -> None:
-    assert config_of(serve(kv_quant_bits=bits, kv_quant_rotate=chosen)).rotate is rotate
+@pytest.mark.parametrize(("chosen", "rotate"), [(None, None), ("on", True), ("off", False)])
+def test_rotation_may_be_left_to_the_bits(chosen: str | None, rotate: bool | None) -> None:
+    assert config_of(serve(kv_quant_rotate=chosen)).rotate is rotate
 
 
 def test_sizes_at_their_limits_are_accepted() -> None:
@@ -381,6 +372,7 @@ CHOSEN = {
     "kv_quant_sinks": 3,
     "kv_quant_mine_tokens": 99,
     "kv_quant_rotate": "on",
+    "kv_quant_layer_bits": "1=2:4,last=4:4",
     "kv_quant_tables": 7,
     "kv_quant_check": True,
 }
@@ -409,7 +401,16 @@ def test_keyword_arguments_carry_every_field() -> None:
     args = KVQuantServerArgs(model_path="m", **CHOSEN)
     assert chosen(args) == CHOSEN
     assert config_of(args) == PatternKVConfig(
-        4, 2, patterns=32, window=0, sinks=3, mine_tokens=99, rotate=True, tables=7, check=True
+        4,
+        2,
+        patterns=32,
+        window=0,
+        sinks=3,
+        mine_tokens=99,
+        rotate=True,
+        layer_bits=((1, (2, 4)), (-1, (4, 4))),
+        tables=7,
+        check=True,
     )
 
 

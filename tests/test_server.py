@@ -21,7 +21,7 @@ SHORT = 40  # tokens; less
 # 4-bit cache: 0.54 at most over eight random prompts to the demo model. Wrong slots give several.
 COLD_TO_WARM = 1.5
 CONFIGURATION = {"bits": "4/4", "patterns": 64, "window": 32, "sinks": 4, "mine_tokens": 256}
-CONFIGURATION |= {"rotate": False}
+CONFIGURATION |= {"rotate": False, "layer_bits": {}}
 COUNTS = {
     *("bytes_per_token", "bf16_bytes_per_token", "bytes_allocated", "table_bytes"),
     *("window_bytes", "kv_tokens", "kv_tokens_free", "table_slots", "tables_live", "table_refs"),

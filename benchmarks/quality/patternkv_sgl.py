@@ -11,7 +11,7 @@ from benchmarks.quality.flatness import Flatness
 from patternkv_kernels import LayerTables, SlotFormat, dequantize, mine_kv, store_kv
 from patternkv_kernels.format import read_slots
 from patternkv_sgl.basis import KBasis
-from patternkv_sgl.config import PatternKVConfig, default_rotate
+from patternkv_sgl.config import PatternKVConfig
 
 _TABLE_ID_BITS = 32  # per token, for all layers and heads together
 _CONFIGURED = frozenset({"patterns", "window", "sinks", "mine_tokens", "rotate"})
@@ -23,8 +23,9 @@ class PatternKVSgl(LayerCache):
     """What a server does for a request whose prompt is prefilled whole: a table is mined from the
     prompt, every token is stored with it, and the latest generated tokens are read exactly.
 
-    Options are those of ``PatternKVConfig`` (``rotate`` 0 or 1), and three ideas that a server does
-    not have: ``tokens_per_pattern`` lets tables grow with their prompts, up to ``patterns``;
+    Options are those of ``PatternKVConfig`` (``rotate`` 0 or 1), how many of the last layers have K
+    at 4 bits (``protect``, for its ``layer_bits``), and three ideas that a server does not have:
+    ``tokens_per_pattern`` lets tables grow with their prompts, up to ``patterns``;
     ``balance=0`` rotates without balancing; ``generated=N`` adds one pattern for every N generated
     tokens, their mean, before the first of them leaves the window.
 
@@ -34,17 +35,18 @@ class PatternKVSgl(LayerCache):
 
     name = "patternkv_sgl"
     bit_widths: ClassVar[tuple[tuple[int, int], ...]] = ((4, 4), (4, 2), (2, 2))
-    known_options = _CONFIGURED | {"tokens_per_pattern", "balance", "generated"}
+    known_options = _CONFIGURED | {"protect", "tokens_per_pattern", "balance", "generated"}
 
     def _open(self, prompt: LayerPrompt) -> None:
-        k_bits, v_bits = self.bits
-        chosen: dict[str, Any] = {"rotate": default_rotate(k_bits)}
-        chosen |= {key: value for key, value in self.options.items() if key in _CONFIGURED}
-        self.config = PatternKVConfig(k_bits, v_bits, **chosen)
-        self._format = SlotFormat(k_bits, v_bits, self.d, h_kv=self.h)
+        chosen: dict[str, Any] = {k: v for k, v in self.options.items() if k in _CONFIGURED}
+        if (protect := self.options.get("protect")) is not None:
+            chosen["layer_bits"] = tuple((-i, (4, self.bits[1])) for i in range(1, protect + 1))
+        self.config = PatternKVConfig(*self.bits, **chosen)
+        formats = self.config.slot_formats(self.num_layers, self.h, self.d, page_size=1)
+        self._format: SlotFormat = formats[self.layer]
         self._dtype = prompt.k.dtype
         self._basis: KBasis | None = None
-        if self.config.rotate:
+        if self.config.rotates(self._format.k_bits):
             balance = prompt.balance if self.options.get("balance", 1) else None
             if balance is None:
                 balance = torch.ones(self.h, self.d)
@@ -97,7 +99,7 @@ class PatternKVSgl(LayerCache):
                 *(x[first : prompts.stop].transpose(0, 1).flatten(1, 2) for x in (q, k, v)),
                 num_patterns=self._patterns,
                 num_sinks=self.config.sinks,
-                bits=self.bits,
+                bits=(self._format.k_bits, self._format.v_bits),
             )
             for i in prompts:
                 heads = slice((i - first) * self.h, (i - first + 1) * self.h)

@@ -26,9 +26,14 @@ def bits_at(setting: Setting, context: int, head_dim: int) -> float:
         return torch.randn(1, *shape, head_dim, generator=generator)
 
     x = random(_HEADS, context - GENERATED)
-    prompt = LayerPrompt(x, x, x, layer=_LAYERS - 1, num_layers=_LAYERS)
-    cache = setting.maker(1, GENERATED)(prompt)
-    for _ in range(GENERATED):
-        token = random(1, _HEADS)
-        cache.step(token, token, token, 1.0)
-    return cache.bits_per_element
+    tokens = [random(1, _HEADS) for _ in range(GENERATED)]
+
+    def of_layer(layer: int) -> float:
+        prompt = LayerPrompt(x, x, x, layer=layer, num_layers=_LAYERS)
+        cache = setting.maker(1, GENERATED)(prompt)
+        for token in tokens:
+            cache.step(token, token, token, 1.0)
+        return cache.bits_per_element
+
+    # The last layer may have bits of its own.
+    return ((_LAYERS - 1) * of_layer(_LAYERS - 2) + of_layer(_LAYERS - 1)) / _LAYERS

@@ -6,6 +6,7 @@ from patternkv_kernels.decode_cuda import (
     DecodeWorkspace,
     decode_unavailable,
     lower,
+    plans_are_alike,
 )
 from patternkv_kernels.dequantize import dequantize
 from patternkv_kernels.format import SlotFormat, SlotViews
@@ -44,6 +45,7 @@ __all__ = [
     "merge_states",
     "mine_kv",
     "mine_table",
+    "plans_are_alike",
     "query_weight",
     "ragged_workspace",
     "rotate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -89,9 +89,7 @@ class _Sizes(NamedTuple):
 
 def _sizes(shape: DecodeShape, device: torch.device) -> _Sizes:
     fmt = shape.fmt
-    narrow_extra, narrow_branches, wide_extra, wide_branches = jit.load("decode", fmt).limits(
-        shape.num_patterns, shape.h_q // fmt.h_kv, fmt.h_kv, device.index or 0
-    )
+    narrow_extra, narrow_branches, wide_extra, wide_branches, *_ = _limits(shape, device)
     # Chunks that the longest chunk forces.
     forced = shape.max_entries + shape.max_tokens // _CHUNK
     max_narrow, max_wide = forced + narrow_extra, forced + wide_extra
@@ -100,6 +98,21 @@ def _sizes(shape: DecodeShape, device: torch.device) -> _Sizes:
     words += 4 * shape.max_entries + shape.max_rows + 1
     floats = max_states * shape.h_q * (fmt.head_dim + 2)
     return _Sizes(words, floats, max_narrow, max_wide, max_states)
+
+
+def _limits(shape: DecodeShape, device: torch.device) -> list[int]:
+    """Of the planner's items, then of the kernels' rows, see ``csrc/decode.cu``."""
+    fmt = shape.fmt
+    limits = jit.load("decode", fmt).limits(
+        shape.num_patterns, shape.h_q // fmt.h_kv, fmt.h_kv, device.index or 0
+    )
+    return [int(limit) for limit in limits]
+
+
+def plans_are_alike(shape: DecodeShape, fmt: SlotFormat, device: torch.device) -> bool:
+    """Whether the kernels of ``fmt`` can read work lists that :func:`lower` makes for ``shape``."""
+    rows = (_limits(one, device)[4:] for one in (shape, replace(shape, fmt=fmt)))
+    return len({tuple(limits) for limits in rows}) == 1
 
 
 def unsupported(

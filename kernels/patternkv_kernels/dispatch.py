@@ -2,7 +2,8 @@
 
 Environment: ``PATTERNKV_IMPL``, what ``impl="auto"`` stands for: ``reference`` runs the torch ops
 on a GPU too, to compare a server's kernels with; ``cuda`` makes it an error where the kernels
-cannot run; ``auto``, the default, takes the torch ops there. It is read at a process's first op.
+cannot run; ``auto``, the default, takes the torch ops there. ``PATTERNKV_IMPL_DECODE`` and so on,
+one for each op of ``jit.OPS``, win for theirs. They are read when a process first runs the op.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def use_cuda(
     ``ValueError`` for ``impl="cuda"`` when they cannot run, and for an unknown ``impl``.
     """
     if impl == "auto":
-        impl = auto_impl()
+        impl = auto_impl(op)
     elif impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: choose one of {IMPLS}")
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
@@ -50,20 +51,24 @@ def use_cuda(
 
 
 @functools.cache
-def auto_impl() -> Impl:
-    """``PATTERNKV_IMPL``. Raises ``ValueError`` for a value that is no implementation."""
-    value = os.environ.get("PATTERNKV_IMPL", "auto")
+def auto_impl(op: jit.Op) -> Impl:
+    """What the environment says of ``op``. Raises ``ValueError`` for a value that is no
+    implementation."""
+    name = f"PATTERNKV_IMPL_{op.upper()}"
+    if name not in os.environ:
+        name = "PATTERNKV_IMPL"
+    value = os.environ.get(name, "auto")
     for impl in IMPLS:
         if value == impl:
             return impl
-    raise ValueError(f"PATTERNKV_IMPL={value!r}: choose one of {IMPLS}, or leave it unset")
+    raise ValueError(f"{name}={value!r}: choose one of {IMPLS}, or leave it unset")
 
 
 def missing(op: jit.Op, fmt: SlotFormat, device: torch.device) -> str | None:
     """Why ``impl="auto"`` runs no CUDA kernels of ``op`` on ``device``, or None; builds them at the
     first use."""
-    if auto_impl() == "reference":
-        return "PATTERNKV_IMPL=reference asks for the torch ops"
+    if auto_impl(op) == "reference":
+        return "the environment (PATTERNKV_IMPL) asks for the torch ops"
     return _missing(op, fmt, device)
 
 

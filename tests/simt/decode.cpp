@@ -59,8 +59,9 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
   p.group = params.group;
   p.scale_log2 = params.scale_log2;
   p.cap_log2 = params.cap_log2;
-  const SimtIndex grid = {static_cast<unsigned>(a.b), static_cast<unsigned>(a.h_kv), 1};
-  simt::launch(grid, merge::kMergeThreads, 0, [&] { merge::merge_kernel<T>(p); });
+  merge::choose_merge<T>(a.b, a.h_kv, p.group, kBlocks, [&](auto kernel, dim3 grid, int threads) {
+    simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
+  });
 }
 
 }  // namespace

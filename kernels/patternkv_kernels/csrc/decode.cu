@@ -66,6 +66,7 @@ struct AttendLaunch {
 struct LaunchConfig {
   AttendLaunch narrow, few, wide, many, most;  // by query rows of a work item; 0 rows: none
   bool dependent_launch;                       // compute capability 9.0 and later
+  int sms;
 
   // The kernels with shared segments of a batch of so many query rows per KV head: one for items of
   // up to 16 or 32 rows, and one that takes a step's instead if these mostly have more.
@@ -138,6 +139,7 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
   const int rows = group <= 4 ? 4 : 8;
   const AttendKernel narrow = rows == 4 ? narrow::attend_kernel<4> : narrow::attend_kernel<8>;
   LaunchConfig config = {};
+  check(cudaDeviceGetAttribute(&config.sms, cudaDevAttrMultiProcessorCount, device), "device");
   config.narrow = make_launch(narrow, kThreads, rows, narrow::shared_bytes(num_patterns, rows),
                               num_patterns, device);
   config.most = make_warpgroup_launch(num_patterns, device);
@@ -191,7 +193,8 @@ void launch(Kernel kernel, dim3 grid, int threads, int bytes, cudaStream_t strea
 }  // namespace
 
 // {items that the planner may make of each kind beyond one per segment and tile of branches, and
-// beyond one per kMaxChunk tokens; most branches of such an item}: narrow, then wide.
+// beyond one per kMaxChunk tokens; most branches of such an item}: narrow, then wide. Behind them,
+// the most rows of an item in each kernel: libraries that agree in these can read each other's plans.
 ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, int64_t device) {
   ffi::CUDADeviceGuard guard(device);
   const LaunchConfig& c = launch_config(num_patterns, group, device);
@@ -203,8 +206,15 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
     wide_extra = std::max(wide_extra, extra(launch.blocks));
     wide_states = std::max(wide_states, extra(launch.blocks) * branches(launch.rows));
   }
-  return {extra(c.narrow.blocks), branches(c.narrow.rows), wide_extra,
-          (wide_states + wide_extra - 1) / std::max<int64_t>(wide_extra, 1)};
+  return {extra(c.narrow.blocks),
+          branches(c.narrow.rows),
+          wide_extra,
+          (wide_states + wide_extra - 1) / std::max<int64_t>(wide_extra, 1),
+          c.narrow.rows,
+          c.few.rows,
+          c.wide.rows,
+          c.many.rows,
+          c.most.rows};
 }
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.
@@ -281,6 +291,7 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.channel_scale = static_cast<const __half*>(channel_scale.data_ptr());
   params.num_patterns = num_patterns;
   params.rows = static_cast<const int*>(rows.data_ptr());
+  params.reads_new_tokens = !window_k.has_value();
   params.work = parts.list;
   params.state_out = static_cast<float*>(states.data_ptr());
   params.state_sum = reinterpret_cast<float2*>(params.state_out + max_states * h_q * HEAD_DIM);
@@ -320,8 +331,9 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
     merged.group = group;
     merged.scale_log2 = params.scale_log2;
     merged.cap_log2 = params.cap_log2;
-    launch(merge::merge_kernel<T>, dim3(b, h_kv), merge::kMergeThreads, 0, stream,
-           config.dependent_launch, merged);
+    merge::choose_merge<T>(b, h_kv, group, config.sms, [&](auto kernel, dim3 grid, int threads) {
+      launch(kernel, grid, threads, 0, stream, config.dependent_launch, merged);
+    });
     return true;
   });
 }

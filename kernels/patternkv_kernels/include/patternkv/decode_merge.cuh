@@ -1,6 +1,9 @@
 // The end of a decode layer: attention over each row's exact window, then the merge of its states.
-// One block per batch row and KV head. It starts while the attention kernels still run and waits
-// for their states only once the window is done.
+// A block has a batch row and one or several query heads of a KV head. It starts while the attention
+// kernels still run and waits for their states only once the window is done.
+//
+// Either way a warp takes a few entries, tokens or states, at a time: one lane per entry and head has
+// its logit, all lanes together a vector, kPerLane dims each.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -8,9 +11,8 @@
 namespace patternkv {
 namespace merge {
 
-constexpr int kMergeThreads = 512;
-constexpr int kMergeWarps = kMergeThreads / 32;
 constexpr int kPerLane = HEAD_DIM / 32;
+constexpr int kTokens = 4;  // of the window, by a warp at a time
 constexpr float kLn2 = 0.6931471805599453f;
 
 template <typename T>
@@ -33,26 +35,49 @@ struct MergeParams {
   float scale_log2, cap_log2;
 };
 
-// Attention of part of a row's tokens: dims kPerLane * lane .. of the unnormalised output.
+// A warp's attention for kHeads query heads: dims kPerLane * lane .. of the unnormalised outputs, and
+// the reference logit and mass of the head that the lane is among kLanes to count for.
+template <int kHeads>
 struct Partial {
-  float out[kPerLane] = {};
+  static constexpr int kLanes = 32 / kHeads;
+
+  float out[kHeads][kPerLane] = {};
   float reference = -INFINITY, mass = 0;
 
-  // Makes room for logits up to `top`; returns the reference, -inf if there is nothing yet.
-  __device__ __forceinline__ float raise(float top) {
-    top = fmaxf(reference, top);
-    if (top > reference) {
-      const float keep = exp2f(reference - top);
-      mass *= keep;
+  // Adds kCount entries. The lanes of a head come in kCount groups, of an entry each: its `logit`
+  // and the `share` it has of the mass at that logit. `value(entry, head)` is the entry's vector.
+  template <int kCount, typename Value>
+  __device__ __forceinline__ void add(float logit, float share, Value value) {
+    constexpr int kSame = kLanes / kCount;
+    float top = logit;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) out[i] *= keep;
-      reference = top;
+    for (int distance = kSame; distance < kLanes; distance *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
     }
-    return top;
-  }
-  __device__ __forceinline__ void add(float weight, const float (&value)[kPerLane]) {
+    top = fmaxf(reference, top);
+    const bool none = top == -INFINITY;
+    const float keep = none ? 0.0f : exp2f(reference - top);
+    const float weight = none ? 0.0f : exp2f(logit - top);
+    float sum = weight * share;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) out[i] = fmaf(weight, value[i], out[i]);
+    for (int distance = kSame; distance < kLanes; distance *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, distance);
+    }
+    mass = fmaf(mass, keep, sum);
+    reference = top;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const float kept = __shfl_sync(~0u, keep, h * kLanes);
+#pragma unroll
+      for (int d = 0; d < kPerLane; ++d) out[h][d] *= kept;
+#pragma unroll
+      for (int entry = 0; entry < kCount; ++entry) {
+        const float own = __shfl_sync(~0u, weight, h * kLanes + entry * kSame);
+        const float(&x)[kPerLane] = value(entry, h);
+#pragma unroll
+        for (int d = 0; d < kPerLane; ++d) out[h][d] = fmaf(own, x[d], out[h][d]);
+      }
+    }
   }
 };
 
@@ -71,154 +96,208 @@ __device__ __forceinline__ void load_dims(float (&x)[kPerLane], const T* row, in
   }
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
+// Sums over the warp of kCount values, a power of two: lane i gets that of number i kCount / 32. In
+// halves, of which a lane keeps one, down to kHalf values.
+template <int kCount, int kHalf = kCount / 2>
+__device__ __forceinline__ float spread_sums(float (&x)[kCount]) {
+  if constexpr (kHalf > 0) {
+    constexpr int kDistance = 32 * kHalf / kCount;
+    const bool upper = threadIdx.x & kDistance;
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-  return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
+    for (int i = 0; i < kHalf; ++i) {
+      const float given = upper ? x[i] : x[i + kHalf];
+      x[i] = (upper ? x[i + kHalf] : x[i]) + __shfl_xor_sync(~0u, given, kDistance);
+    }
+    return spread_sums<kCount, kHalf / 2>(x);
+  } else {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+    for (int distance = 16 / kCount; distance > 0; distance /= 2) {
+      x[0] += __shfl_xor_sync(~0u, x[0], distance);
+    }
+    return x[0];
   }
-  return x;
 }
 
-// Tokens part, part + parts, ... of the row's window.
-template <typename T>
-__device__ void attend_window(const MergeParams<T>& p, Partial& partial, int row, int head,
-                              int q_head, int part, int parts) {
-  constexpr int kBatch = 4;  // tokens in flight
-  const int lane = threadIdx.x % 32;
-  float q[kPerLane];
-  load_dims(q, p.q + row * p.q_stride + q_head * HEAD_DIM, lane);
-  const int64_t ring = p.ring[row] * p.window, start = p.start[row], end = p.end[row];
-  for (int64_t first = start + part; first < end; first += kBatch * parts) {
-    float k[kBatch][kPerLane], v[kBatch][kPerLane], logits[kBatch];
+// The query heads of a block: those from `first` on of a KV head, of which there are p.group. Heads
+// beyond are computed as the last one and not written.
+struct Heads {
+  int kv_head, first;
+
+  template <typename T>
+  __device__ __forceinline__ int q_head(const MergeParams<T>& p, int h) const {
+    return kv_head * p.group + min(first + h, p.group - 1);
+  }
+};
+
+template <typename T, int kHeads, int kWarps>
+__device__ __forceinline__ void attend_window(const MergeParams<T>& p, Partial<kHeads>& partial,
+                                              int row, const Heads& heads) {
+  constexpr int kSame = Partial<kHeads>::kLanes / kTokens;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t ring = p.ring[row] * p.window;
+  const int start = p.start[row], end = p.end[row];
+  float q[kHeads][kPerLane];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t position = min(first + i * parts, end - 1);
-      const int64_t at = ((ring + position % p.window) * p.h_kv + head) * HEAD_DIM;
+  for (int h = 0; h < kHeads; ++h) {
+    load_dims(q[h], p.q + row * p.q_stride + heads.q_head(p, h) * HEAD_DIM, lane);
+  }
+  for (int first = start + warp * kTokens; first < end; first += kWarps * kTokens) {
+    float k[kTokens][kPerLane], v[kTokens][kPerLane], dots[kHeads * kTokens] = {};
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int position = min(first + i, end - 1);
+      const int64_t at = ((ring + position % p.window) * p.h_kv + heads.kv_head) * HEAD_DIM;
       load_dims(k[i], p.window_k + at, lane);
       load_dims(v[i], p.window_v + at, lane);
     }
-    float top = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      float dot = 0;
+    for (int i = 0; i < kHeads * kTokens; ++i) {
 #pragma unroll
-      for (int d = 0; d < kPerLane; ++d) dot = fmaf(q[d], k[i][d], dot);
-      logits[i] = warp_sum(dot) * p.scale_log2;
-      if (p.cap_log2 > 0) logits[i] = p.cap_log2 * tanhf(logits[i] / p.cap_log2);
-      if (first + i * parts >= end) logits[i] = -INFINITY;
-      top = fmaxf(top, logits[i]);
-    }
-    top = partial.raise(top);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float weight = exp2f(logits[i] - top);
-      partial.mass += weight;
-      partial.add(weight, v[i]);
-    }
-  }
-}
-
-// State number `index` of the row, counted through its runs; -1 beyond the last.
-__device__ __forceinline__ int find_state(const WorkList& work, int first_run, int last_run,
-                                          int index) {
-  for (int r = first_run; r < last_run; ++r) {
-    const StateRun run = work.runs[r];
-    if (index < run.count) return run.first + index;
-    index -= run.count;
-  }
-  return -1;
-}
-
-// The states of the warp's lanes, first those that have one; `state` is -1 for the others.
-template <typename T>
-__device__ __forceinline__ void merge_states(const MergeParams<T>& p, Partial& partial, int state,
-                                             int q_head) {
-  constexpr int kBatch = 8;  // states in flight
-  const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
-  const int count = __popc(__ballot_sync(~0u, state >= 0));
-  const auto place = [&](int state) { return static_cast<int64_t>(state) * h_q + q_head; };
-  const float2 sums = state >= 0 ? p.state_sum[place(state)] : make_float2(-INFINITY, 0);
-  float weight = 0;
-  for (int first = 0; first < count; first += kBatch) {
-    float values[kBatch][kPerLane];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int other = __shfl_sync(~0u, state, min(first + i, count - 1));
-      load_dims(values[i], p.state_out + place(other) * HEAD_DIM, lane);
-    }
-    if (first == 0) {
-      const float top = partial.raise(warp_max(sums.x));
-      if (top == -INFINITY) return;
-      weight = exp2f(sums.x - top);
-      partial.mass += warp_sum(sums.y * weight);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float own = __shfl_sync(~0u, weight, min(first + i, 31));
-      partial.add(first + i < count ? own : 0.0f, values[i]);
-    }
-  }
-}
-
-// Two blocks of a multiprocessor: with more registers they would start later.
-template <typename T>
-__global__ void __launch_bounds__(kMergeThreads, 2)
-    merge_kernel(const __grid_constant__ MergeParams<T> p) {
-  __shared__ __align__(16) float outs[kMergeWarps][HEAD_DIM];
-  __shared__ float2 sums[kMergeWarps];
-  const int row = blockIdx.x, head = blockIdx.y;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // Warps per query head: several share one while the group is small.
-  const int parts = max(kMergeWarps / p.group, 1);
-  const int heads = kMergeWarps / parts;  // query heads at a time
-  const int part = warp % parts;
-  const int first_run = p.work.run_indptr[row], last_run = p.work.run_indptr[row + 1];
-  for (int first = 0; first < p.group; first += heads) {
-    const int member = first + warp / parts;
-    const int q_head = head * p.group + member;
-    const bool live = member < p.group;
-    Partial partial;
-    if (live && p.window > 0) attend_window(p, partial, row, head, q_head, part, parts);
-    int state = find_state(p.work, first_run, last_run, part + parts * lane);
-    if (first == 0) wait_for_previous_kernel();
-    for (int round = 1; live && __any_sync(~0u, state >= 0); ++round) {
-      merge_states(p, partial, state, q_head);
-      state = find_state(p.work, first_run, last_run, part + parts * (round * 32 + lane));
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) outs[warp][lane * kPerLane + i] = partial.out[i];
-    if (lane == 0) sums[warp] = make_float2(partial.reference, partial.mass);
-    __syncthreads();
-    // A thread adds the parts of a dim.
-    for (int e = threadIdx.x; e < heads * HEAD_DIM; e += kMergeThreads) {
-      const int first_part = e / HEAD_DIM * parts, dim = e % HEAD_DIM;
-      if (first + e / HEAD_DIM >= p.group) break;
-      float top = -INFINITY, mass = 0, out = 0;
-      for (int i = 0; i < parts; ++i) top = fmaxf(top, sums[first_part + i].x);
-      // A row without tokens has mass 0 and output 0.
-      if (top > -INFINITY) {
-        for (int i = 0; i < parts; ++i) {
-          const float2 sum = sums[first_part + i];
-          const float weight = exp2f(sum.x - top);
-          mass = fmaf(weight, sum.y, mass);
-          out = fmaf(weight, outs[first_part + i][dim], out);
-        }
+      for (int d = 0; d < kPerLane; ++d) {
+        dots[i] = fmaf(q[i / kTokens][d], k[i % kTokens][d], dots[i]);
       }
-      const int64_t at =
-          static_cast<int64_t>(row) * p.h_kv * p.group + head * p.group + first + e / HEAD_DIM;
-      p.out[at * HEAD_DIM + dim] = static_cast<T>(mass > 0 ? out / mass : 0.0f);
-      if (dim == 0) p.lse[at] = mass > 0 ? (top + log2f(mass)) * kLn2 : -INFINITY;
     }
-    __syncthreads();
+    float logit = spread_sums(dots) * p.scale_log2;
+    if (p.cap_log2 > 0) logit = p.cap_log2 * tanhf(logit / p.cap_log2);
+    if (first + lane / kSame % kTokens >= end) logit = -INFINITY;
+    partial.template add<kTokens>(
+        logit, 1.0f, [&](int token, int) -> const float(&)[kPerLane] { return v[token]; });
   }
-  if (row == 0 && head == 0 && threadIdx.x == 0) {
+}
+
+// The runs of states of a row, up to 32 of them: a lane has one.
+struct Runs {
+  StateRun own;
+  int count, before, total;  // runs; states of those before the lane's, and of all
+
+  __device__ __forceinline__ Runs(const WorkList& work, int first, int last) {
+    const int lane = threadIdx.x % 32;
+    count = min(last - first, 32);
+    own = lane < count ? work.runs[first + lane] : StateRun{0, 0};
+    int sum = own.count;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, distance);
+      if (lane >= distance) sum += other;
+    }
+    before = sum - own.count;
+    total = __shfl_sync(~0u, sum, 31);
+  }
+  // State number `index`, each lane its own.
+  __device__ __forceinline__ int find(int index) const {
+    int state = 0;
+    for (int r = 0; r < count; ++r) {
+      const int at = index - __shfl_sync(~0u, before, r);
+      const int first = __shfl_sync(~0u, own.first, r), size = __shfl_sync(~0u, own.count, r);
+      if (at >= 0 && at < size) state = first + at;
+    }
+    return state;
+  }
+};
+
+template <typename T, int kHeads, int kWarps>
+__device__ __forceinline__ void merge_states(const MergeParams<T>& p, Partial<kHeads>& partial,
+                                             const Runs& runs, const Heads& heads) {
+  constexpr int kCount = 8 / kHeads;  // states in flight
+  constexpr int kLanes = Partial<kHeads>::kLanes, kSame = kLanes / kCount;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
+  for (int first = warp * kCount; first < runs.total; first += kWarps * kCount) {
+    const int index = first + lane / kSame % kCount;
+    const int state = runs.find(min(index, runs.total - 1));
+    const int own = heads.q_head(p, lane / kLanes);
+    const float2 sums = p.state_sum[static_cast<int64_t>(state) * h_q + own];
+    float values[kCount][kHeads][kPerLane];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t at = static_cast<int64_t>(__shfl_sync(~0u, state, i * kSame)) * h_q;
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        load_dims(values[i][h], p.state_out + (at + heads.q_head(p, h)) * HEAD_DIM, lane);
+      }
+    }
+    partial.template add<kCount>(
+        index < runs.total ? sums.x : -INFINITY, sums.y,
+        [&](int i, int h) -> const float(&)[kPerLane] { return values[i][h]; });
+  }
+}
+
+// Blocks of a multiprocessor, by the registers that they need.
+constexpr int blocks_per_sm(int warps) { return (HEAD_DIM <= 128 ? 24 : 12) / warps; }
+
+template <typename T, int kHeads, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps))
+    merge_kernel(const __grid_constant__ MergeParams<T> p) {
+  __shared__ __align__(16) float outs[kWarps][kHeads][HEAD_DIM];
+  __shared__ float2 sums[kWarps][kHeads];
+  const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tiles = (p.group + kHeads - 1) / kHeads;
+  const int kv_head = blockIdx.y / tiles;
+  const Heads heads = {kv_head, static_cast<int>(blockIdx.y - kv_head * tiles) * kHeads};
+  int first_run = p.work.run_indptr[row];
+  const int last_run = p.work.run_indptr[row + 1];
+  const Runs first_runs(p.work, first_run, last_run);
+  Partial<kHeads> partial;
+  if (p.window > 0) attend_window<T, kHeads, kWarps>(p, partial, row, heads);
+  wait_for_previous_kernel();
+  merge_states<T, kHeads, kWarps>(p, partial, first_runs, heads);
+  while ((first_run += 32) < last_run) {
+    merge_states<T, kHeads, kWarps>(p, partial, Runs(p.work, first_run, last_run), heads);
+  }
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+    for (int d = 0; d < kPerLane; ++d) outs[warp][h][lane * kPerLane + d] = partial.out[h][d];
+  }
+  constexpr int kLanes = Partial<kHeads>::kLanes;
+  if (lane % kLanes == 0) sums[warp][lane / kLanes] = make_float2(partial.reference, partial.mass);
+  __syncthreads();
+
+  // A thread adds the warps' parts of four dims.
+  constexpr int kQuads = HEAD_DIM / 4;
+  for (int e = threadIdx.x; e < kHeads * kQuads; e += 32 * kWarps) {
+    const int h = e / kQuads, dim = e % kQuads * 4;
+    if (heads.first + h >= p.group) break;
+    float top = -INFINITY, mass = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) top = fmaxf(top, sums[i][h].x);
+    float4 out = {};
+    // A row without tokens has mass 0 and output 0.
+    if (top > -INFINITY) {
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        const float weight = exp2f(sums[i][h].x - top);
+        const float4 part = *reinterpret_cast<const float4*>(&outs[i][h][dim]);
+        mass = fmaf(weight, sums[i][h].y, mass);
+        out.x = fmaf(weight, part.x, out.x), out.y = fmaf(weight, part.y, out.y);
+        out.z = fmaf(weight, part.z, out.z), out.w = fmaf(weight, part.w, out.w);
+      }
+    }
+    const float scale = mass > 0 ? 1.0f / mass : 0.0f;
+    const int64_t at = static_cast<int64_t>(row) * p.h_kv * p.group + heads.q_head(p, h);
+    T* to = p.out + at * HEAD_DIM + dim;
+    to[0] = static_cast<T>(out.x * scale), to[1] = static_cast<T>(out.y * scale);
+    to[2] = static_cast<T>(out.z * scale), to[3] = static_cast<T>(out.w * scale);
+    if (dim == 0) p.lse[at] = mass > 0 ? (top + log2f(mass)) * kLn2 : -INFINITY;
+  }
+  if (row == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
     p.work.header->next_narrow = p.work.header->next_wide = 0;
+  }
+}
+
+// Calls `launch(kernel, grid, threads)` for `b` rows: the heads of a group share a block once there
+// are rows enough for that, whose loads they then share too.
+template <typename T, typename Launch>
+void choose_merge(int64_t b, int64_t h_kv, int64_t group, int sms, Launch launch) {
+  constexpr int kMostHeads = 4;
+  const auto grid = [&](int heads) {
+    return dim3(static_cast<unsigned>(b), static_cast<unsigned>(h_kv * ((group + heads - 1) / heads)));
+  };
+  if (group == 1 || b * h_kv * group <= 4 * sms) {
+    launch(merge_kernel<T, 1, 8>, grid(1), 256);
+  } else if (grid(kMostHeads).x * grid(kMostHeads).y <= static_cast<unsigned>(blocks_per_sm(8) * sms)) {
+    launch(merge_kernel<T, kMostHeads, 8>, grid(kMostHeads), 256);
+  } else {
+    launch(merge_kernel<T, kMostHeads, 4>, grid(kMostHeads), 128);
   }
 }
 

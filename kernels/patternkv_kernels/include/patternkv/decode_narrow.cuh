@@ -407,12 +407,19 @@ template <int kLive>
 __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
-  // The first kernel of a layer: those after it start behind what came before the layer.
-  wait_for_previous_kernel();
-  launch_dependents();
   __shared__ int next_unit;
-  for_each_unit(p.work.narrow(), p.pool.h_kv, next_unit,
-                [&](const WorkItem& item, int head) { attend<kLive>(p, item, head, memory); });
+  // The first kernel of a layer starts while the layer's new tokens are stored, and needs these only
+  // where no window has them. Kernels after it start behind what came before the layer.
+  const auto join = [] {
+    wait_for_previous_kernel();
+    launch_dependents();
+  };
+  if (p.reads_new_tokens) join();
+  for_each_unit(p.work.narrow(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
+    attend<kLive>(p, item, head, memory);
+    join();
+  });
+  join();
 }
 
 }  // namespace narrow

@@ -78,6 +78,7 @@ struct DecodeParams {
   bool q_is_bf16;
   SlotPool pool;
   bool copy16;  // every code row is 16-byte aligned, else 8
+  bool reads_new_tokens;  // slots that the layer itself stores are read: there is no window
   const int* req_to_token;
   int64_t req_stride;
   const __half* patterns;       // [num_tables, 2, h_kv, num_patterns, d]
