@@ -54,6 +54,22 @@ struct Softmax {
   }
 };
 
+// x[j] of thread t of four becomes x[t] of thread j.
+__device__ __forceinline__ void transpose_quad(float (&x)[4], int t) {
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool upper = t & distance;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      // Of the elements i and i + distance, the lower threads give the second, the upper the first.
+      float &low = x[i], &high = x[i + distance];
+      const float got = __shfl_xor_sync(~0u, upper ? low : high, distance);
+      (upper ? low : high) = got;
+    }
+  }
+}
+
 // 64 query rows and their running attention: the share of a thread.
 struct Rows {
   uint32_t queries;  // shared address
@@ -142,18 +158,23 @@ struct Rows {
   }
   __device__ __forceinline__ void store(const DecodeParams& p, const WorkItem& item, int head,
                                         int which) const {
-    const int t = threadIdx.x % 4;
+    const int t = threadIdx.x % 4, rows = item.num_branches * p.group;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = which * kGroupRows + first_row() + 8 * h;
-      if (row >= item.num_branches * p.group) continue;
-      const int64_t at = state_index(p, item, head, row);
-      if (t == 0) p.state_sum[at] = make_float2(softmax.reference[h], softmax.mass[h]);
+      const int64_t at = state_index(p, item, head, min(row, rows - 1));
+      if (t == 0 && row < rows) p.state_sum[at] = make_float2(softmax.reference[h], softmax.mass[h]);
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        // The columns 2t and 2t + 1 are the dims t and t + 4.
-        float* dims = p.state_out + at * HEAD_DIM + 8 * i + t;
-        dims[0] = out[4 * i + 2 * h], dims[4] = out[4 * i + 2 * h + 1];
+      for (int i = 0; i < HEAD_DIM / 16; ++i) {
+        // The columns 2t and 2t + 1 of 8 are the dims t and t + 4. Of 16 dims, the four threads of a
+        // row have four in turn.
+        float x[4] = {out[8 * i + 2 * h], out[8 * i + 2 * h + 1], out[8 * i + 4 + 2 * h],
+                      out[8 * i + 4 + 2 * h + 1]};
+        transpose_quad(x, t);
+        if (row < rows) {
+          *reinterpret_cast<float4*>(p.state_out + at * HEAD_DIM + 16 * i + 4 * t) =
+              make_float4(x[0], x[1], x[2], x[3]);
+        }
       }
     }
   }
@@ -226,14 +247,26 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
   const int thread = threadIdx.x - kConsumerThreads;
   const Shares shares(p, item);
 
+  // The first patterns travel while the first tile is looked up.
+  const __half* from[2] = {table_rows(p, item.table, 0, head), table_rows(p, item.table, 1, head)};
+  const int end = p.num_patterns * (HEAD_DIM / 8);
+  PatternBatch first_k, first_v;
+  first_k.load(from[0], 0, end, thread);
+  first_v.load(from[1], 0, end, thread);
   Feed<kTile> feed(p, item, head, memory.incoming[producer], producer);
   feed.start(producer);
   if (thread < 2 * HEAD_DIM) {
     const int side = thread / HEAD_DIM, dim = thread % HEAD_DIM;
     shared.channels[side][place_of(dim)] = table_channels(p, item.table, side, head)[dim];
   }
-  load_patterns(table_rows(p, item.table, 0, head), p.num_patterns, k_patterns, thread);
-  load_patterns(table_rows(p, item.table, 1, head), p.num_patterns, v_patterns, thread);
+  first_k.store(k_patterns, 0, end, thread);
+  first_v.store(v_patterns, 0, end, thread);
+  for (int first = PatternBatch::kCount; first < end; first += PatternBatch::kCount) {
+    first_k.load(from[0], first, end, thread);
+    first_v.load(from[1], first, end, thread);
+    first_k.store(k_patterns, first, end, thread);
+    first_v.store(v_patterns, first, end, thread);
+  }
   cp_async_wait<0>();
   __syncthreads();
 

@@ -115,16 +115,47 @@ __device__ __forceinline__ void expand_pairs(uint32_t word, uint32_t (&pairs)[2]
   }
 }
 
+// What a producer thread reads of one side of 32 tokens: of every kTokenStep-th, a piece of each tile.
+template <int kBits>
+struct Pieces {
+  static constexpr int kTokenStep = kGroupThreads / kPieces, kTokens = 32 / kTokenStep;
+
+  Source sources[kTokens];
+  uint32_t codes[kTokens][kTiles];
+  uint32_t patterns[kTokens][kTiles][4];
+
+  __device__ __forceinline__ void load(const uint8_t* all_codes, int code_stride,
+                                       const uint8_t* all_patterns, const Source* all_sources,
+                                       int first) {
+    const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
+#pragma unroll
+    for (int n = 0; n < kTokens; ++n) {
+      const int token = first + n * kTokenStep + thread / kPieces;
+      sources[n] = all_sources[token];
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const int dim = min(i * 64 + piece * 8, HEAD_DIM - 8);
+        codes[n][i] = load_codes<kBits>(all_codes + token * code_stride + dim * kBits / 8);
+        load_words(patterns[n][i], all_patterns + sources[n].pattern + dim * 2);
+      }
+    }
+  }
+};
+
 // Writes one side of a tile: pattern + scale * channel_scale * (code - centre). The threads of the
-// group write a token's 16-byte pieces side by side.
+// group write a token's 16-byte pieces side by side. Loads do not wait for the stores before them,
+// which the compiler takes for possible sources of theirs.
 template <int kBits, int kTile>
 __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwizzledRow],
                                            const __half* channels, const uint8_t* codes,
                                            int code_stride, const uint8_t* patterns,
                                            const Source (&sources)[kTile],
                                            const uint32_t (&steps_of)[kTile / 32]) {
+  using Loads = Pieces<kBits>;
   const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
   const __half2 centre = __float2half2_rn(-Codes<kBits>::kCentre / (1 << 20));
+  Loads now, next;
+  now.load(codes, code_stride, patterns, sources, 0);
 #pragma unroll
   for (int first = 0; first < kTile; first += 32) {
     // From shared memory each time: registers are what is scarce.
@@ -138,64 +169,76 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
         scales[i][j] = as_u32(__hmin2(scale, __float2half2_rn(65504.0f)));
       }
     }
+    if (first + 32 < kTile) next.load(codes, code_stride, patterns, sources, first + 32);
 #pragma unroll
-    for (int n = 0; n < 32 / (kGroupThreads / kPieces); ++n) {
-      const int token = first + n * (kGroupThreads / kPieces) + thread / kPieces;
-      const Source own = sources[token];
-      const __half2 scale[2] = {__hmul2(as_half2(own.scale), __float2half2_rn(16.0f)),
-                                as_half2(own.scale)};
-      const __half2 offset = __hmul2(as_half2(own.scale), centre);
+    for (int n = 0; n < Loads::kTokens; ++n) {
+      const __half2 own = as_half2(now.sources[n].scale);
+      const __half2 scale[2] = {__hmul2(own, __float2half2_rn(16.0f)), own};
+      const __half2 offset = __hmul2(own, centre);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        const int dim = i * 64 + piece * 8;
-        if (dim >= HEAD_DIM) continue;
-        uint32_t pairs[2][2], x[4];
-        expand_pairs<kBits>(load_codes<kBits>(codes + token * code_stride + dim * kBits / 8), pairs);
-        load_words(x, patterns + own.pattern + dim * 2);
+        if (i * 64 + piece * 8 >= HEAD_DIM) continue;
+        uint32_t pairs[2][2];
+        expand_pairs<kBits>(now.codes[n][i], pairs);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int high = kBits == 4 ? j % 2 : j / 2, which = kBits == 4 ? j / 2 : j % 2;
           const __half2 steps = __hfma2(as_half2(pairs[high][which]), scale[high], offset);
-          x[j] = as_u32(__hfma2(steps, as_half2(scales[i][j]), as_half2(x[j])));
+          uint32_t& x = now.patterns[n][i][j];
+          x = as_u32(__hfma2(steps, as_half2(scales[i][j]), as_half2(x)));
         }
-        store_words(tiles[i] + swizzled(token, piece), x);
       }
     }
+#pragma unroll
+    for (int n = 0; n < Loads::kTokens; ++n) {
+      const int token = first + n * Loads::kTokenStep + thread / kPieces;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        if (i * 64 + piece * 8 >= HEAD_DIM) continue;
+        store_words(tiles[i] + swizzled(token, piece), now.patterns[n][i]);
+      }
+    }
+    now = next;
   }
 }
 
-// Brings the patterns of one side to shared memory. `thread` is among the producers'.
-__device__ __forceinline__ void load_patterns(const __half* from, int num_patterns, uint8_t* to,
-                                              int thread) {
-  constexpr int kBatch = 4;
-  const int end = num_patterns * (HEAD_DIM / 8);
-  for (int first = thread; first < end; first += kBatch * kProducerThreads) {
-    uint32_t words[kBatch][4];
+// Some patterns of one side on their way to shared memory, kBatch pieces of 16 bytes a thread.
+// `thread` is among the producers'.
+struct PatternBatch {
+  static constexpr int kBatch = 4, kCount = kBatch * kProducerThreads;
+
+  uint32_t words[kBatch][4];
+
+  static __device__ __forceinline__ int place(int first, int i, int thread, int end) {
+    return min(first + i * kProducerThreads + thread, end - 1);
+  }
+  __device__ __forceinline__ void load(const __half* from, int first, int end, int thread) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = min(first + i * kProducerThreads, end - 1);
-      load_words(words[i], reinterpret_cast<const uint8_t*>(from + at * 8));
+      load_words(words[i], reinterpret_cast<const uint8_t*>(from + place(first, i, thread, end) * 8));
     }
+  }
+  __device__ __forceinline__ void store(uint8_t* to, int first, int end, int thread) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = min(first + i * kProducerThreads, end - 1);
       const uint32_t(&in)[4] = words[i];
       const uint32_t out[4] = {
           __byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
           __byte_perm(in[1], in[3], 0x5410), __byte_perm(in[1], in[3], 0x7632)};
-      store_words(to + at * 16, out);
+      store_words(to + place(first, i, thread, end) * 16, out);
     }
   }
-}
+};
 
 // Fills the query operands of `rows` rows, a multiple of 64, and the scales of their products. By
 // the consumers; ends without a barrier.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkItem& item, int head,
                                              int rows, Shared& shared) {
-  constexpr int kThreadsPerRow = 4, kDims = HEAD_DIM / kThreadsPerRow;
+  // All rows at once: what they wait for twice is the memory.
+  constexpr int kThreadsPerRow = kConsumerThreads / kMostRows, kDims = HEAD_DIM / kThreadsPerRow;
   const int first = threadIdx.x % kThreadsPerRow * kDims;
-  for (int row = threadIdx.x / kThreadsPerRow; row < rows;
-       row += kConsumerThreads / kThreadsPerRow) {
+  const int row = threadIdx.x / kThreadsPerRow;
+  if (row < rows) {
     uint32_t words[kDims / 8][4] = {};
     if (row < item.num_branches * p.group) {
       const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
