@@ -1,5 +1,8 @@
 # Set-up and every rung of tests. Paths are relative, so a checkout path with spaces works.
 
+# Importing SGLang without bytecode takes three times as long, in each process of each server.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

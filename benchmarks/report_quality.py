@@ -25,7 +25,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = Path(__file__).parent / "quality" / "report.md"
 STORAGE_CONTEXT = 4096
-OURS = ("patternkv_sgl 2/2", "patternkv_sgl[rotate=0] 2/2")
+OURS = (
+    "patternkv_sgl 2/2",
+    "patternkv_sgl[protect=0] 2/2",
+    "patternkv_sgl[protect=0,rotate=0] 2/2",
+)
 RIVALS = ("kivi_g32 2/2", "kivi_g128 2/2", "patternkv_paper 2/2", "ott 2/2")
 """What ours has to beat."""
 CHOICES = ("patterns", "window", "sinks", "balance", "generated")
@@ -223,17 +227,20 @@ class Report:
     def choices(self) -> str:
         """What each option of ours does alone: KL along chains, by value; the default in bold."""
         lines = []
-        defaults = {**vars(PatternKVConfig()), "balance": 1, "generated": 0}
+        defaults = {**vars(PatternKVConfig()), "balance": 1, "generated": 0, "protect": 1}
         for model in self.models:
-            found: dict[tuple[str, int, str], dict[int, Result]] = {}
+            found: dict[tuple[str, int, int | None, str], dict[int, Result]] = {}
             for (method, *bits, level), result in self.pick(model, "forced").items():
                 base, options = split_method(method)
-                rotated = options.pop("rotate", 1)
-                if base == "patternkv_sgl" and bits == [2, 2] and len(options) < 2:
-                    for option in options or CHOICES:
-                        number = options.get(option, int(defaults[option]))
-                        found.setdefault((level, rotated, option), {})[number] = result
-            for (level, rotated, option), by_value in found.items():
+                rotated, protect = options.pop("rotate", 1), options.pop("protect", 1)
+                if base != "patternkv_sgl" or bits != [2, 2] or len(options) > 1:
+                    continue
+                for option in options or CHOICES:
+                    number = options.get(option, int(defaults[option]))
+                    found.setdefault((level, rotated, protect, option), {})[number] = result
+                if not options:
+                    found.setdefault((level, rotated, None, "protect"), {})[protect] = result
+            for (level, rotated, protect, option), by_value in found.items():
                 if len(by_value) < 2:
                     continue
                 for number, result in sorted(by_value.items()):
@@ -245,13 +252,15 @@ class Report:
                             model,
                             level,
                             "yes" if rotated else "no",
+                            "" if protect is None else "yes" if protect else "no",
                             option,
                             f"{mark}{number}{mark}",
                             size,
                             f"{small(kl)} ± {small(stderr)}",
                         ]
                     )
-        return table(["model", "level", "rotated", "option", "value", "bits", "KL"], lines)
+        head = ["model", "level", "rotated", "protected", "option", "value", "bits", "KL"]
+        return table(head, lines)
 
     def targets(self) -> str:
         """What the defaults have to reach, on the sampled problems."""
