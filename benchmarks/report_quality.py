@@ -240,7 +240,7 @@ class Report:
                     found.setdefault((level, rotated, protect, option), {})[number] = result
                 if not options:
                     found.setdefault((level, rotated, None, "protect"), {})[protect] = result
-            for (level, rotated, protect, option), by_value in found.items():
+            for (level, rotated, kept, option), by_value in found.items():
                 if len(by_value) < 2:
                     continue
                 for number, result in sorted(by_value.items()):
@@ -252,7 +252,7 @@ class Report:
                             model,
                             level,
                             "yes" if rotated else "no",
-                            "" if protect is None else "yes" if protect else "no",
+                            "" if kept is None else "yes" if kept else "no",
                             option,
                             f"{mark}{number}{mark}",
                             size,
