@@ -37,12 +37,19 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
         if not good and answer is not None
     )
     silent = len(answers) - right - wrong.total()
+    single = sum(count == 1 for count in wrong.values())
     credit = 0.0
     for votes in range(1, min(right, k) + 1):
         # ways[size, ties]: subsets of the wrong answers, none with more than `votes` votes and
         # `ties` of them with exactly as many.
         ways: Counter[tuple[int, int]] = Counter({(0, 0): 1})
-        for count in wrong.values():
+        counts = list(wrong.values())
+        if votes > 1:
+            # Most wrong answers are given once, and then all are alike.
+            most = min(single, k - votes)
+            ways = Counter({(size, 0): math.comb(single, size) for size in range(most + 1)})
+            counts = [count for count in counts if count > 1]
+        for count in counts:
             grown: Counter[tuple[int, int]] = Counter()
             for (size, ties), number in ways.items():
                 for taken in range(min(count, votes, k - votes - size) + 1):
