@@ -104,6 +104,8 @@ def test_the_page_says_who_differs_and_which_target_is_met() -> None:
         cell("forced 12x4", ["c", "d"], "patternkv_sgl", 2, flatness=[[0.5] * 4], **chain),
         cell("forced 12x4", ["c", "d"], "patternkv_sgl[window=0]", 2, **chain),
         cell("forced 12x4", ["c", "d"], "patternkv_sgl[rotate=0,window=0]", 2, **chain),
+        cell("forced 12x4", ["c", "d"], "patternkv_sgl[protect=0]", 2, **chain),
+        cell("forced 12x4", ["c", "d"], "patternkv_sgl[protect=0,window=0]", 2, **chain),
     ]
     report = Report(results(cells))
     open_, missed = report.targets().splitlines()[2:]
@@ -115,9 +117,13 @@ def test_the_page_says_who_differs_and_which_target_is_met() -> None:
     assert report.flatness().count("0.500") == 4
     # Tried options have a table of their own, against the default if that was measured too.
     assert "window" not in report.chains()
-    assert [line.split(" | ")[2:5] for line in report.choices().splitlines()[2:]] == [
-        ["yes", "window", "0"],
-        ["yes", "window", "**32**"],
+    assert sorted(line.split(" | ")[2:6] for line in report.choices().splitlines()[2:]) == [
+        ["yes", "", "protect", "**1**"],
+        ["yes", "", "protect", "0"],
+        ["yes", "no", "window", "**32**"],
+        ["yes", "no", "window", "0"],
+        ["yes", "yes", "window", "**32**"],
+        ["yes", "yes", "window", "0"],
     ]
 
 
