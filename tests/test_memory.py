@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import patternkv_sgl.scratch as scratch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.metadata import DecodeBuffers
 from patternkv_sgl.pool import explained_memory
@@ -31,6 +32,30 @@ def test_memory_that_does_not_fit_is_explained() -> None:
     ):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
     assert "PyTorch says: tried to allocate 2 GiB" in str(error.value)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_layers_that_need_other_kernels_are_refused(
+    alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = tuple(dict.fromkeys(PatternKVConfig(2, 2, patterns=256).slot_formats(4, 8, 128, 1)))
+    shape = ScratchShape(formats, 256, 32, ROWS, CONTEXT, torch.bfloat16)
+    monkeypatch.setattr(scratch, "decode_unavailable", lambda shape, device: None)
+    monkeypatch.setattr(scratch, "plans_are_alike", lambda shape, fmt, device: alike)
+    if alike:
+        assert shape.decode_missing(torch.device("cuda")) is None
+        return
+    with pytest.raises(ValueError, match="256 patterns, layers of 4:2 bits need other") as error:
+        shape.decode_missing(torch.device("cuda"))
+    assert "lower --kv-quant-patterns to 128" in str(error.value)
+
+
+def test_layers_without_kernels_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = tuple(dict.fromkeys(PatternKVConfig(2, 2).slot_formats(4, 8, 128, 1)))
+    shape = ScratchShape(formats, 64, 32, ROWS, CONTEXT, torch.bfloat16)
+    only = {2: None, 4: "no room"}
+    monkeypatch.setattr(scratch, "decode_unavailable", lambda shape, _: only[shape.fmt.k_bits])
+    assert shape.decode_missing(torch.device("cuda")) == "no room"
 
 
 def grown(make: Any) -> tuple[Any, int]:
