@@ -25,9 +25,10 @@ MODELS = ("demo", "demo_outliers_8", "demo_outliers_32")
 METHODS = (
     "patternkv_sgl:4/2",
     "patternkv_sgl:2/2",
-    "patternkv_sgl[rotate=0]:2/2",
-    "patternkv_sgl[patterns=16]:2/2",
-    "patternkv_sgl[balance=0]:2/2",
+    "patternkv_sgl[protect=0]:2/2",
+    "patternkv_sgl[protect=0,rotate=0]:2/2",
+    "patternkv_sgl[protect=0,patterns=16]:2/2",
+    "patternkv_sgl[protect=0,balance=0]:2/2",
     "patternkv_paper:2/2",
     "kivi_g32:2/2",
     "hadamard_lloyd:2/2",
