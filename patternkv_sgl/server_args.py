@@ -112,7 +112,9 @@ def _build(base: Any) -> Any:
             if self.kv_quant is not None:
                 from sglang.srt.arg_groups.model_override_base import model_config_of
 
-                refuse_model(model_config_of(self))
+                model = model_config_of(self)
+                refuse_model(model)
+                config_of(self).exceptions(model.num_hidden_layers)
 
     KVQuantServerArgs._NS_BY_FIELD = {
         **base._NS_BY_FIELD,

@@ -247,14 +247,16 @@ def write_model(folder: Path, **changes: Any) -> str:
 
 
 def test_the_launcher_checks_the_model(tmp_path: Path) -> None:
-    def check(path: str, kv_quant: str | None) -> None:
-        args = KVQuantServerArgs(
-            model_path=path, kv_quant=kv_quant, device="cpu", skip_tokenizer_init=True
-        )
+    def check(path: str, kv_quant: str | None, **options: str) -> None:
+        given = {"device": "cpu", "skip_tokenizer_init": True} | options
+        args = KVQuantServerArgs(model_path=path, kv_quant=kv_quant, **given)
         args.resolve_once()
         args.check_server_args()
 
-    check(write_model(tmp_path / "64"), "patternkv")
+    path = write_model(tmp_path / "64")
+    check(path, "patternkv", kv_quant_layer_bits="1=4:2,last=2")
+    with pytest.raises(ValueError, match="no layer 2, the model has 0 to 1"):
+        check(path, "patternkv", kv_quant_layer_bits="2=4:2")
     path = write_model(tmp_path / "80", head_dim=80)
     check(path, None)
     with pytest.raises(ValueError, match="LlamaForCausalLM has head_dim 80 and v_head_dim 80"):
