@@ -41,17 +41,17 @@ def parse_layer_bits(text: str) -> LayerBits:
     flag = "--kv-quant-layer-bits"
     if text == "none":
         return ()
-    found = [re.fullmatch(r"(\d+|last)=(.+)", part, re.ASCII) for part in str(text).split(",")]
-    if any(match is None for match in found):
-        raise ValueError(
-            f"{flag} {text!r}: expected LAYER=K:V with a number or 'last' for LAYER, several of "
-            "them with commas between, for example 0=4:4,last=4:2; or none"
-        )
-    return tuple(
-        (-1 if match[1] == "last" else int(match[1]), parse_bits(match[2], flag))
-        for match in found
-        if match
-    )
+    chosen = []
+    for part in str(text).split(","):
+        match = re.fullmatch(r"(\d+|last)=(.+)", part, re.ASCII)
+        if match is None:
+            raise ValueError(
+                f"{flag} {text!r}: expected LAYER=K:V with a number or 'last' for LAYER, several "
+                "of them with commas between, for example 0=4:4,last=4:2; or none"
+            )
+        layer = -1 if match[1] == "last" else int(match[1])
+        chosen.append((layer, parse_bits(match[2], flag)))
+    return tuple(chosen)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class LogitGuard:
                 LIMIT,
                 int((errors > LIMIT).sum()),
                 errors.numel(),
-                self._remedy(sorted(set(torch.nonzero(errors > LIMIT)[:, 0].tolist()))),
+                self._remedy(torch.nonzero((errors > LIMIT).any(1))[:, 0].tolist()),
             )
 
     def _remedy(self, layers: list[int]) -> str:
