@@ -228,24 +228,39 @@ __device__ __forceinline__ void merge_consumers(Rows& rows, int consumer, Shared
 struct Shares {
   int num_rows;
   bool tokens;  // consumers share these, else the rows
-  // Threads at the barrier of a tile: its producer's, and of those who use it.
-  int threads;
+  int tiles;
 
-  __device__ __forceinline__ Shares(const DecodeParams& p, const WorkItem& item)
+  __device__ __forceinline__ Shares(const DecodeParams& p, const WorkItem& item, int tile)
       : num_rows(item.num_branches * p.group),
         tokens(num_rows <= kGroupRows),
-        threads(kGroupThreads * (tokens ? 2 : 1 + kConsumers)) {}
+        tiles((item.end - item.start + tile - 1) / tile) {}
+  // Of a consumer, from its first tile to its next.
+  __device__ __forceinline__ int stride() const { return tokens ? kConsumers : 1; }
+};
+
+// The consumers' turns at the tensor cores, so that one multiplies while the other has its softmax.
+struct Turns {
+  Barriers& barriers;
+  int consumer;
+  uint32_t taken = 0;  // by each
+
+  // The first consumer finds its first turn free.
+  __device__ __forceinline__ void take() {
+    mbarrier_wait(barriers.turns[consumer], taken + 1 - consumer & 1);
+    ++taken;
+  }
+  __device__ __forceinline__ void pass() { arrive(barriers.turns[1 - consumer]); }
 };
 
 template <int kTile>
 __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& item, int head,
-                                        uint8_t* bytes, int producer) {
+                                        uint8_t* bytes, int producer, Place start) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
+  Barriers& barriers = shared.barriers;
   uint8_t* k_patterns = bytes + kPatternStart<kTile>;
   uint8_t* v_patterns = k_patterns + p.num_patterns * HEAD_DIM * 2;
   const int thread = threadIdx.x - kConsumerThreads;
-  const Shares shares(p, item);
 
   // The first patterns travel while the first tile is looked up.
   const __half* from[2] = {table_rows(p, item.table, 0, head), table_rows(p, item.table, 1, head)};
@@ -270,55 +285,76 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
   cp_async_wait<0>();
   __syncthreads();
 
-  for (int n = 0; n < feed.count; ++n) {
-    const int tile = n * kProducers + producer, stage = tile % kStages;
+  Place place = start.ahead(producer);
+  for (int n = 0; n < feed.count; ++n, place = place.ahead(kProducers)) {
+    const int stage = place.stage;
     auto& operands = memory.operands[stage];
     feed.ask(n);
-    if (tile >= kStages) block_barrier_wait(kKeysEmpty + stage, shares.threads);
+    mbarrier_wait(barriers.keys_empty[stage], place.parity ^ 1);
     feed.dequantize_keys(n, operands, shared, k_patterns);
     publish_operands();
-    block_barrier_arrive(kKeysFull + stage, shares.threads);
-    if (tile >= kStages) block_barrier_wait(kValuesEmpty + stage, shares.threads);
+    arrive(barriers.keys_full[stage]);
+    mbarrier_wait(barriers.values_empty[stage], place.parity ^ 1);
     feed.dequantize_values(n, operands, shared, v_patterns);
     feed.receive(n);
     publish_operands();
-    block_barrier_arrive(kValuesFull + stage, shares.threads);
+    arrive(barriers.values_full[stage]);
     group_barrier(producer);
   }
 }
 
 template <int kTile>
 __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& item, int head,
-                                        uint8_t* bytes, int consumer) {
+                                        uint8_t* bytes, int consumer, Place start, Turns& turns) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
-  const Shares shares(p, item);
+  Barriers& barriers = shared.barriers;
+  const Shares shares(p, item, kTile);
   load_queries(p, item, head, shares.tokens ? kGroupRows : kMostRows, shared);
   __syncthreads();
 
-  const int which = shares.tokens ? 0 : consumer;
+  const int which = shares.tokens ? 0 : consumer, stride = shares.stride();
+  // Arrivals that stand for the consumers who do not use a stage, too.
+  const int arrivals = stride;
   Rows rows(shared, which, shares.num_rows);
-  const int tiles = (item.end - item.start + kTile - 1) / kTile;
-  const int stride = shares.tokens ? kConsumers : 1;
-  for (int tile = shares.tokens ? consumer : 0; tile < tiles; tile += stride) {
-    const int stage = tile % kStages, before = tile - stride;
-    const auto& operands = memory.operands[stage];
-    block_barrier_wait(kKeysFull + stage, shares.threads);
+  const int first = shares.tokens ? consumer : 0;
+  int turns_left = (shares.tiles + stride - 1) / stride + 1;
+  if (first < shares.tiles) {
+    Place place = start.ahead(first);
+    mbarrier_wait(barriers.keys_full[place.stage], place.parity);
     float x[kTile / 2];
-    rows.multiply_keys<kTile>(x, operands);
-    rows.finish();  // the values of the tile before too
+    turns.take();
+    rows.multiply_keys<kTile>(x, memory.operands[place.stage]);
+    turns.pass();
+    rows.finish();
     settle(x);
-    // The last stages have nobody who waits for them.
-    if (tile + kStages < tiles) block_barrier_arrive(kKeysEmpty + stage, shares.threads);
-    if (before >= 0 && before + kStages < tiles) {
-      block_barrier_arrive(kValuesEmpty + before % kStages, shares.threads);
+    arrive(barriers.keys_empty[place.stage], arrivals);
+    for (int tile = first; tile < shares.tiles; tile += stride) {
+      const Place next = place.ahead(stride);
+      const bool last = tile + stride >= shares.tiles;
+      uint32_t weights[kTile / 16][4];
+      rows.weigh<kTile>(x, weights, item.end - item.start - tile * kTile, p.cap_log2);
+      mbarrier_wait(barriers.values_full[place.stage], place.parity);
+      if (!last) mbarrier_wait(barriers.keys_full[next.stage], next.parity);
+      turns.take();
+      // After the last tile the keys are of some other one, and nobody reads the products.
+      rows.multiply_values<kTile>(weights, memory.operands[place.stage]);
+      rows.multiply_keys<kTile>(x, memory.operands[next.stage]);
+      turns.pass();
+      rows.finish();
+      settle(x);
+      arrive(barriers.values_empty[place.stage], arrivals);
+      if (!last) arrive(barriers.keys_empty[next.stage], arrivals);
+      place = next;
+      --turns_left;
     }
-    uint32_t weights[kTile / 16][4];
-    rows.weigh<kTile>(x, weights, item.end - item.start - tile * kTile, p.cap_log2);
-    block_barrier_wait(kValuesFull + stage, shares.threads);
-    rows.multiply_values<kTile>(weights, operands);
+    --turns_left;
   }
-  rows.finish();
+  // A consumer with fewer tiles lets the other go on.
+  for (; turns_left > 0; --turns_left) {
+    turns.take();
+    turns.pass();
+  }
   if (shares.tokens) {
     merge_consumers(rows, consumer, shared, reinterpret_cast<float4*>(memory.operands));
     if (consumer > 0) return;
@@ -336,18 +372,28 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __shared__ int next_unit;
   launch_dependents();
   uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
+  Barriers& barriers = reinterpret_cast<Memory<kTile>*>(aligned)->shared.barriers;
+  // The first item's barrier of the block comes before their first use.
+  if (threadIdx.x == 0) barriers.init();
   // The same for all lanes, which the compiler cannot know of threadIdx.x.
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
+  Place start;
   const auto for_each = [&](auto work) {
-    for_each_unit(p.work.many(), p.pool.h_kv, next_unit, work);
+    for_each_unit(p.work.many(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
+      work(item, head);
+      start = start.ahead(Shares(p, item, kTile).tiles);
+    });
   };
   if (group < kConsumers) {
     raise_registers<kConsumerRegisters>();
-    for_each([&](const WorkItem& item, int head) { consume<kTile>(p, item, head, aligned, group); });
+    Turns turns = {barriers, group};
+    for_each([&](const WorkItem& item, int head) {
+      consume<kTile>(p, item, head, aligned, group, start, turns);
+    });
   } else {
     lower_registers<kProducerRegisters>();
     for_each([&](const WorkItem& item, int head) {
-      produce<kTile>(p, item, head, aligned, group - kConsumers);
+      produce<kTile>(p, item, head, aligned, group - kConsumers, start);
     });
   }
   // This grid then ends after the one before it, and the merge, which waits for this one, after
