@@ -100,6 +100,13 @@ def test_little_private_work_joins_the_shared(shared: int, own: int, separate: b
     assert separates_private_work(inputs) is separate
 
 
+@pytest.mark.parametrize(("rows", "segments"), [(2, 1030), (1030, 2)])
+def test_more_of_them_than_the_planner_has_threads(rows: int, segments: int) -> None:
+    tree = [Segment(1 + i % 3, tuple(range(i % 2, rows, 2))) for i in range(segments)]
+    inputs = make_inputs(DecodeCase("many", d=64, group=1, h_kv=1, dtype=BF16, tree=tree))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs))
+
+
 def test_all_of_the_chosen_cases_exist() -> None:
     assert set(HARD) <= {case.name for case in HARD_CASES}
     assert set(HOPPER) <= {case.name for case in [*CASES, *HARD_CASES]}

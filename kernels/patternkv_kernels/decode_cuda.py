@@ -95,7 +95,7 @@ def _sizes(shape: DecodeShape, device: torch.device) -> _Sizes:
     max_narrow, max_wide = forced + narrow_extra, forced + wide_extra
     max_states = forced + narrow_extra * narrow_branches + wide_extra * wide_branches
     words = _HEADER_WORDS + _WORK_ITEM_WORDS * (max_narrow + max_wide)
-    words += 4 * shape.max_entries + shape.max_rows + 1
+    words += 3 * shape.max_entries + shape.max_rows + 1
     floats = max_states * shape.h_q * (fmt.head_dim + 2)
     return _Sizes(words, floats, max_narrow, max_wide, max_states)
 

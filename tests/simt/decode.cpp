@@ -74,8 +74,8 @@ extern "C" void decode(Arguments* arguments) {
   const int narrow_rows = group > 4 ? 8 : 4;
   WorkHeader header;
   std::vector<WorkItem> narrow_items(kMaxItems), wide_items(kMaxItems);
-  std::vector<StateRun> runs(a.nnz), entry_runs(a.nnz);
-  std::vector<int> run_indptr(a.b + 1);
+  std::vector<StateRun> runs(a.nnz);
+  std::vector<int> run_indptr(a.b + 1), places(a.nnz);
   std::vector<float> state_out(kMaxStates * a.h_q * HEAD_DIM, NAN);
   std::vector<float2> state_sum(kMaxStates * a.h_q, float2{NAN, NAN});
 
@@ -88,19 +88,21 @@ extern "C" void decode(Arguments* arguments) {
   p.group = group;
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
-  p.wide_rows = wide::kMostRows;
-  if (hopper) p.wide_rows = rows <= 16 ? 16 : 32;
+  const int wide_rows = !hopper ? wide::kMostRows : rows <= 16 ? 16 : 32;
+  int many_rows = 0;
   if (a.hopper && warpgroup::kExists && rows > 32) {
     const bool fits = a.num_patterns <= hopper::kGroupPatterns && rows <= 64;
-    p.many_rows = hopper && fits ? 64 : warpgroup::kMostRows;
+    many_rows = hopper && fits ? 64 : warpgroup::kMostRows;
+    p.many_branches = many_rows / group;
     p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
+  p.wide_branches = wide_rows / group;
   p.narrow_blocks = kNarrowBlocks, p.wide_blocks = kBlocks;
   p.max_narrow = p.max_wide = kMaxItems;
   p.max_states = kMaxStates;
   p.max_runs = a.nnz;
   p.work = {&header, narrow_items.data(), wide_items.data(), run_indptr.data(), runs.data()};
-  p.entry_runs = entry_runs.data();
+  p.places = places.data();
   simt::launch({1, 1, 1}, plan::kPlanThreads, 0, [&] { plan::plan_kernel(p); });
   a.num_narrow = header.num_narrow, a.num_wide = header.num_wide;
 
@@ -140,7 +142,7 @@ extern "C" void decode(Arguments* arguments) {
                    [&] { hopper::attend_kernel<kRows, kPatterns>(d); });
     };
     const auto launch_up_to = [&](auto patterns) {
-      if (p.wide_rows == 16) {
+      if (wide_rows == 16) {
         launch(std::integral_constant<int, 16>(), patterns);
       } else {
         launch(std::integral_constant<int, 32>(), patterns);
@@ -149,7 +151,7 @@ extern "C" void decode(Arguments* arguments) {
     const std::integral_constant<int, hopper::kGroupPatterns> few;
     if (a.num_patterns <= hopper::kGroupPatterns) {
       launch_up_to(few);
-      if (p.many_rows == 64) launch(std::integral_constant<int, 64>(), few);
+      if (many_rows == 64) launch(std::integral_constant<int, 64>(), few);
     } else {
       launch_up_to(std::integral_constant<int, hopper::kMostPatterns>());
     }
@@ -160,7 +162,7 @@ extern "C" void decode(Arguments* arguments) {
       simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
                    [&] { warpgroup::attend_kernel<kTile>(d); });
     };
-    if (p.many_rows == warpgroup::kMostRows) {
+    if (many_rows == warpgroup::kMostRows) {
       if (a.num_patterns <= 128) {
         launch(std::integral_constant<int, 64>());
       } else {

@@ -230,6 +230,17 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   });
 }
 
+inline unsigned __match_any_sync(unsigned, int x) {
+  return simt::exchange(static_cast<uint32_t>(x), [](const uint64_t* in, uint64_t* out) {
+    for (int lane = 0; lane < simt::kLanes; ++lane) {
+      out[lane] = 0;
+      for (int other = 0; other < simt::kLanes; ++other) {
+        out[lane] |= uint64_t{in[other] == in[lane]} << other;
+      }
+    }
+  });
+}
+
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
@@ -272,6 +283,7 @@ inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 

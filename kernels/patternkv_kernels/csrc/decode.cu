@@ -24,13 +24,13 @@ struct WorkSizes {
 
   int64_t words() const {
     return (sizeof(WorkHeader) + (max_narrow + max_wide) * sizeof(WorkItem)) / sizeof(int) +
-           max_rows + 1 + 4 * max_entries;
+           max_rows + 1 + 3 * max_entries;
   }
 };
 
 struct WorkParts {
   WorkList list;
-  StateRun* entry_runs;
+  int* places;
 };
 
 WorkParts work_parts(const TensorView& work, const WorkSizes& sizes) {
@@ -46,7 +46,7 @@ WorkParts work_parts(const TensorView& work, const WorkSizes& sizes) {
   take(parts.list.narrow_items, sizes.max_narrow);
   take(parts.list.wide_items, sizes.max_wide);
   take(parts.list.runs, sizes.max_entries);
-  take(parts.entry_runs, sizes.max_entries);
+  take(parts.places, sizes.max_entries);
   take(parts.list.run_indptr, sizes.max_rows + 1);
   return parts;
 }
@@ -60,6 +60,11 @@ struct AttendLaunch {
   int rows;    // most query rows of a work item
   int bytes;   // dynamic shared memory of a block
   int blocks;  // that run at once
+
+  // Most branches of a work item, with `group` rows each; 0: there is no such kernel.
+  int64_t branches(int64_t group) const {
+    return rows > 0 ? std::max<int64_t>(rows / group, 1) : 0;
+  }
 };
 
 // How decode runs on one device.
@@ -199,15 +204,14 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   ffi::CUDADeviceGuard guard(device);
   const LaunchConfig& c = launch_config(num_patterns, group, device);
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
-  const auto branches = [&](int64_t rows) { return std::max<int64_t>(rows / group, 1); };
   // Shared segments may make few items of many branches or many of few.
   int64_t wide_extra = 0, wide_states = 0;
   for (const AttendLaunch& launch : {c.few, c.wide, c.many, c.most}) {
     wide_extra = std::max(wide_extra, extra(launch.blocks));
-    wide_states = std::max(wide_states, extra(launch.blocks) * branches(launch.rows));
+    wide_states = std::max(wide_states, extra(launch.blocks) * launch.branches(group));
   }
   return {extra(c.narrow.blocks),
-          branches(c.narrow.rows),
+          c.narrow.branches(group),
           wide_extra,
           (wide_states + wide_extra - 1) / std::max<int64_t>(wide_extra, 1),
           c.narrow.rows,
@@ -242,10 +246,10 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.narrow_rows = config.narrow.rows;
   params.narrow_blocks = config.narrow.blocks;
   const AttendLaunch& shared = config.shared(b * group);
-  params.wide_rows = shared.rows;
+  params.wide_branches = shared.branches(group);
   params.wide_blocks = shared.blocks;
   const AttendLaunch& larger = config.larger(b * group);
-  params.many_rows = larger.rows;
+  params.many_branches = larger.branches(group);
   params.many_blocks = larger.blocks;
   params.fewest_rows = kFewestRows;
   params.max_narrow = max_narrow;
@@ -253,7 +257,7 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.max_states = max_states;
   params.max_runs = max_entries;
   params.work = parts.list;
-  params.entry_runs = parts.entry_runs;
+  params.places = parts.places;
   launch(plan::plan_kernel, dim3(1), plan::kPlanThreads, 0, get_stream(segments.device()), false,
          params);
 }
