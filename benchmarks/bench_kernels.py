@@ -37,7 +37,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="print the targets that --out misses")
     parser.add_argument("--markdown", action="store_true", help="print the rows of --out as tables")
-    parser.add_argument("--cases", choices=("design", "trees", "sweep", "all"), default="all")
+    parser.add_argument(
+        "--cases", choices=("design", "trees", "prompts", "sweep", "all"), default="all"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer replays and sweep cells")
     parser.add_argument("--page", type=int, default=1, help="slots per page")
     parser.add_argument("--shuffle", action="store_true", help="scatter pages over the pool")

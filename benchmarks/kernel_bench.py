@@ -128,7 +128,8 @@ class KernelBench:
         return times
 
     def ours(self, tree: Tree, bits: tuple[int, int]) -> dict[str, Any]:
-        """Time of our decode in microseconds, the bytes it moves, and what it was measured with.
+        """Times of our decode and of its planner in microseconds, the bytes that a layer moves, and
+        what it was measured with.
 
         Raises :class:`WrongOutputError` instead of timing a kernel that is wrong.
         """
@@ -146,8 +147,15 @@ class KernelBench:
             "us": timing.us,
             "us_p20": timing.p20,
             "us_p80": timing.p80,
+            "plan_us": self._plan_us(tree, first),
             "bytes": nbytes,
         }
+
+    def _plan_us(self, tree: Tree, cache: PackedCache) -> float | None:
+        """Time of making the work list, once per step; None where the reference op needs none."""
+        if cache.workspace is None:
+            return None
+        return self._measure([partial(lower, tree.plan, cache.workspace, tree.case.branches)]).us
 
     def _baseline_us(
         self, tree: Tree, dtype: torch.dtype, decodes: dict[str, Decode]

@@ -113,6 +113,12 @@ TREES = (
 )
 """Two and three levels of shared prefixes."""
 
+PROMPTS = (Case((Level(8, 2048), Level(256, 512))),)
+"""Several prompts, each with branches of its own: batches of many segments."""
+
+PLAN_TARGET_US = 50
+"""Microseconds to plan a step of :data:`PROMPTS`, once for all layers."""
+
 
 def sweep(branches: tuple[int, ...], shared: tuple[int, ...], own: tuple[int, ...]) -> list[Case]:
     """The grid of flat cases, without those that have a target."""
@@ -125,10 +131,11 @@ QUICK_SWEEP = sweep((1, 16, 128), (1024, 32768), (0, 512))
 
 
 def suites(chosen: str, *, quick: bool) -> dict[str, list[Case]]:
-    """Cases by suite, for ``chosen`` among design, sweep, trees and all."""
+    """Cases by suite, for ``chosen`` among design, trees, prompts, sweep and all."""
     every = {
         "design": list(TARGETS),
         "trees": list(TREES),
+        "prompts": list(PROMPTS),
         "sweep": QUICK_SWEEP if quick else SWEEP,
     }
     return every if chosen == "all" else {chosen: every[chosen]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from benchmarks.kernel_cases import BITS, TARGETS
+from benchmarks.kernel_cases import BITS, PLAN_TARGET_US, PROMPTS, TARGETS
 from benchmarks.rows import Row, packages
 
 BASELINES = ("flashinfer_us", "flashinfer_fp8_us", "cascade_us")
@@ -12,29 +12,28 @@ BASELINES = ("flashinfer_us", "flashinfer_fp8_us", "cascade_us")
 
 HEADER = (
     f"{'case':36}{'bits':>4}{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>7}{'roof':>6}"
-    f"{'x bf16':>9}{'x fp8':>9}{'x cascade':>11}"
+    f"{'x bf16':>9}{'x fp8':>9}{'x cascade':>11}{'plan us':>9}"
 )
 
 
 def line(row: Row) -> str:
-    """One row under :data:`HEADER`: time, bandwidth, percent of the packed roofline, and how many
-    times faster than each baseline."""
+    """One row under :data:`HEADER`: time, bandwidth, percent of the packed roofline, how many times
+    faster than each baseline, time of the planner."""
+    plan = "" if row["plan_us"] is None else f"{row['plan_us']:.1f}"
     gains = ["" if row[name] is None else f"{row[name] / row['us']:.2f}" for name in BASELINES]
     return (
         f"{row['case']:36}{row['bits_k']}/{row['bits_v']:<2}{row['us']:9.1f}{row['us_p20']:9.1f}"
         f"{row['us_p80']:9.1f}{row['bytes'] / row['us'] / 1e3:7.0f}"
-        f"{100 * row['roofline_us'] / row['us']:5.0f}%{gains[0]:>9}{gains[1]:>9}{gains[2]:>11}"
+        f"{100 * row['roofline_us'] / row['us']:5.0f}%{gains[0]:>9}{gains[1]:>9}"
+        f"{gains[2]:>11}{plan:>9}"
     )
 
 
 def misses(rows: Iterable[Row]) -> list[str]:
     """One line per target that is not reached or not measured. Targets are for pages of one slot
     in the order of allocation, so other rows do not count."""
-    measured = {
-        (row["case"], row["bits_k"], row["bits_v"]): row["us"]
-        for row in rows
-        if row["page"] == 1 and not row["shuffle"]
-    }
+    rows = [row for row in rows if row["page"] == 1 and not row["shuffle"]]
+    measured = {(row["case"], row["bits_k"], row["bits_v"]): row["us"] for row in rows}
     missed = []
     for case, targets in TARGETS.items():
         for (k_bits, v_bits), target in targets.items():
@@ -43,9 +42,19 @@ def misses(rows: Iterable[Row]) -> list[str]:
             if us is None:
                 missed.append(f"{what}: not measured, target {target:g} us")
             elif us > target:
-                over = 100 * (us / target - 1)
-                missed.append(f"{what}: {us:.1f} us, target {target:g} us ({over:.0f} % over)")
+                missed.append(f"{what}: {_over(us, target)}")
+    for case in PROMPTS:
+        # The same work whatever the bits.
+        plans = [row["plan_us"] for row in rows if row["case"] == case.name]
+        if not plans:
+            missed.append(f"{case.name} planned: not measured, target {PLAN_TARGET_US:g} us")
+        elif max(plans) > PLAN_TARGET_US:
+            missed.append(f"{case.name} planned: {_over(max(plans), PLAN_TARGET_US)}")
     return missed
+
+
+def _over(us: float, target: float) -> str:
+    return f"{us:.1f} us, target {target:g} us ({100 * (us / target - 1):.0f} % over)"
 
 
 def best_baseline(row: Row) -> float | None:

@@ -19,6 +19,8 @@ from benchmarks.kernel_cases import (
     H_KV,
     H_Q,
     HEAD_DIM,
+    PLAN_TARGET_US,
+    PROMPTS,
     QUICK_SWEEP,
     SWEEP,
     TARGETS,
@@ -215,6 +217,10 @@ def rows_at_target(factor: float = 1.0) -> list[dict[str, Any]]:
     ]
 
 
+def planned(us: float = PLAN_TARGET_US) -> dict[str, Any]:
+    return rows_at_target()[0] | {"case": PROMPTS[0].name, "plan_us": us}
+
+
 def check(rows: list[dict[str, Any]], folder: Path) -> int:
     file = folder / "kernels.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -224,14 +230,14 @@ def check(rows: list[dict[str, Any]], folder: Path) -> int:
 def test_check_accepts_what_reaches_the_targets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check(rows_at_target(), tmp_path) == 0
+    assert check([*rows_at_target(), planned()], tmp_path) == 0
     assert capsys.readouterr().out == "every target is reached\n"
 
 
 def test_check_prints_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_at_target(0.9)
     rows[1]["us"] = 25.5
-    assert check(rows, tmp_path) == 1
+    assert check([*rows, planned()], tmp_path) == 1
     assert capsys.readouterr().out == "4x(32768+512) 2/2: 25.5 us, target 17 us (50 % over)\n"
 
 
@@ -241,8 +247,19 @@ def test_check_misses_what_was_measured_otherwise(
 ) -> None:
     rows = rows_at_target(0.5)
     rows[0] |= other
-    assert check(rows, tmp_path) == 1
+    assert check([*rows, planned()], tmp_path) == 1
     assert capsys.readouterr().out == "4x(32768+512) 4/4: not measured, target 20 us\n"
+
+
+@pytest.mark.parametrize(
+    ("plans", "missed"),
+    [([], "not measured, target 50 us"), ([30.0, 60.0], "60.0 us, target 50 us (20 % over)")],
+)
+def test_check_prints_a_slow_planner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], plans: list[float], missed: str
+) -> None:
+    assert check([*rows_at_target(), *map(planned, plans)], tmp_path) == 1
+    assert capsys.readouterr().out == f"8x2048/256x512 planned: {missed}\n"
 
 
 def test_markdown_has_a_line_per_case_and_shows_losses() -> None:
