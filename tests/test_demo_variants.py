@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,11 @@ def test_every_new_channel_of_wide_heads_holds_something(demo: Llama) -> None:
     attention = VARIANTS["head_dim_128"](demo).model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         assert (projection.weight.square().sum(1) > 0).all()
+
+
+def test_learning_rate_never_jumps() -> None:
+    steps = 400
+    rates = [train.learning_rate(i, i / steps, 1.0, warmup=steps) for i in range(steps)]
+    assert max(abs(b - a) for a, b in pairwise(rates)) < 0.01
+    assert rates[0] < 0.01 and rates[-1] == pytest.approx(train.FINAL_LR_SHARE, abs=0.01)
+    assert train.learning_rate(10 * steps, 0.5, 1.0, warmup=steps) == 1.0

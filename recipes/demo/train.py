@@ -58,7 +58,8 @@ NEWEST_SHARE = 0.6
 PROMOTE_AT = 0.6
 """Share of fully correct chains on the newest stage at which the next one opens."""
 PEAK_LR, WARMUP_STEPS, DECAY_FROM, FINAL_LR_SHARE = 1e-3, 500, 0.6, 0.03
-VARIANT_PEAK_LR = 3e-4
+VARIANT_PEAK_LR, VARIANT_WARMUP_STEPS = 3e-4, 100
+"""Of a model that answers well already."""
 MEASURE_EVERY = 8
 KINDS = {"syllable": FIRST_SYLLABLE, "delta": FIRST_DELTA, "number": FIRST_NUMBER}
 
@@ -74,12 +75,11 @@ class Progress:
     accuracy: list[float] = field(default_factory=list)
 
 
-def learning_rate(step: int, share: float, peak: float) -> float:
-    """Warm-up over steps, then a trapezoid over the share of the time that is spent."""
-    if share < DECAY_FROM:
-        return peak * min(1.0, (step + 1) / WARMUP_STEPS)
-    left = max(0.0, (1 - share) / (1 - DECAY_FROM))
-    return peak * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * left)
+def learning_rate(step: int, share: float, peak: float, warmup: int) -> float:
+    """Warm-up over steps, under a trapezoid over the share of the time that is spent."""
+    left = min(1.0, max(0.0, (1 - share) / (1 - DECAY_FROM)))
+    decayed = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * left
+    return peak * min((step + 1) / warmup, decayed)
 
 
 def new_model(args: argparse.Namespace) -> Llama:
@@ -162,7 +162,9 @@ def train(args: argparse.Namespace) -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, {device}, from step {progress.step}", flush=True)
 
-    peak = PEAK_LR if args.variant is None else VARIANT_PEAK_LR
+    peak, warmup = PEAK_LR, WARMUP_STEPS
+    if args.variant is not None:
+        peak, warmup = VARIANT_PEAK_LR, VARIANT_WARMUP_STEPS
     stop_at = min(args.minutes, args.stop_at) * 60
     before, start = progress.seconds, time.monotonic()
     logged, logged_tokens, loss = start, progress.tokens, torch.zeros(())
@@ -179,7 +181,7 @@ def train(args: argparse.Namespace) -> None:
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = learning_rate(progress.step, progress.seconds / (args.minutes * 60), peak)
+        lr = learning_rate(progress.step, progress.seconds / (args.minutes * 60), peak, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
