@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .records import Sample
 from .selection import Scores, best_at_k, sample_scores
 
@@ -37,28 +39,27 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
         if not good and answer is not None
     )
     silent = len(answers) - right - wrong.total()
-    single = sum(count == 1 for count in wrong.values())
+    subsets = math.comb(len(answers), k)
+    # No number below exceeds that of all subsets of any size.
+    integers = np.int64 if len(answers) < 63 else object
     credit = 0.0
     for votes in range(1, min(right, k) + 1):
+        others = k - votes
         # ways[size, ties]: subsets of the wrong answers, none with more than `votes` votes and
         # `ties` of them with exactly as many.
-        ways: Counter[tuple[int, int]] = Counter({(0, 0): 1})
-        counts = list(wrong.values())
-        if votes > 1:
-            # Most wrong answers are given once, and then all are alike.
-            most = min(single, k - votes)
-            ways = Counter({(size, 0): math.comb(single, size) for size in range(most + 1)})
-            counts = [count for count in counts if count > 1]
-        for count in counts:
-            grown: Counter[tuple[int, int]] = Counter()
-            for (size, ties), number in ways.items():
-                for taken in range(min(count, votes, k - votes - size) + 1):
-                    key = size + taken, ties + (taken == votes)
-                    grown[key] += number * math.comb(count, taken)
+        ways = np.zeros((others + 1, others // votes + 1), integers)
+        ways[0, 0] = 1
+        for count in wrong.values():
+            grown = np.zeros_like(ways)
+            for taken in range(min(count, votes, others) + 1):
+                ties = int(taken == votes)
+                stop = ways.shape[0] - taken, ways.shape[1] - ties
+                grown[taken:, ties:] += ways[: stop[0], : stop[1]] * math.comb(count, taken)
             ways = grown
-        for (size, ties), number in ways.items():
-            subsets = number * math.comb(right, votes) * math.comb(silent, k - votes - size)
-            credit += subsets / math.comb(len(answers), k) / (ties + 1)
+        completed = [math.comb(silent, others - size) for size in range(others + 1)]
+        tied = np.array(completed, integers) @ ways
+        chosen = math.comb(right, votes)
+        credit += sum(chosen * int(n) / subsets / (t + 1) for t, n in enumerate(tied))
     return credit
 
 

@@ -77,6 +77,13 @@ def test_maj_at_k_is_the_mean_over_all_subsets(answers: str) -> None:
         assert maj_at_k(votes, correct, k) == pytest.approx(sum(credits) / len(credits))
 
 
+def test_maj_at_k_of_hundreds_of_samples() -> None:
+    """Two answers that are given equally often win equally often."""
+    votes, correct = ["1"] * 100 + ["2"] * 100, [True] * 100 + [False] * 100
+    assert maj_at_k(votes, correct, 99) == pytest.approx(1 / 2)
+    assert maj_at_k(votes, correct, 100) == pytest.approx(1 / 2)
+
+
 def test_standard_error_is_over_problems() -> None:
     mean, error = mean_and_stderr([1.0, 0.0, 0.5])
     assert (mean, error) == (pytest.approx(0.5), pytest.approx(0.5 / math.sqrt(3)))

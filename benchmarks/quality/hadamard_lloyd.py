@@ -51,6 +51,13 @@ def rotation(d: int) -> torch.Tensor:
     return matrix * signs / math.sqrt(d)
 
 
+@cache
+def code(bits: int, d: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels of a rotated coordinate of unit vectors, float32 ``[2**bits]``, and the rotation."""
+    levels = lloyd_max(bits).float() / math.sqrt(d)
+    return levels.to(device), rotation(d).to(device)
+
+
 class HadamardLloyd(TokenCache):
     """Norm, rotated direction, Lloyd-Max codes; every token at once, no window."""
 
@@ -58,8 +65,7 @@ class HadamardLloyd(TokenCache):
     bit_widths = ((4, 4), (4, 2), (2, 2))
 
     def _round(self, x: torch.Tensor, bits: int) -> torch.Tensor:
-        turn = rotation(self.d).to(x.device)
-        levels = lloyd_max(bits).float().to(x.device) / math.sqrt(self.d)
+        levels, turn = code(bits, self.d, x.device)
         norm = x.norm(dim=-1, keepdim=True)
         direction = x / norm.clamp_min(1e-30) @ turn.T
         codes = torch.bucketize(direction, (levels[1:] + levels[:-1]) / 2)
