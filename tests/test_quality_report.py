@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.plots import plot_curves, plot_storage
 from benchmarks.quality.summary import compare, results, rows
-from benchmarks.report_quality import Report, plot_curves, plot_storage
+from benchmarks.quality.tables import Report
 
 KEYS = [
     "model",
@@ -22,6 +23,7 @@ KEYS = [
     "task",
     "k",
     "pass_at_1",
+    "pass_at_k",
     "maj_at_k",
     "stderr",
     "kl",
@@ -77,12 +79,13 @@ def test_curves_average_over_the_chains_that_get_there() -> None:
 
 def test_published_rows_have_the_agreed_keys_and_percent() -> None:
     chains = cell("forced 12x4", ["c", "d"], kl=[0.1, 0.3], attn_err=[0.2, 0.4])
-    found = results([answered(["a", "b"], [[True, True], [True, False]]), chains])
-    *sampled, forced = rows(found)
+    longer = cell("forced 48x4", ["e", "f"], kl=[1.0, 1.0], attn_err=[1.0])
+    found = results([answered(["a", "b"], [[True, True], [True, False]]), chains, longer])
+    *sampled, forced, _ = rows(found)
     assert all(list(row) == KEYS for row in [*sampled, forced])
-    assert [(row["k"], row["pass_at_1"], row["maj_at_k"]) for row in sampled] == [
-        (1, 75.0, 75.0),
-        (2, 75.0, 100.0),
+    assert [(row["k"], row["pass_at_1"], row["pass_at_k"], row["maj_at_k"]) for row in sampled] == [
+        (1, 75.0, 75.0, 75.0),
+        (2, 75.0, 100.0, 100.0),
     ]
     assert sampled[0]["stderr"] == pytest.approx(25.0)
     assert sampled[0]["kl"] == pytest.approx(0.2) and sampled[0]["attn_err"] == pytest.approx(0.3)
@@ -125,6 +128,26 @@ def test_the_page_says_who_differs_and_which_target_is_met() -> None:
         ["yes", "yes", "window", "**32**"],
         ["yes", "yes", "window", "0"],
     ]
+
+
+def test_losses_and_curves_have_a_column_per_level_and_k() -> None:
+    names = ["a", "b"]
+    exact = answered(names, [[True, True], [True, True]])
+    ours = answered(names, [[True, False], [True, True]], method="patternkv_sgl", bits=4)
+    longer = [replace(c, task="sampled 96x4", context=200) for c in (exact, ours)]
+    other = replace(exact, model="demo_outliers_8", method="fp8", bits_k=8, bits_v=8)
+    single = answered(names, [[True], [False]], method="kivi_g32", bits=2)
+    report = Report(results([*longer, exact, ours, other, single]))
+    head, _, *lines = report.losses().splitlines()
+    assert head.split(" | ")[2:] == ["12x4, 100 tokens", "96x4, 200 tokens |"]
+    assert [line.split(" | ") for line in lines] == [
+        ["| demo", "kivi_g32 2/2", "-50.0 ± 50.0", "– |"],
+        ["| demo", "patternkv_sgl 4/4", "+0.0 ± 0.0", "+0.0 ± 0.0 |"],
+        ["| demo_outliers_8", "fp8 8/8", "+0.0 ± 0.0", "– |"],
+    ]
+    curves = report.by_samples()
+    assert "| patternkv_sgl 4/4 | 12x4 | 75.0 ± 25.0 · 75.0 ± 25.0 | 100.0 ± 0.0 · 100.0" in curves
+    assert "| kivi_g32 2/2 | 12x4 | 50.0 ± 50.0 · 50.0 ± 50.0 | – |" in curves
 
 
 def test_models_of_one_function_are_compared_with_its_exact_answers() -> None:

@@ -148,18 +148,15 @@ def rows(found: Sequence[Result]) -> list[dict[str, Any]]:
     ``kl`` and ``attn_err`` (mean over layers) come from the forced chains of the same level;
     ``stderr`` is that of ``maj_at_k`` over problems, or of ``kl`` where k is null.
     """
-    forced = {
-        (result.first.model, result.first.method, result.first.bits_k, result.first.bits_v): result
-        for result in found
-        if result.kind == "forced"
-    }
+
+    def key(result: Result) -> tuple[str, str, int, int, str]:
+        cell = result.first
+        return cell.model, cell.method, cell.bits_k, cell.bits_v, result.level
+
+    forced = {key(result): result for result in found if result.kind == "forced"}
     published = []
     for result in found:
-        cell = result.first
-        key = (cell.model, cell.method, cell.bits_k, cell.bits_v)
-        chain = forced.get(key)
-        if chain is not None and chain.level != result.level:
-            chain = None
+        cell, chain = result.first, forced.get(key(result))
         common: dict[str, Any] = {
             "model": cell.model,
             "method": cell.method,
@@ -177,14 +174,15 @@ def rows(found: Sequence[Result]) -> list[dict[str, Any]]:
             "commit": cell.commit,
         }
         if result.kind == "forced":
-            empty = {"k": None, "pass_at_1": None, "maj_at_k": None}
+            empty = dict.fromkeys(("k", "pass_at_1", "pass_at_k", "maj_at_k"))
             stderr = mean_and_stderr(result.kl)[1] if len(result.kl) > 1 else None
             published.append(common | empty | {"stderr": stderr} | measured)
             continue
-        pass_at_1 = mean_and_stderr(result.passes(1))[0]
-        for k in powers_of_two(result.samples):
+        passes = {k: mean_and_stderr(result.passes(k))[0] for k in powers_of_two(result.samples)}
+        for k, solved in passes.items():
             maj, stderr = mean_and_stderr(result.majorities(k))
-            rates = {"k": k, "pass_at_1": pass_at_1, "maj_at_k": maj, "stderr": stderr}
+            rates: dict[str, Any] = {"k": k, "pass_at_1": passes[1], "pass_at_k": solved}
+            rates |= {"maj_at_k": maj, "stderr": stderr}
             published.append(common | rates | measured)
     return published
 
