@@ -43,6 +43,7 @@ from benchmarks.quality.tasks import (
     problem_set,
     prompt_batches,
 )
+from recipes.config import GRADERS
 from recipes.demo.ledger import Level
 from recipes.environment import git_commit
 from recipes.problems import ProblemSet
@@ -250,7 +251,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--batch", type=int, default=16, help="prompts at a time")
     parser.add_argument("--prompt", default="{context}{question}")
-    parser.add_argument("--answer-pattern")
+    parser.add_argument("--answer-pattern", help="of a problem file; its last match is the answer")
+    parser.add_argument("--grader", default="text", choices=GRADERS, help="of a problem file")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cells", type=Path, default=CELLS)
     args = parser.parse_args(argv)
@@ -291,7 +293,7 @@ def _runs(
             yield lambda chains=chains: bench.forced(task, chains)  # type: ignore[misc]
         return
     count = args.chains if kind == "forced" else args.problems
-    problems = problem_set(level, count, args.seed, args.prompt, args.answer_pattern)
+    problems = problem_set(level, count, args.seed, args.prompt, args.answer_pattern, args.grader)
     for prompts in prompt_batches(bench.tokenizer, problems, args.batch):
         if kind == "forced":
             for chains in bench.greedy_chains(prompts):

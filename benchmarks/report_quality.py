@@ -1,12 +1,13 @@
 """``results/quality.jsonl`` and ``docs/quality.md`` with its plots, from the cells of a run.
 
 python -m benchmarks.report_quality
+python -m benchmarks.report_quality --cells mine.jsonl --tables
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def served(path: Path) -> str:
     return table(head, lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cells", type=Path, default=RESULTS / "quality_cells.jsonl")
     parser.add_argument("--served", type=Path, default=RESULTS / "quality_served.jsonl")
@@ -73,9 +74,14 @@ def main() -> None:
     parser.add_argument("--logits", type=Path, default=RESULTS / "quality_logits.jsonl")
     parser.add_argument("--rows", type=Path, default=RESULTS / "quality.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    args = parser.parse_args()
+    parser.add_argument("--tables", action="store_true", help="print what --cells has, no more")
+    args = parser.parse_args(argv)
     found = results(Records(args.cells, Cell).items)
     report = Report(found)
+    if args.tables:
+        for make in (report.losses, report.answers, report.by_samples, report.chains):
+            print(make(), end="\n\n")
+        return
     lines: list[dict[str, Any]] = rows(found)
     args.rows.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in lines))
     args.docs.mkdir(exist_ok=True)

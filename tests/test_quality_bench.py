@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import report_quality
 from benchmarks.attention import prepare
 from benchmarks.bench_quality import DEMO, main
 from benchmarks.quality.cells import Cell
@@ -182,7 +183,9 @@ def test_a_second_run_measures_only_what_is_missing(tmp_path: Path) -> None:
         assert votes == [row.samples] * 3
 
 
-def test_a_problem_file_is_led_along_the_models_own_chain(tmp_path: Path) -> None:
+def test_a_problem_file_is_led_along_the_models_own_chain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     drawn = problem_set(str(LEVEL), 1, 0, "{context}{question}", None).problems[0]
     file, cells = tmp_path / "few.jsonl", tmp_path / "cells.jsonl"
     file.write_text(
@@ -194,3 +197,15 @@ def test_a_problem_file_is_led_along_the_models_own_chain(tmp_path: Path) -> Non
     forced, greedy = Records(cells, Cell).items
     assert (forced.task, greedy.task) == ("forced few", "greedy few")
     assert forced.kl == [0.0] and greedy.right == [1]
+    report_quality.main(["--cells", str(cells), "--tables"])
+    printed = capsys.readouterr().out
+    assert (
+        "**model, greedy**" in printed and "| bf16 16/16 | few | 1 × 1 | 16.00 | 100.0" in printed
+    )
+
+
+def test_answers_of_a_problem_file_may_be_expressions(tmp_path: Path) -> None:
+    file = tmp_path / "halves.jsonl"
+    file.write_text('{"question": "half of one", "answer": "1/2"}\n')
+    problems = problem_set(str(file), 1, 0, "{question}", None, "math")
+    assert problems.grade(problems.problems[0], r"\boxed{0.5}")[1]

@@ -59,11 +59,18 @@ def ledger_chains(
         yield Chains(ids, torch.tensor(prompts), torch.tensor(rows), torch.tensor(scored[0]))
 
 
-def problem_set(path: str, count: int, seed: int, prompt: str, pattern: str | None) -> ProblemSet:
-    """The first ``count`` problems of a JSONL file, or of the ledger level ``path`` names."""
+def problem_set(
+    path: str, count: int, seed: int, prompt: str, pattern: str | None, grader: str = "text"
+) -> ProblemSet:
+    """The first ``count`` problems of a JSONL file, or of the ledger level ``path`` names.
+
+    ``pattern`` and ``grader`` are for files: ``answer_pattern`` and ``grader`` of `TaskConfig`.
+    """
     common: dict[str, Any] = {"model": "unused", "num_problems": count, "prompt": prompt}
     if path.endswith(".jsonl"):
-        return load_problems(RunConfig(problems=path, answer_pattern=pattern, **common))
+        return load_problems(
+            RunConfig(problems=path, answer_pattern=pattern, grader=grader, **common)
+        )
     level = str(Level.parse(path))
     return load_problems(
         RunConfig(level=level, questions_per_context=1, problem_seed=seed, **common)
