@@ -83,7 +83,7 @@ SUITES = {
         Cell("prompts", 8192, 128, prompts=8),
         Cell("tree", 8192, 64, prompts=8, own=512),
         Cell("private", 1024, 64, new_tokens=8192),
-        Cell("saturation", 8192, 320, new_tokens=1024),
+        Cell("saturation", 8192, 640, new_tokens=1024),
     ],
     "smoke": [
         best_of_n(48, 2),

@@ -155,9 +155,9 @@ def test_arguments_of_each_kind() -> None:
 
 
 def test_cells_are_chosen_by_all_filters() -> None:
-    args = parse_args(["--prompts", "2048,8192", "--branches", "1,320"])
+    args = parse_args(["--prompts", "2048,8192", "--branches", "1,640"])
     chosen = [cell.name for cell in cells("all") if is_chosen(cell, args)]
-    assert chosen == [best_of_n(2048, 1).name, "saturation 8192 n=320 new=1024"]
+    assert chosen == [best_of_n(2048, 1).name, "saturation 8192 n=640 new=1024"]
     args = parse_args(["--workloads", "tree"])
     assert {cell.workload for cell in cells("all") if is_chosen(cell, args)} == {"tree"}
 
