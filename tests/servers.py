@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ STOP_SECONDS = 60
 REQUEST_SECONDS = 120
 TAIL_LINES = 60
 CRASHES = ("Traceback", "AssertionError", "memory leak detected")
+GAUGE = re.compile(r"^sglang:patternkv_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 # The share of memory leaves room for what other processes take while a server starts; each test
 # caps the pool with --max-total-tokens.
 COMMON = (
@@ -179,6 +181,13 @@ class Server:
         """The PatternKV numbers of one data-parallel rank."""
         stats: dict[str, Any] = self.get("server_info").json()["internal_states"][rank]["patternkv"]
         return stats
+
+    def gauges(self) -> dict[str, dict[str, float]]:
+        """The PatternKV numbers of each rank's last prefill, by the labels of the rank."""
+        found: dict[str, dict[str, float]] = {}
+        for name, labels, value in GAUGE.findall(self.get("metrics").text):
+            found.setdefault(labels, {})[name] = float(value)
+        return found
 
     def flush(self) -> None:
         response = self.post("flush_cache?timeout=30")
