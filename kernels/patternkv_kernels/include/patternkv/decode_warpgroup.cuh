@@ -95,14 +95,13 @@ struct Rows {
   template <int kTile>
   __device__ __forceinline__ void multiply_keys(float (&x)[kTile / 2],
                                                 const Operands<kTile>& operands) const {
-    const uint32_t keys = operand(shared_address(operands.keys));
+    const uint32_t keys = shared_address(operands.keys);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; ++step) {
-      const int tile = step / 4 * kSwizzledRow, byte = step % 4 * 32;
-      // The same for all tiles, hence kept; the keys' places wait for one addition each.
-      const uint32_t rows = operand(queries + kGroupRows * tile + byte);
-      wgmma_shared_by_rows(x, rows, keys + (kTile * tile + byte) / 16, step > 0);
+      const int tile = step / 4, byte = step % 4 * 32;
+      wgmma_shared_by_rows(x, operand(queries + tile * (kGroupRows * kSwizzledRow) + byte),
+                           operand(keys + tile * (kTile * kSwizzledRow) + byte), step > 0);
     }
     wgmma_commit();
   }
@@ -134,11 +133,12 @@ struct Rows {
   template <int kTile>
   __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kTile / 16][4],
                                                   const Operands<kTile>& operands) {
-    const uint32_t values = operand(shared_address(operands.values), kTile * kSwizzledRow);
+    const uint32_t values = shared_address(operands.values);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
-      wgmma_by_columns(out, weights[step], values + step * kSwizzledRow);
+      wgmma_by_columns(out, weights[step],
+                       operand(values + step * (16 * kSwizzledRow), kTile * kSwizzledRow));
     }
     wgmma_commit();
   }
