@@ -85,13 +85,13 @@ bool arrive(Meeting& meeting, int count, Work work) {
   return true;
 }
 
-inline void yield() { swapcontext(&threads[current].context, &scheduler); }
-
 template <typename Work>
 void meet(Meeting& meeting, int count, Work work) {
   const long generation = meeting.generation;
   if (arrive(meeting, count, work)) return;
-  while (meeting.generation == generation) yield();
+  while (meeting.generation == generation) {
+    swapcontext(&threads[current].context, &scheduler);
+  }
 }
 
 // A warp-wide operation: `work(in, out)` on the values of all lanes.

@@ -117,6 +117,9 @@ void wgmma_shared_by_rows(float (&c)[kCount], uint32_t a, uint32_t b, bool add) 
 inline void block_barrier_wait(int barrier, int threads) {
   simt::meet(simt::named[barrier], threads, [] {});
 }
+inline void block_barrier_arrive(int barrier, int threads) {
+  simt::arrive(simt::named[barrier], threads, [] {});
+}
 
 inline void group_barrier(int) {
   simt::group_exchange(nullptr, [](const void* const*) {});

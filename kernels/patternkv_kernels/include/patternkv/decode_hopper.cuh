@@ -395,14 +395,14 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
   feed.begin(scales.codes);  // a barrier: tile 0, queries and table are there
 
   Attention<kRows, kPatterns> attention(memory, thread, p.cap_log2);
-  float x[kRows / 2];
-  attention.multiply_keys(x, 0);
-  attention.finish();
-  settle(x);
   for (int n = 0; n < feed.count(); ++n) {
     const int stage = n % kStages;
+    float x[kRows / 2];
+    attention.multiply_keys(x, stage);
     const Token tokens[2] = {memory.tokens[stage][attention.warp * 16 + attention.g],
                              memory.tokens[stage][attention.warp * 16 + attention.g + 8]};
+    attention.finish();
+    settle(x);
     attention.add_table(x, tokens, feed.last + 1 - n * kTile);
     float peak = x[0];
 #pragma unroll
@@ -417,18 +417,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
       beyond = false;
     }
     feed.ask(n);
-    // The next tile's keys, whose products run while this one's values become operands where there
-    // are registers for both. After the last tile these are of some other one, and nobody reads them.
-    constexpr bool kTogether = Memory::kGroups == 1;
-    const auto multiply_next_keys = [&] { attention.multiply_keys(x, (n + 1) % kStages); };
-    if (kTogether) multiply_next_keys();
     attention.multiply_values(stage, n % 2);
     attention.finish();
-    if (!kTogether) {
-      multiply_next_keys();
-      attention.finish();
-    }
-    settle(x);
   }
   cp_async_wait<0>();
   __syncthreads();

@@ -228,39 +228,24 @@ __device__ __forceinline__ void merge_consumers(Rows& rows, int consumer, Shared
 struct Shares {
   int num_rows;
   bool tokens;  // consumers share these, else the rows
-  int tiles;
+  // Threads at the barrier of a tile: its producer's, and of those who use it.
+  int threads;
 
-  __device__ __forceinline__ Shares(const DecodeParams& p, const WorkItem& item, int tile)
+  __device__ __forceinline__ Shares(const DecodeParams& p, const WorkItem& item)
       : num_rows(item.num_branches * p.group),
         tokens(num_rows <= kGroupRows),
-        tiles((item.end - item.start + tile - 1) / tile) {}
-  // Of a consumer, from its first tile to its next.
-  __device__ __forceinline__ int stride() const { return tokens ? kConsumers : 1; }
-};
-
-// The consumers' turns at the tensor cores, so that one multiplies while the other has its softmax.
-struct Turns {
-  Barriers& barriers;
-  int consumer;
-  uint32_t taken = 0;  // by each
-
-  // The first consumer finds its first turn free.
-  __device__ __forceinline__ void take() {
-    mbarrier_wait(barriers.turns[consumer], taken + 1 - consumer & 1);
-    ++taken;
-  }
-  __device__ __forceinline__ void pass() { arrive(barriers.turns[1 - consumer]); }
+        threads(kGroupThreads * (tokens ? 2 : 1 + kConsumers)) {}
 };
 
 template <int kTile>
 __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& item, int head,
-                                        uint8_t* bytes, int producer, Place start) {
+                                        uint8_t* bytes, int producer) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
-  Barriers& barriers = shared.barriers;
   uint8_t* k_patterns = bytes + kPatternStart<kTile>;
   uint8_t* v_patterns = k_patterns + p.num_patterns * HEAD_DIM * 2;
   const int thread = threadIdx.x - kConsumerThreads;
+  const Shares shares(p, item);
 
   // The first patterns travel while the first tile is looked up.
   const __half* from[2] = {table_rows(p, item.table, 0, head), table_rows(p, item.table, 1, head)};
@@ -285,76 +270,55 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
   cp_async_wait<0>();
   __syncthreads();
 
-  Place place = start.ahead(producer);
-  for (int n = 0; n < feed.count; ++n, place = place.ahead(kProducers)) {
-    const int stage = place.stage;
+  for (int n = 0; n < feed.count; ++n) {
+    const int tile = n * kProducers + producer, stage = tile % kStages;
     auto& operands = memory.operands[stage];
     feed.ask(n);
-    mbarrier_wait(barriers.keys_empty[stage], place.parity ^ 1);
+    if (tile >= kStages) block_barrier_wait(kKeysEmpty + stage, shares.threads);
     feed.dequantize_keys(n, operands, shared, k_patterns);
     publish_operands();
-    arrive(barriers.keys_full[stage]);
-    mbarrier_wait(barriers.values_empty[stage], place.parity ^ 1);
+    block_barrier_arrive(kKeysFull + stage, shares.threads);
+    if (tile >= kStages) block_barrier_wait(kValuesEmpty + stage, shares.threads);
     feed.dequantize_values(n, operands, shared, v_patterns);
     feed.receive(n);
     publish_operands();
-    arrive(barriers.values_full[stage]);
+    block_barrier_arrive(kValuesFull + stage, shares.threads);
     group_barrier(producer);
   }
 }
 
 template <int kTile>
 __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& item, int head,
-                                        uint8_t* bytes, int consumer, Place start, Turns& turns) {
+                                        uint8_t* bytes, int consumer) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
-  Barriers& barriers = shared.barriers;
-  const Shares shares(p, item, kTile);
+  const Shares shares(p, item);
   load_queries(p, item, head, shares.tokens ? kGroupRows : kMostRows, shared);
   __syncthreads();
 
-  const int which = shares.tokens ? 0 : consumer, stride = shares.stride();
-  // Arrivals that stand for the consumers who do not use a stage, too.
-  const int arrivals = stride;
+  const int which = shares.tokens ? 0 : consumer;
   Rows rows(shared, which, shares.num_rows);
-  const int first = shares.tokens ? consumer : 0;
-  int turns_left = (shares.tiles + stride - 1) / stride + 1;
-  if (first < shares.tiles) {
-    Place place = start.ahead(first);
-    mbarrier_wait(barriers.keys_full[place.stage], place.parity);
+  const int tiles = (item.end - item.start + kTile - 1) / kTile;
+  const int stride = shares.tokens ? kConsumers : 1;
+  for (int tile = shares.tokens ? consumer : 0; tile < tiles; tile += stride) {
+    const int stage = tile % kStages, before = tile - stride;
+    const auto& operands = memory.operands[stage];
+    block_barrier_wait(kKeysFull + stage, shares.threads);
     float x[kTile / 2];
-    turns.take();
-    rows.multiply_keys<kTile>(x, memory.operands[place.stage]);
-    turns.pass();
-    rows.finish();
+    rows.multiply_keys<kTile>(x, operands);
+    rows.finish();  // the values of the tile before too
     settle(x);
-    arrive(barriers.keys_empty[place.stage], arrivals);
-    for (int tile = first; tile < shares.tiles; tile += stride) {
-      const Place next = place.ahead(stride);
-      const bool last = tile + stride >= shares.tiles;
-      uint32_t weights[kTile / 16][4];
-      rows.weigh<kTile>(x, weights, item.end - item.start - tile * kTile, p.cap_log2);
-      mbarrier_wait(barriers.values_full[place.stage], place.parity);
-      if (!last) mbarrier_wait(barriers.keys_full[next.stage], next.parity);
-      turns.take();
-      // After the last tile the keys are of some other one, and nobody reads the products.
-      rows.multiply_values<kTile>(weights, memory.operands[place.stage]);
-      rows.multiply_keys<kTile>(x, memory.operands[next.stage]);
-      turns.pass();
-      rows.finish();
-      settle(x);
-      arrive(barriers.values_empty[place.stage], arrivals);
-      if (!last) arrive(barriers.keys_empty[next.stage], arrivals);
-      place = next;
-      --turns_left;
+    // The last stages have nobody who waits for them.
+    if (tile + kStages < tiles) block_barrier_arrive(kKeysEmpty + stage, shares.threads);
+    if (before >= 0 && before + kStages < tiles) {
+      block_barrier_arrive(kValuesEmpty + before % kStages, shares.threads);
     }
-    --turns_left;
+    uint32_t weights[kTile / 16][4];
+    rows.weigh<kTile>(x, weights, item.end - item.start - tile * kTile, p.cap_log2);
+    block_barrier_wait(kValuesFull + stage, shares.threads);
+    rows.multiply_values<kTile>(weights, operands);
   }
-  // A consumer with fewer tiles lets the other go on.
-  for (; turns_left > 0; --turns_left) {
-    turns.take();
-    turns.pass();
-  }
+  rows.finish();
   if (shares.tokens) {
     merge_consumers(rows, consumer, shared, reinterpret_cast<float4*>(memory.operands));
     if (consumer > 0) return;
@@ -372,28 +336,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __shared__ int next_unit;
   launch_dependents();
   uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
-  Barriers& barriers = reinterpret_cast<Memory<kTile>*>(aligned)->shared.barriers;
-  // The first item's barrier of the block comes before their first use.
-  if (threadIdx.x == 0) barriers.init();
   // The same for all lanes, which the compiler cannot know of threadIdx.x.
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
-  Place start;
   const auto for_each = [&](auto work) {
-    for_each_unit(p.work.many(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
-      work(item, head);
-      start = start.ahead(Shares(p, item, kTile).tiles);
-    });
+    for_each_unit(p.work.many(), p.pool.h_kv, next_unit, work);
   };
   if (group < kConsumers) {
     raise_registers<kConsumerRegisters>();
-    Turns turns = {barriers, group};
-    for_each([&](const WorkItem& item, int head) {
-      consume<kTile>(p, item, head, aligned, group, start, turns);
-    });
+    for_each([&](const WorkItem& item, int head) { consume<kTile>(p, item, head, aligned, group); });
   } else {
     lower_registers<kProducerRegisters>();
     for_each([&](const WorkItem& item, int head) {
-      produce<kTile>(p, item, head, aligned, group - kConsumers, start);
+      produce<kTile>(p, item, head, aligned, group - kConsumers);
     });
   }
   // This grid then ends after the one before it, and the merge, which waits for this one, after

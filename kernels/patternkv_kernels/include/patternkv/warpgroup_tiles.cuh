@@ -6,7 +6,6 @@
 
 #include "patternkv/decode_queries.cuh"
 #include "patternkv/decode_units.cuh"
-#include "patternkv/mbarrier.cuh"
 #include "patternkv/wgmma.cuh"
 
 namespace patternkv {
@@ -28,45 +27,12 @@ constexpr int kStages = 3;      // tiles of operands
 constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
 
-constexpr int kGroupWarps = kGroupThreads / 32;
-
-// Named barrier of the consumers; those before it are the producers' own (group_barrier).
-constexpr int kConsumerBarrier = 1 + kProducers;
-
-// Handing stages over and back. A warp arrives once for all of its lanes.
-struct Barriers {
-  Mbarrier keys_full[kStages], values_full[kStages];
-  Mbarrier keys_empty[kStages], values_empty[kStages];
-  Mbarrier turns[kConsumers];  // at the tensor cores
-
-  __device__ __forceinline__ void init() {
-    for (int stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(keys_full[stage], kGroupWarps);
-      mbarrier_init(values_full[stage], kGroupWarps);
-      mbarrier_init(keys_empty[stage], kConsumers * kGroupWarps);
-      mbarrier_init(values_empty[stage], kConsumers * kGroupWarps);
-    }
-    for (int consumer = 0; consumer < kConsumers; ++consumer) {
-      mbarrier_init(turns[consumer], kGroupWarps);
-    }
-  }
-};
-
-__device__ __forceinline__ void arrive(Mbarrier& barrier, int arrivals = 1) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier, arrivals);
-}
-
-// A place in the tiles that a block ever works on: its stage, and the parity of the stage's uses.
-struct Place {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ Place ahead(int tiles) const {
-    const int sum = stage + tiles;
-    return {sum % kStages, parity ^ (sum / kStages & 1)};
-  }
-};
+// Named barriers. Those of the producers come first (group_barrier); keys and values of a stage
+// have two each.
+constexpr int kKeysFull = 1 + kProducers, kValuesFull = kKeysFull + kStages;
+constexpr int kKeysEmpty = kValuesFull + kStages, kValuesEmpty = kKeysEmpty + kStages;
+constexpr int kConsumerBarrier = kValuesEmpty + kStages;
+static_assert(kConsumerBarrier < 16, "a block has 16 barriers");
 
 // Metadata of a token's K or V as its readers need it.
 struct alignas(8) Source {
@@ -79,7 +45,6 @@ struct Shared {
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
   __half channels[2][D];         // channel scales
-  Barriers barriers;
 };
 
 // K and V of a tile as operands.

@@ -168,9 +168,12 @@ __device__ __forceinline__ void wgmma_shared_by_rows(float (&c)[kCount], uint32_
 #undef PATTERNKV_NAMES_64
 #undef PATTERNKV_WGMMA
 
-// Named barrier that `threads` threads of the block meet at.
+// Named barriers that `threads` threads of the block meet at; who arrives does not wait.
 __device__ __forceinline__ void block_barrier_wait(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void block_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Registers of each thread of a warpgroup from here on, more or less than the launch gave it.
