@@ -91,8 +91,7 @@ extern "C" void decode(Arguments* arguments) {
   const int wide_rows = !hopper ? wide::kMostRows : rows <= 16 ? 16 : 32;
   int many_rows = 0;
   if (a.hopper && warpgroup::kExists && rows > 32) {
-    const bool fits = a.num_patterns <= hopper::kGroupPatterns && rows <= 64;
-    many_rows = hopper && fits ? 64 : warpgroup::kMostRows;
+    many_rows = warpgroup::kMostRows;
     p.many_branches = many_rows / group;
     p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
@@ -148,10 +147,8 @@ extern "C" void decode(Arguments* arguments) {
         launch(std::integral_constant<int, 32>(), patterns);
       }
     };
-    const std::integral_constant<int, hopper::kGroupPatterns> few;
     if (a.num_patterns <= hopper::kGroupPatterns) {
-      launch_up_to(few);
-      if (many_rows == 64) launch(std::integral_constant<int, 64>(), few);
+      launch_up_to(std::integral_constant<int, hopper::kGroupPatterns>());
     } else {
       launch_up_to(std::integral_constant<int, hopper::kMostPatterns>());
     }
@@ -162,7 +159,7 @@ extern "C" void decode(Arguments* arguments) {
       simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
                    [&] { warpgroup::attend_kernel<kTile>(d); });
     };
-    if (many_rows == warpgroup::kMostRows) {
+    if (many_rows > 0) {
       if (a.num_patterns <= 128) {
         launch(std::integral_constant<int, 64>());
       } else {

@@ -69,7 +69,7 @@ struct AttendLaunch {
 
 // How decode runs on one device.
 struct LaunchConfig {
-  AttendLaunch narrow, few, wide, many, most;  // by query rows of a work item; 0 rows: none
+  AttendLaunch narrow, few, wide, many;  // by query rows of a work item; 0 rows: none
   bool dependent_launch;                       // compute capability 9.0 and later
   int sms;
 
@@ -81,7 +81,7 @@ struct LaunchConfig {
   }
   const AttendLaunch& larger(int64_t rows) const {
     static const AttendLaunch none = {};
-    return rows <= wide.rows ? none : rows <= many.rows ? many : most;
+    return rows <= wide.rows ? none : many;
   }
 };
 
@@ -147,17 +147,15 @@ LaunchConfig make_config(int num_patterns, int group, int device) {
   check(cudaDeviceGetAttribute(&config.sms, cudaDevAttrMultiProcessorCount, device), "device");
   config.narrow = make_launch(narrow, kThreads, rows, narrow::shared_bytes(num_patterns, rows),
                               num_patterns, device);
-  config.most = make_warpgroup_launch(num_patterns, device);
+  config.many = make_warpgroup_launch(num_patterns, device);
   config.dependent_launch = major >= 9;
   if constexpr (hopper::kExists) {
     if (num_patterns <= hopper::kGroupPatterns) {
       config.few = make_hopper_launch<16, hopper::kGroupPatterns>(num_patterns, device);
       config.wide = make_hopper_launch<32, hopper::kGroupPatterns>(num_patterns, device);
-      config.many = make_hopper_launch<64, hopper::kGroupPatterns>(num_patterns, device);
       return config;
     }
     if (num_patterns <= hopper::kMostPatterns) {
-      // 64 rows have no registers for the sums of more patterns.
       config.few = make_hopper_launch<16, hopper::kMostPatterns>(num_patterns, device);
       config.wide = make_hopper_launch<32, hopper::kMostPatterns>(num_patterns, device);
       return config;
@@ -206,7 +204,7 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
   const auto extra = [&](int64_t blocks) { return plan::kMaxRounds * blocks / h_kv; };
   // Shared segments may make few items of many branches or many of few.
   int64_t wide_extra = 0, wide_states = 0;
-  for (const AttendLaunch& launch : {c.few, c.wide, c.many, c.most}) {
+  for (const AttendLaunch& launch : {c.few, c.wide, c.many}) {
     wide_extra = std::max(wide_extra, extra(launch.blocks));
     wide_states = std::max(wide_states, extra(launch.blocks) * launch.branches(group));
   }
@@ -217,8 +215,7 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
           c.narrow.rows,
           c.few.rows,
           c.wide.rows,
-          c.many.rows,
-          c.most.rows};
+          c.many.rows};
 }
 
 // Writes the work list of one step into `work`; capacities as the caller allocated them.

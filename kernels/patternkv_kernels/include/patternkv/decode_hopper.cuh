@@ -1,4 +1,4 @@
-// Attention of up to 64 query rows over a chunk of tokens with the asynchronous matrix products of
+// Attention of up to 32 query rows over a chunk of tokens with the asynchronous matrix products of
 // compute capability 9.0. A block is one warpgroup. Codes are the register operand of both
 // products, tokens on M for q.k and head dims on M for p.v, and are never dequantized: a mask makes
 // them fp16 subnormals, and scales and centres act on logits, probabilities and sums. The
@@ -241,7 +241,7 @@ struct Attention {
         }
         wgmma_commit();
         // Where registers are scarce, operands take turns in the same ones.
-        if (kRows >= 32 && step == 1) finish();
+        if (kRows == 32 && step == 1) finish();
       }
     }
   }
@@ -425,21 +425,18 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
   attention.store(p, item, head, feed.value_scale);
 }
 
-// Blocks of a multiprocessor, for which registers are shared out.
-template <int kRows>
-constexpr int kBlocks = kRows == 64 ? 2 : 3;
+constexpr int kBlocks = 3;  // of a multiprocessor, for which registers are shared out
 
 // Work items of up to kRows query rows, tables of up to kPatterns patterns. A kernel per number of
 // rows: in one kernel they would share registers out badly.
 template <int kRows, int kPatterns>
-__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
   launch_dependents();
   uint8_t* aligned = memory + (kAlign - shared_address(memory) % kAlign) % kAlign;
-  const WorkQueue queue = kRows == 64 ? p.work.many() : p.work.wide();
   __shared__ int next_unit;
-  for_each_unit(queue, p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
+  for_each_unit(p.work.wide(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
     attend<kRows, kPatterns>(p, item, head, aligned);
   });
   // This grid then ends after the one before it, and the merge, which waits for this one, after

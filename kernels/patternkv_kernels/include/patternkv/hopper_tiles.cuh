@@ -54,12 +54,10 @@ struct alignas(kAlign) Memory {
   static constexpr int kGroups = kPatterns / kGroupPatterns;  // of patterns
   static_assert(kGroups == 1 || kGroups == 2, "their sums leave through the buffers of weights");
   // Up to 32 columns of weights leave room in their rows for the same weights without V scales.
-  static constexpr int kParts = kRows > 32 ? 2 : 1;
-  static constexpr int kPlainPiece = kRows > 32 ? 0 : 4;
-  static constexpr int kPlainTile = kRows > 32 ? kTile * kSwizzledRow : 0;
-  static constexpr int kPlainOffset = kPlainTile + kPlainPiece * 16;
+  static_assert(kRows <= 32);
+  static constexpr int kPlainPiece = 4, kPlainOffset = kPlainPiece * 16;
 
-  uint8_t weights[2][kParts * kTile * kSwizzledRow];  // queries before the first tile
+  uint8_t weights[2][kTile * kSwizzledRow];  // queries before the first tile
   uint8_t queries[kDimTiles][kRows * kSwizzledRow];
   uint8_t codes[kStages][kTileBytes];
   float table[kPatterns * kRows];
@@ -79,7 +77,7 @@ struct alignas(kAlign) Memory {
   __device__ __forceinline__ uint32_t weights_place(int buffer, int warp, int lane) const {
     const int token = warp * 16 + lane % 16;
     return shared_address(weights[buffer]) +
-           (lane < 16 ? swizzled(token, 0) : kPlainTile + swizzled(token, kPlainPiece));
+           swizzled(token, lane < 16 ? 0 : kPlainPiece);
   }
 };
 
@@ -93,7 +91,7 @@ __host__ __device__ constexpr int shared_bytes() {
 // spreads patterns over the banks.
 template <int kRows>
 struct Table {
-  static constexpr int kSwap = kRows >= 32 ? 64 : 0;  // bytes of a pair
+  static constexpr int kSwap = kRows == 32 ? 64 : 0;  // bytes of a pair
 
   static __device__ __forceinline__ uint32_t pattern_offset(int pattern) {
     return pattern * (kRows * 4) + (pattern & 1) * kSwap;
