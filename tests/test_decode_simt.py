@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.cases import CASES, DecodeCase, Segment, balanced_tree, make_inputs
+from tests.cases import (
+    CASES,
+    DecodeCase,
+    Segment,
+    balanced_tree,
+    dense_decode,
+    make_inputs,
+)
 from tests.simt_decode import leaves_32_rows, separates_private_work, simt_decode
 from tests.simt_library import unavailable
 from tests.test_decode import ungrouped
@@ -78,6 +85,19 @@ def test_hopper_with_scales_far_apart(exponent: int) -> None:
     for scale in (views.k_scale, views.v_scale):
         scale[::2] *= 2.0**exponent
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (2, 2)])
+@pytest.mark.parametrize("factor", [2.0**-16, 2.0**10])
+def test_values_dequantized_far_from_one(bits: tuple[int, int], factor: float) -> None:
+    tree = [Segment(200, tuple(range(16)))]
+    case = DecodeCase("values", bits=bits, d=128, group=4, h_kv=1, dtype=BF16, tree=tree)
+    inputs = make_inputs(case)
+    inputs.tables.patterns[:, 1] *= factor
+    inputs.fmt.views(inputs.buffer).v_scale.mul_(factor)
+    out, _ = simt_decode(inputs, hopper=True)
+    expected, _ = dense_decode(inputs)
+    assert (out.double() - expected).norm() / expected.norm() < 2.0**-7
 
 
 @pytest.mark.parametrize(("lengths", "by_many"), [((900, 100), True), ((100, 900), False)])

@@ -100,18 +100,18 @@ __device__ __forceinline__ uint32_t load_codes(const uint8_t* codes) {
   }
 }
 
-// Codes of 8 dims as pairs of fp16 numbers, the subnormals code * 2^-24 (pairs [0]) and
-// code * 2^-20 (pairs [1]): no conversion, and no bias to take off.
+// Codes j and j + 4 of 8 dims as a pair of fp16 numbers, the subnormals code * 2^-20: no conversion,
+// and no bias to take off.
 template <int kBits>
-__device__ __forceinline__ void expand_pairs(uint32_t word, uint32_t (&pairs)[2][2]) {
-  constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00010001u;
-  if constexpr (kBits == 4) {  // pair j is the codes j and j + 4; [j % 2][j / 2]
-    pairs[0][0] = word & mask, pairs[1][0] = word & mask << 4;
-    pairs[0][1] = word >> 8 & mask, pairs[1][1] = word >> 8 & mask << 4;
-  } else {  // [j / 2][j % 2]
+__device__ __forceinline__ void expand_pairs(uint32_t word, uint32_t (&pairs)[4]) {
+  constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00100010u;
+  if constexpr (kBits == 4) {
+    pairs[0] = word << 4 & mask, pairs[1] = word & mask;
+    pairs[2] = word >> 4 & mask, pairs[3] = word >> 8 & mask;
+  } else {
     word |= word << 8;
-    pairs[0][0] = word & mask, pairs[1][0] = word & mask << 4;
-    pairs[0][1] = word >> 2 & mask, pairs[1][1] = word >> 2 & mask << 4;
+    pairs[0] = word << 4 & mask, pairs[1] = word << 2 & mask;
+    pairs[2] = word & mask, pairs[3] = word >> 2 & mask;
   }
 }
 
@@ -173,17 +173,15 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
 #pragma unroll
     for (int n = 0; n < Loads::kTokens; ++n) {
       const __half2 own = as_half2(now.sources[n].scale);
-      const __half2 scale[2] = {__hmul2(own, __float2half2_rn(16.0f)), own};
       const __half2 offset = __hmul2(own, centre);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         if (i * 64 + piece * 8 >= HEAD_DIM) continue;
-        uint32_t pairs[2][2];
+        uint32_t pairs[4];
         expand_pairs<kBits>(now.codes[n][i], pairs);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int high = kBits == 4 ? j % 2 : j / 2, which = kBits == 4 ? j / 2 : j % 2;
-          const __half2 steps = __hfma2(as_half2(pairs[high][which]), scale[high], offset);
+          const __half2 steps = __hfma2(as_half2(pairs[j]), own, offset);
           uint32_t& x = now.patterns[n][i][j];
           x = as_u32(__hfma2(steps, as_half2(scales[i][j]), as_half2(x)));
         }
@@ -321,11 +319,11 @@ struct Feed {
     for (int side = 0; side < 2; ++side) {
       const uint32_t bits = side == 0 ? raw.k_scale : raw.v_scale;
       const uint32_t pattern = side == 0 ? raw.pattern_ids & 0xff : raw.pattern_ids >> 8;
-      // The largest of a warp's scales gets to 2^10: 16 of it fit fp16, and what is far below it
-      // keeps its precision.
+      // The largest of a warp's scales gets to 2^10, so that what is far below it keeps its
+      // precision; beyond 32, as far above as leaves the steps to fp16.
       const float largest = half_bits_to_float(__reduce_max_sync(~0u, bits & 0x7fff));
       const float up = fmaxf(power_of_two_scale(largest, 10), 32.0f);
-      const float scale = fminf(half_bits_to_float(bits) * up, 4094.0f);
+      const float scale = fminf(half_bits_to_float(bits) * up, 65504.0f);
       incoming.sources[n % 2][side][thread] = {pattern * (HEAD_DIM * 2),
                                                as_u32(__float2half2_rn(scale))};
       if (thread % 32 == 0) {
