@@ -21,7 +21,9 @@ NUM_TABLES = 4
 MANY = 9000
 
 
-def random_tables(h_kv: int, num_patterns: int, d: int, seed: int = 0) -> LayerTables:
+def random_tables(
+    h_kv: int, num_patterns: int, d: int, seed: int = 0, device: str = DEVICE
+) -> LayerTables:
     """Tables with random patterns, channel scales and (K only, as in mined tables) weights; the
     last one is NaN and must not be read."""
     generator = torch.Generator().manual_seed(seed)
@@ -33,32 +35,34 @@ def random_tables(h_kv: int, num_patterns: int, d: int, seed: int = 0) -> LayerT
     tables.channel_weight[:, 0].copy_(weight[:, 0])
     for tensor in (tables.patterns, tables.channel_scale, tables.channel_weight):
         tensor[-1] = math.nan
-    return tables.to(DEVICE)
+    return tables.to(device)
 
 
 def random_kv(
-    n: int, h_kv: int, d: int, dtype: torch.dtype = BF16, seed: int = 0
+    n: int, h_kv: int, d: int, dtype: torch.dtype = BF16, seed: int = 0, device: str = DEVICE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V as views of a fused projection of one query head and ``h_kv`` KV heads."""
     generator = torch.Generator().manual_seed(seed)
     fused = torch.randn(n, 1 + 2 * h_kv, d, generator=generator) * 2
-    fused = fused.to(dtype).to(DEVICE)
+    fused = fused.to(dtype).to(device)
     return fused[:, 1 : 1 + h_kv], fused[:, 1 + h_kv :]
 
 
-def random_slots(fmt: SlotFormat, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_slots(
+    fmt: SlotFormat, n: int, seed: int = 0, device: str = DEVICE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A poisoned buffer with twice ``n`` slots, and ``n`` of them in shuffled order."""
     num_slots = -(-2 * n // fmt.page_size) * fmt.page_size
     order = torch.randperm(num_slots, generator=torch.Generator().manual_seed(seed))
-    return fmt.allocate(num_slots, DEVICE).fill_(0xAB), order[:n].to(DEVICE)
+    return fmt.allocate(num_slots, device).fill_(0xAB), order[:n].to(device)
 
 
-def random_table_ids(n: int, seed: int = 0) -> torch.Tensor:
+def random_table_ids(n: int, seed: int = 0, device: str = DEVICE) -> torch.Tensor:
     """Runs of equal tables and mixed ones, never the last table."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(NUM_TABLES - 1, (n,), generator=generator)
     ids[: n // 2] = torch.arange(n // 2) // 37 % (NUM_TABLES - 1)
-    return ids.int().to(DEVICE)
+    return ids.int().to(device)
 
 
 def weighted_distances(
@@ -103,11 +107,25 @@ def test_store_follows_the_reference(
     reference = buffer.clone()
     store_kv(fmt, buffer, slots, k, v, tables, table_ids, impl="cuda")
     store_kv(fmt, reference, slots, k, v, tables, table_ids, impl="reference")
+    assert_as_good_as_the_reference(fmt, buffer, reference, slots, k, v, tables, table_ids)
+
+
+def assert_as_good_as_the_reference(
+    fmt: SlotFormat,
+    buffer: torch.Tensor,
+    reference: torch.Tensor,
+    slots: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: LayerTables,
+    table_ids: torch.Tensor,
+) -> None:
+    """Two pools that the same tokens were stored in, by the kernels and by the reference."""
     back = formula(fmt, buffer, slots, tables, table_ids)
     expected = formula(fmt, reference, slots, tables, table_ids)
     for side, (name, x) in enumerate((("K", k), ("V", v))):
         ids, reference_ids = (chosen(fmt, b, slots, side) for b in (buffer, reference))
-        assert ids.max() < num_patterns, f"{name}: a pattern id beyond the table"
+        assert ids.max() < tables.num_patterns, f"{name}: a pattern id beyond the table"
         distance = weighted_distances(x, tables, table_ids, side)
         margin = distance.gather(2, ids.unsqueeze(2)).squeeze(2) / distance.amin(2)
         assert margin.max() <= 1.001, f"{name}: not the nearest pattern"

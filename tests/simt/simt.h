@@ -242,6 +242,9 @@ inline unsigned __match_any_sync(unsigned, int x) {
 }
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == ~0u;
+}
 
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
   return simt::exchange(x, [](const uint64_t* in, uint64_t* out) {
@@ -267,6 +270,7 @@ inline int atomicMax(int* at, int x) { return std::exchange(*at, std::max(*at, x
 
 inline unsigned __umulhi(unsigned x, unsigned y) { return uint64_t{x} * y >> 32; }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __vmaxu2(unsigned x, unsigned y) {
   return std::max(x & 0xffff, y & 0xffff) | std::max(x >> 16, y >> 16) << 16;
@@ -293,11 +297,24 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return __floats2half2_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
 }
 
+inline __half2 __hfma2_sat(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(__hfma2(a, b, c));
+  const auto saturate = [](float y) { return y > 0.0f ? std::min(y, 1.0f) : 0.0f; };
+  return __floats2half2_rn(saturate(x.x), saturate(x.y));
+}
+
+template <typename T>
+T __ldg(const T* at) {
+  return *at;
+}
+
 inline void __trap() {
   std::fprintf(stderr, "a kernel called __trap\n");
   std::abort();
 }
 
+using std::isfinite;
+using std::isinf;
 using std::isnan;
 using std::max;
 using std::min;

@@ -70,6 +70,7 @@ inline void cp_async_commit() {}
 template <int kPending>
 void cp_async_wait() {}
 
+inline uint4 load_streaming(const uint4* x) { return *x; }
 inline uint4 load_early(const uint4* x) { return *x; }
 inline uint2 load_early(const uint2* x) { return *x; }
 inline uint32_t load_early(const uint32_t* x) { return *x; }
