@@ -4,7 +4,8 @@
 // warps share the work, not in what is computed for a token: `store_few` spreads the patterns of 8
 // tokens over the warps of a block, for decode batches; in `store_many` every warp has its own
 // tokens, for prefill. That takes about a thousand warp instructions per 8 vectors of 128 dims with
-// 64 patterns, by three warps per scheduler: chains of products have to overlap.
+// 64 patterns, most of which wait for one before: tokens pass through shared memory, so that
+// registers are left for four warps per scheduler, and one piece of code fits all tiles of a warp.
 #pragma once
 
 #include <type_traits>
@@ -15,21 +16,54 @@ namespace patternkv::store {
 
 constexpr int kFewWarps = 8;
 constexpr int kManyWarps = 4;
-constexpr int kManyBlocksPerSm = HEAD_DIM <= 128 ? 3 : 2;
+constexpr int kManyBlocksPerSm = HEAD_DIM <= 128 ? 4 : 2;
 // Tiles of 8 tokens that a warp of store_many scores together, so that a pattern is loaded once.
 constexpr int kGroups = HEAD_DIM <= 128 ? 2 : 1;
 constexpr int kManyAtOnce = 2;  // tiles of patterns that it scores together
 
-// The lane's share of a vector in float16: NaN as 0, clamped to the float16 range. Copies it as it
-// is to `copy` unless that is null.
+// Token `row` of a tile as it lies in memory, of which a lane has its share. Past the end the last
+// token stands in.
 template <typename T>
-__device__ __forceinline__ void load_token(const T* vector, T* copy, Share& out) {
-  const uint4* share = share_of(vector);
+struct Token {
+  uint4 chunks[kChunks];
+  T* copy;  // where it goes in the window, or null
+  int table;
+  int slot;  // -1 past the end
+};
+
+// `keeps`: this warp puts the tile into the window, if there is one.
+template <typename T>
+__device__ __forceinline__ Token<T> load_token(const StoreParams& p, int side, int head, int first,
+                                               bool keeps) {
+  const int wanted = first + threadIdx.x % 32 / 4, index = min(wanted, p.n - 1);
+  const Vectors vectors = side == 0 ? p.k : p.v;
+  const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
+  const uint4* share = share_of(of_head + int64_t{index} * vectors.token_stride);
+  Token<T> token;
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) token.chunks[i] = load_streaming(share + 4 * i);
+  token.copy = nullptr;
+  if (T* window = static_cast<T*>(side == 0 ? p.window_k : p.window_v);
+      keeps && window != nullptr && wanted < p.n) {
+    const int64_t row = p.window_rows[index];
+    if (row >= 0) token.copy = window + (row * p.pool.h_kv + head) * HEAD_DIM;
+  }
+  token.table = p.table_ids[index];
+  token.slot = wanted < p.n ? static_cast<int>(p.slots[index]) : -1;
+  return token;
+}
+
+// The lane's share of a vector in float16: NaN as 0, clamped to the float16 range. Copies it as it
+// is to the window.
+template <typename T>
+__device__ __forceinline__ void take_token(const Token<T>& token, Share& out) {
   __half2 largest = __float2half2_rn(0.0f);
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    const uint4 chunk = load_streaming(share + 4 * i);
-    if (copy != nullptr) reinterpret_cast<uint4*>(copy)[4 * i + threadIdx.x % 4] = chunk;
+    const uint4 chunk = token.chunks[i];
+    if (token.copy != nullptr) {
+      reinterpret_cast<uint4*>(token.copy)[4 * i + threadIdx.x % 4] = chunk;
+    }
     const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -55,29 +89,6 @@ __device__ __forceinline__ void load_token(const T* vector, T* copy, Share& out)
       out[j] = __floats2half2_rn(clean(x.x), clean(x.y));
     }
   }
-}
-
-// Token `row` of a tile: its table, and its slot or -1 past the end, where the last token stands
-// in.
-struct Token {
-  int table, slot;
-};
-
-// Also puts the tokens into the window, if there is one and this warp `keeps` it.
-template <typename T>
-__device__ __forceinline__ Token load_tile(const StoreParams& p, int side, int head, int first,
-                                           bool keeps, Share& x) {
-  const int wanted = first + threadIdx.x % 32 / 4, index = min(wanted, p.n - 1);
-  T* copy = nullptr;
-  if (T* window = static_cast<T*>(side == 0 ? p.window_k : p.window_v);
-      keeps && window != nullptr && wanted < p.n) {
-    const int64_t row = p.window_rows[index];
-    if (row >= 0) copy = window + (row * p.pool.h_kv + head) * HEAD_DIM;
-  }
-  const Vectors vectors = side == 0 ? p.k : p.v;
-  const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
-  load_token(of_head + int64_t{index} * vectors.token_stride, copy, x);
-  return {p.table_ids[index], wanted < p.n ? static_cast<int>(p.slots[index]) : -1};
 }
 
 template <int kBits>
@@ -137,8 +148,13 @@ template <typename T, int kBits>
 __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, int head,
                                                FewShared& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
-  Share x[1];
-  const Token token = load_tile<T>(p, side, head, blockIdx.x * kTileTokens, warp == 0, x[0]);
+  const auto token = load_token<T>(p, side, head, blockIdx.x * kTileTokens, warp == 0);
+  Share x;
+  take_token(token, x);
+  const auto read = [&](int, int i, __half2(&out)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] = x[4 * i + j];
+  };
   const uint32_t firsts = first_lanes(token.table);
 
   // Every warp meets the same tables in the same order.
@@ -157,7 +173,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, i
     const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
     Nearest nearest[1];
     nearest_patterns<1>(shared.tables[count], p.patterns_of(p.table_head(table, side, head)),
-                        p.num_patterns, x, warp, kFewWarps, nearest);
+                        p.num_patterns, read, warp, kFewWarps, nearest);
     if (token.table == table) {
       mine = count;
       if (lane % 4 == 0) shared.nearest[warp][row] = nearest[0];
@@ -177,7 +193,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, i
   const int table = __shfl_sync(kAllLanes, token.table, leader);
   const int slot = mine == warp ? token.slot : -1;
   store_tile<kBits>(p, shared.tables[warp], p.patterns_of(p.table_head(table, side, head)), side,
-                    head, x[0], nearest, slot);
+                    head, x, nearest, slot);
 }
 
 // Grid: tiles of 8 tokens, 2 * h_kv.
@@ -204,29 +220,42 @@ __device__ __forceinline__ void prefetch_tokens(const StoreParams& p, int side, 
 }
 
 struct ManyShared {
-  StoreTable common;              // of the block's first token
-  StoreTable others[kManyWarps];  // of whatever other table a warp meets
+  StoreTable common;                               // of the block's first token
+  StoreTable others[kManyWarps];                   // of whatever other table a warp meets
+  uint4 tokens[kManyWarps][kGroups][kChunks][32];  // chunks of shares, lane by lane
 };
 
 template <typename T, int kBits>
 __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, int head,
                                                 int tokens_per_block, ManyShared& shared) {
   constexpr int kTokens = kGroups * kTileTokens;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = blockIdx.x * tokens_per_block, end = min(begin + tokens_per_block, p.n);
   const int common = p.table_ids[begin];
   fill_table(shared.common, p, p.table_head(common, side, head), warp, kManyWarps);
   __syncthreads();
 
+  // Lanes read what they wrote themselves.
+  auto& chunks = shared.tokens[warp];
+  const auto read = [&](int group, int i, __half2(&out)[4]) {
+    unpack_chunk(chunks[group][i][lane], out);
+  };
   for (int first = begin + warp * kTokens; first < end; first += kManyWarps * kTokens) {
     prefetch_tokens<T>(p, side, head, first + kManyWarps * kTokens, end);
-    Share x[kGroups];
-    Token token[kGroups];
+    // All loads before the first value is used.
+    Token<T> token[kGroups];
     bool done[kGroups];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      token[group] = load_tile<T>(p, side, head, first + group * kTileTokens, true, x[group]);
+      token[group] = load_token<T>(p, side, head, first + group * kTileTokens, true);
       done[group] = false;
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      Share x;
+      take_token(token[group], x);
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) chunks[group][i][lane] = pack_chunk(&x[4 * i]);
     }
     // Once per table among the tokens.
     while (true) {
@@ -248,13 +277,28 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
         prepared = &shared.others[warp];
       }
       Nearest nearest[kGroups];
-      nearest_patterns<kManyAtOnce>(*prepared, patterns, p.num_patterns, x, 0, 1, nearest);
+      nearest_patterns<kManyAtOnce>(*prepared, patterns, p.num_patterns, read, 0, 1, nearest);
+      int slot[kGroups];
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const bool now = token[group].table == table;
         done[group] |= now;
-        store_tile<kBits>(p, *prepared, patterns, side, head, x[group], nearest[group],
-                          now ? token[group].slot : -1);
+        slot[group] = now ? token[group].slot : -1;
+      }
+#pragma unroll 1
+      for (int group = 0; group < kGroups; ++group) {
+        Share x;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+          __half2 chunk[4];
+          read(group, i, chunk);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[4 * i + j] = chunk[j];
+        }
+        const int last = kGroups - 1;  // of one or two: no indexing of registers
+        store_tile<kBits>(p, *prepared, patterns, side, head, x,
+                          group == 0 ? nearest[0] : nearest[last],
+                          group == 0 ? slot[0] : slot[last]);
       }
     }
   }

@@ -32,23 +32,27 @@ struct TokenOperand {
   __half2 upper[kCount][kPairs];  // rows 0-7
   __half2 lower[kCount][kPairs];  // rows 8-15
 
-  __device__ __forceinline__ TokenOperand(const StoreTable& table, const Share (&x)[kGroups]) {
+  // `read(group, i, out)` gives chunk i of the lane's share.
+  template <typename Read>
+  __device__ __forceinline__ TokenOperand(const StoreTable& table, Read read) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      __half2 weight[4];
+      __half2 weight[4], x[kGroups][4];
       read_chunk(table.weight, i, weight);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) read(group, i, x[group]);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 4 * i + j;
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
           if constexpr (kPlainWeight) {
-            upper[k][at] = __hmul2_rn(x[2 * k][at], weight[j]);
-            lower[k][at] = 2 * k + 1 < kGroups ? __hmul2_rn(x[(2 * k + 1) % kGroups][at], weight[j])
+            upper[k][at] = __hmul2_rn(x[2 * k][j], weight[j]);
+            lower[k][at] = 2 * k + 1 < kGroups ? __hmul2_rn(x[(2 * k + 1) % kGroups][j], weight[j])
                                                : __float2half2_rn(0.0f);
           } else {
-            upper[k][at] = __hmul2_rn(x[k][at], weight[j]);
-            lower[k][at] = __hfma2(x[k][at], weight[j], __hneg2(upper[k][at]));
+            upper[k][at] = __hmul2_rn(x[k][j], weight[j]);
+            lower[k][at] = __hfma2(x[k][j], weight[j], __hneg2(upper[k][at]));
           }
         }
       }
@@ -56,15 +60,15 @@ struct TokenOperand {
   }
 };
 
-// Scores every `step`-th tile of patterns from tile `first` on for kGroups tiles of 8 tokens,
-// kAtOnce tiles of patterns together, so that their chains of products overlap.
+// Scores every `step`-th tile of patterns from tile `first` on for kGroups tiles of 8 tokens that
+// `read` gives, kAtOnce tiles of patterns together, so that their chains of products overlap.
 // best[group]: of token `row`, the same in its four lanes.
-template <bool kPlainWeight, int kAtOnce, int kGroups>
+template <bool kPlainWeight, int kAtOnce, typename Read, int kGroups>
 __device__ __forceinline__ void score_patterns(const StoreTable& table, const __half* patterns,
-                                               int num_patterns, const Share (&x)[kGroups],
-                                               int first, int step, Nearest (&best)[kGroups]) {
+                                               int num_patterns, Read read, int first, int step,
+                                               Nearest (&best)[kGroups]) {
   const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const TokenOperand<kPlainWeight, kGroups> tokens(table, x);
+  const TokenOperand<kPlainWeight, kGroups> tokens(table, read);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) best[group] = {-INFINITY, 0};
   const uint4* row_of_first_tile = share_of(patterns + row * HEAD_DIM);
@@ -79,10 +83,9 @@ __device__ __forceinline__ void score_patterns(const StoreTable& table, const __
       const int64_t ahead = min(at, num_patterns - 1 - row);
       pattern[t] = row_of_first_tile + ahead * (HEAD_DIM / 8);
       // Whole tiles past the end never win.
-      const float2 bias =
-          kAtOnce == 1 || at < num_patterns
-              ? *reinterpret_cast<const float2*>(&table.score_bias[at + 2 * part])
-              : float2{-INFINITY, -INFINITY};
+      const float2 bias = kAtOnce == 1 || at < num_patterns
+                              ? *reinterpret_cast<const float2*>(&table.score_bias[at + 2 * part])
+                              : float2{-INFINITY, -INFINITY};
 #pragma unroll
       for (int k = 0; k < tokens.kCount; ++k) {
         sums[t][k][0] = bias.x, sums[t][k][1] = bias.y;
@@ -115,7 +118,7 @@ __device__ __forceinline__ void score_patterns(const StoreTable& table, const __
       for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const float(&sum)[4] = sums[t][kPlainWeight ? group / 2 : group];
+          const float (&sum)[4] = sums[t][kPlainWeight ? group / 2 : group];
           const float score = kPlainWeight ? sum[2 * (group % 2) + column]
                                            : __fadd_rn(sum[column], sum[2 + column]);
           if (score > best[group].score) {
@@ -136,14 +139,14 @@ __device__ __forceinline__ void score_patterns(const StoreTable& table, const __
   }
 }
 
-template <int kAtOnce, int kGroups>
+template <int kAtOnce, typename Read, int kGroups>
 __device__ __forceinline__ void nearest_patterns(const StoreTable& table, const __half* patterns,
-                                                 int num_patterns, const Share (&x)[kGroups],
-                                                 int first, int step, Nearest (&best)[kGroups]) {
+                                                 int num_patterns, Read read, int first, int step,
+                                                 Nearest (&best)[kGroups]) {
   if (table.plain_weight) {
-    score_patterns<true, kAtOnce>(table, patterns, num_patterns, x, first, step, best);
+    score_patterns<true, kAtOnce>(table, patterns, num_patterns, read, first, step, best);
   } else {
-    score_patterns<false, kAtOnce>(table, patterns, num_patterns, x, first, step, best);
+    score_patterns<false, kAtOnce>(table, patterns, num_patterns, read, first, step, best);
   }
 }
 

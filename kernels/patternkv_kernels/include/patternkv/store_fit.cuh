@@ -25,10 +25,9 @@ __device__ __forceinline__ constexpr float trial_scale(int trial) {
 // A residual in levels: residual = level * power * channel_scale / scale_unit.
 struct Residual {
   Share level;
-  Share weighted;      // level * fit_weight
-  float power;         // of two
-  float largest;       // magnitude of the levels
-  float weighted_sum;  // of `weighted`
+  Share weighted;  // level * fit_weight
+  float power;     // of two
+  float largest;   // magnitude of the levels
   bool zero;
 };
 
@@ -42,7 +41,6 @@ __device__ __forceinline__ void take_residual(const StoreTable& table, const Sha
                                               const __half* pattern, Residual& out) {
   const uint4* share = share_of(pattern);
   const __half2 zero = __float2half2_rn(0.0f);
-  const uint32_t ones = as_u32(__float2half2_rn(1.0f));
   __half2 largest = zero;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
@@ -76,7 +74,6 @@ __device__ __forceinline__ void take_residual(const StoreTable& table, const Sha
   }
 
   largest = zero;
-  float sum[4] = {};
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     __half2 inverse[4], weight[4];
@@ -89,15 +86,9 @@ __device__ __forceinline__ void take_residual(const StoreTable& table, const Sha
       out.weighted[at] = __hmul2_rn(out.level[at], weight[j]);
       largest = __hmax2(largest, __habs2(out.level[at]));
     }
-#pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      mma_m16n8k16(sum, ones, ones, ones, ones, as_u32(out.weighted[4 * i + j]),
-                   as_u32(out.weighted[4 * i + j + 1]));
-    }
   }
   const float2 level_halves = __half22float2(largest);
   out.largest = quad_max(fmaxf(level_halves.x, level_halves.y));
-  out.weighted_sum = diagonal(sum[0], sum[1]);
 }
 
 // 1024 + code of levels, as float16: rounding to the nearest integer is what adding 1024 does.
@@ -116,8 +107,8 @@ struct Scale {
 
 template <int kBits>
 __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Residual& r) {
-  constexpr float kTop = (1 << kBits) - 1, kCentre = kTop / 2;
-  const __half2 bias = __float2half2_rn(1024.0f);
+  constexpr float kCentre = ((1 << kBits) - 1) / 2.0f;
+  const __half2 bias = __float2half2_rn(1024.0f), centre = __float2half2_rn(kCentre);
   // The codes of a scale span kTop scales, which are two covers of the levels times the trial.
   const float by_cover = __fdividef(1.0f, fmaxf(r.largest, 0x1p-13f));
   __half2 inverse_ranges[kTrials / 2];
@@ -127,8 +118,8 @@ __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Res
         __floats2half2_rn(__fmul_rn(0.5f / trial_scale<kBits>(2 * k), by_cover),
                           __fmul_rn(0.5f / trial_scale<kBits>(2 * k + 1), by_cover));
   }
-  // Of pairs of trials: sum of weighted level * code, of weight * code, of weight * code^2.
-  float dot[kTrials / 2][4] = {}, linear[kTrials / 2][4] = {}, square[kTrials / 2][4] = {};
+  // Of pairs of trials, with codes less kCentre: sum of weighted level * code, of weight * code^2.
+  float dot[kTrials / 2][4] = {}, norm[kTrials / 2][4] = {};
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     __half2 weight[4];
@@ -145,15 +136,15 @@ __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Res
         for (int k = 0; k < 4; ++k) {
           const __half2 biased =
               biased_codes<kBits>(r.level[4 * i + j + k / 2], inverse_range[k % 2]);
-          const __half2 plain = __hsub2_rn(biased, bias);
-          code[k] = as_u32(plain);
-          code_square[k] = as_u32(__hmul2_rn(plain, plain));
+          // Exact, squares too; kCentre + 1024 would not be.
+          const __half2 centred = __hsub2_rn(__hsub2_rn(biased, bias), centre);
+          code[k] = as_u32(centred);
+          code_square[k] = as_u32(__hmul2_rn(centred, centred));
         }
-        mma_m16n8k16(dot[pair], code[0], code[1], code[2], code[3],
-                     as_u32(r.weighted[4 * i + j]), as_u32(r.weighted[4 * i + j + 1]));
-        mma_m16n8k16(linear[pair], code[0], code[1], code[2], code[3], w0, w1);
-        mma_m16n8k16(square[pair], code_square[0], code_square[1], code_square[2], code_square[3],
-                     w0, w1);
+        mma_m16n8k16(dot[pair], code[0], code[1], code[2], code[3], as_u32(r.weighted[4 * i + j]),
+                     as_u32(r.weighted[4 * i + j + 1]));
+        mma_m16n8k16(norm[pair], code_square[0], code_square[1], code_square[2], code_square[3], w0,
+                     w1);
       }
     }
   }
@@ -161,13 +152,8 @@ __device__ __forceinline__ Scale search_scale(const StoreTable& table, const Res
 #pragma unroll
   for (int trial = 0; trial < kTrials; ++trial) {
     const int pair = trial / 2, k = trial % 2;
-    // From codes to levels, which are codes less kCentre.
-    const float product = __fmaf_rn(-kCentre, r.weighted_sum,
-                                    diagonal(dot[pair][2 * k], dot[pair][2 * k + 1]));
-    const float norm =
-        __fmaf_rn(kCentre * kCentre, table.fit_weight_sum,
-                  __fmaf_rn(-kTop, linear[pair][2 * k], square[pair][2 * k]));
-    const float scale = __fdividef(product, norm);
+    const float product = diagonal(dot[pair][2 * k], dot[pair][2 * k + 1]);
+    const float scale = __fdividef(product, norm[pair][2 * k]);
     const float explained = __fmul_rn(scale, product);
     if (explained > best.explained) best = {scale, explained};
   }

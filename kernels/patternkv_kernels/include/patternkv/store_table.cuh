@@ -62,7 +62,6 @@ struct alignas(16) StoreTable {
   __half2 inverse_scale[HEAD_DIM / 2];  // 1 / channel_scale, at least 1
   __half2 fit_weight[HEAD_DIM / 2];     // (channel_weight * channel_scale)^2, at most 1
   float score_bias[kMaxPatterns];       // -|pattern|^2 / 2 by `weight`
-  float fit_weight_sum;
   float scale_unit;     // slot scale per scale of levels of residual * inverse_scale
   float distance_unit;  // distance by `weight` per squared level by `fit_weight`
   bool plain_weight;    // powers of two: a token times `weight` is exact in float16
@@ -86,6 +85,10 @@ __device__ __forceinline__ const uint4* share_of(const void* vector) {
 __device__ __forceinline__ void unpack_chunk(const uint4& chunk, __half2 (&out)[4]) {
   out[0] = as_half2(chunk.x), out[1] = as_half2(chunk.y);
   out[2] = as_half2(chunk.z), out[3] = as_half2(chunk.w);
+}
+
+__device__ __forceinline__ uint4 pack_chunk(const __half2* x) {
+  return make_uint4(as_u32(x[0]), as_u32(x[1]), as_u32(x[2]), as_u32(x[3]));
 }
 
 // From global memory that nothing writes meanwhile.
@@ -158,7 +161,6 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
   const float by_product = inverse_power_of_two(product_power);
 
   Share weight;
-  float sum = 0.0f;
   bool plain = true;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
@@ -174,8 +176,6 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
       const float y0 = __fmul_rn(__fmul_rn(x.x, y.x), by_product);
       const float y1 = __fmul_rn(__fmul_rn(x.y, y.y), by_product);
       const __half2 fit_weight = __floats2half2_rn(__fmul_rn(y0, y0), __fmul_rn(y1, y1));
-      const float2 rounded = __half22float2(fit_weight);
-      sum = __fadd_rn(__fadd_rn(sum, rounded.x), rounded.y);
       if (rank == 0 && row == 0) {
         const int at = 16 * i + 4 * part + j;
         table.weight[at] = weight[4 * i + j];
@@ -189,10 +189,8 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
       }
     }
   }
-  sum = quad_sum(sum);
   plain = __all_sync(kAllLanes, plain);
   if (rank == 0 && lane == 0) {
-    table.fit_weight_sum = sum;
     table.scale_unit = inverse_power_of_two(scale_power);
     const float ratio = __fmul_rn(__fmul_rn(product_power, table.scale_unit), by_weight);
     table.distance_unit = __fmul_rn(ratio, ratio);
