@@ -76,3 +76,21 @@ def test_learning_rate_never_jumps() -> None:
     assert max(abs(b - a) for a, b in pairwise(rates)) < 0.01
     assert rates[0] < 0.01 and rates[-1] == pytest.approx(train.FINAL_LR_SHARE, abs=0.01)
     assert train.learning_rate(10 * steps, 0.5, 1.0, warmup=steps) == 1.0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_training_steps_and_continues(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, steps, seconds = tmp_path / "tiny.pt", [0], 0.0
+    paths = ["--out", str(tmp_path / "model"), "--checkpoint", str(checkpoint)]
+    for _ in range(2):
+        arguments = ["--tiny", "--eager", "--device", device, "--minutes", str(seconds / 60 + 0.01)]
+        monkeypatch.setattr("sys.argv", ["train", *arguments, *paths])
+        train.main()
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        seconds = state["progress"]["seconds"]
+        steps.append(state["progress"]["step"])
+    assert steps[0] < steps[1] < steps[2]
+    assert all(weight.isfinite().all() for weight in state["model"].values())
+    assert (tmp_path / "model" / "config.json").exists()

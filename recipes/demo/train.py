@@ -152,6 +152,9 @@ def train(args: argparse.Namespace) -> None:
         progress = Progress(**state["progress"])
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        # Flash attention serves these shapes; cuDNN's fails where the installed cuDNN is older
+        # than the one that torch was built with.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if not args.eager:
             torch._dynamo.config.recompile_limit = 64
             for layer in model.model.layers:
