@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 MIN_ROOT_TOKENS = 16  # fewest tokens that give the root its first table
 TAIL_TOKENS = 16
 """Most tokens at the end of a prompt that are read exactly. A question about a stored context has
-the context's table, which may fit it badly at 2 bits, and the answer begins by reading it. So few
-tokens read a stored prefix packed when every branch of a prompt prefills them again."""
+the context's table, which may fit it badly at 2 bits, or begins with words that another question
+stored, and the answer begins by reading it. So few tokens read a stored prefix packed when every
+branch of a prompt prefills them again."""
 
 
 class PatternRadixCache(RadixCache):  # type: ignore[misc]
@@ -173,22 +174,17 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Stock's, but the last tokens of a request's prompt are left for it to prefill, unless
-        their table was mined from them: see ``TAIL_TOKENS``."""
+        all of it is stored with a table that was mined from it: see ``TAIL_TOKENS``."""
         found = super().match_prefix(params)
         if params.req is None:
             return found
-        keep = len(params.key.token_ids) - self._tail_tokens
+        keep = max(0, len(params.key.token_ids) - self._tail_tokens)
         if found.device_prefix_len <= keep:
             return found
-        inherited_from = found.device_prefix_len
-        for start, _, node in reversed(self.path(found.last_device_node)):
-            if not node.inherits or inherited_from <= keep:
-                break
-            inherited_from = start
-        length = max(keep, inherited_from)
-        if length >= found.device_prefix_len:
+        whole = found.device_prefix_len == len(params.key.page_aligned(self.page_size))
+        if whole and not found.last_device_node.inherits:
             return found
-        return super().match_prefix(replace(params, key=params.key[:length]))
+        return super().match_prefix(replace(params, key=params.key[:keep]))
 
     def path(self, node: TreeNode | None) -> list[tuple[int, int, TreeNode]]:
         """``(start, end, node)`` of each node from the root down to ``node``, by position."""

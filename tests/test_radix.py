@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 from sglang.srt.runtime_context import get_context
 
 from patternkv_sgl.config import PatternKVConfig
+from patternkv_sgl.radix import TAIL_TOKENS
 from patternkv_sgl.requests import ATTRIBUTE, RequestTables
 from patternkv_sgl.tables import ZERO_TABLE, TableRuns
 from tests.fakes import Scheduler
@@ -501,15 +502,37 @@ def test_the_end_of_a_question_about_a_stored_context_is_prefilled_by_everyone(
     """By its first request and by those that find it in the tree, which read the same exactly."""
     scheduler.prefill(tokens(0, 48))
     prompt = tokens(0, 48) + tokens(100, question)
-    exact = min(question, CONFIG.window)
-    for _ in range(2):
+    exact = set()
+    for _ in range(3):
         req = scheduler.admit(prompt)
         (extend,) = scheduler.extend([req])
         scheduler.checkpoint(req)
-        assert (extend.mine, extend.num_exact) == (False, exact)
-        assert state_of(req).window_start == len(prompt) - exact
-    page = scheduler.pool.page_size
-    assert extend.prefix_len == (len(prompt) - exact) // page * page
+        assert not extend.mine
+        assert state_of(req).window_start == len(prompt) - extend.num_exact
+        exact.add(extend.num_exact)
+    assert len(exact) == 1
+    assert min(question, CONFIG.window) <= exact.pop() <= CONFIG.window
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_question_that_begins_like_one_stored_with_the_context_is_read_exactly(
+    page_size: int,
+) -> None:
+    """Only the prompt that mined the table shares all of itself."""
+    config = replace(CONFIG, window=TAIL_TOKENS, mine_tokens=32)
+    scheduler = Scheduler(config, size=512, page_size=page_size)
+    context, begin = tokens(0, 44), [500, 501, 502, 503, 504]
+    prompts = [context + begin + tokens(start, 7) for start in (600, 700)]
+    (first,) = scheduler.prefill(prompts[0])
+    for _ in range(2):
+        other = scheduler.admit(prompts[1])
+        (extend,) = scheduler.extend([other])
+        scheduler.checkpoint(other)
+        assert (extend.prefix_len, extend.num_exact, extend.mine) == (40, TAIL_TOKENS, False)
+        # What both have is stored once.
+        assert torch.equal(scheduler.row(other)[:48], scheduler.row(first)[:48])
+    assert scheduler.admit(prompts[0]).prefix_len == 55 // page_size * page_size
+    check(scheduler)
 
 
 def test_a_prompt_that_mined_its_table_is_matched_but_for_its_last_token(
