@@ -32,6 +32,13 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
     Exact over all subsets of size ``k``. Samples without an answer do not vote; correct answers
     vote as one however they are written; t answers that tie for the most votes get 1 / t each.
     """
+    return maj_at_each_k(answers, correct, [k])[0]
+
+
+def maj_at_each_k(
+    answers: Sequence[str | None], correct: Sequence[bool], ks: Sequence[int]
+) -> list[float]:
+    """:func:`maj_at_k` of every ``k`` of ``ks``, which have most of the work in common."""
     right = sum(correct)
     wrong = Counter(
         answer
@@ -39,12 +46,12 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
         if not good and answer is not None
     )
     silent = len(answers) - right - wrong.total()
-    subsets = math.comb(len(answers), k)
     # No number below exceeds that of all subsets of any size.
     integers = np.int64 if len(answers) < 63 else object
-    credit = 0.0
-    for votes in range(1, min(right, k) + 1):
-        others = k - votes
+    subsets = np.array([math.comb(len(answers), k) for k in ks], integers)
+    credit = np.zeros(len(ks))
+    for votes in range(1, min(right, max(ks)) + 1):
+        others = max(ks) - votes
         # ways[size, ties]: subsets of the wrong answers, none with more than `votes` votes and
         # `ties` of them with exactly as many.
         ways = np.zeros((others + 1, others // votes + 1), integers)
@@ -56,11 +63,14 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
                 stop = ways.shape[0] - taken, ways.shape[1] - ties
                 grown[taken:, ties:] += ways[: stop[0], : stop[1]] * math.comb(count, taken)
             ways = grown
-        completed = [math.comb(silent, others - size) for size in range(others + 1)]
-        tied = np.array(completed, integers) @ ways
-        chosen = math.comb(right, votes)
-        credit += sum(chosen * int(n) / subsets / (t + 1) for t, n in enumerate(tied))
-    return credit
+        # Samples without an answer fill up what is left of each k.
+        left = [[k - votes - size for size in range(others + 1)] for k in ks]
+        filled = [[math.comb(silent, n) if n >= 0 else 0 for n in sizes] for sizes in left]
+        won = math.comb(right, votes) * (np.array(filled, integers) @ ways)
+        shares = (won / subsets[:, None]).astype(float)
+        credit += shares @ (1 / np.arange(1, ways.shape[1] + 1))
+    found: list[float] = credit.tolist()
+    return found
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
@@ -136,12 +146,12 @@ def _rates(groups: Sequence[Sequence[Sample]], n: int) -> dict[str, Any]:
     result: dict[str, Any] = {"n_problems": len(groups), "n_samples": len(groups) * n}
     for name in ("pass_at_k", "maj_at_k"):
         result[name], result[f"{name}_stderr"] = {}, {}
-    for k in powers_of_two(n):
+    ks = powers_of_two(n)
+    votes = [
+        maj_at_each_k([s.answer for s in group], [s.correct for s in group], ks) for group in groups
+    ]
+    for k, majorities in zip(ks, zip(*votes, strict=True), strict=True):
         passes = [pass_at_k(n, sum(sample.correct for sample in group), k) for group in groups]
-        majorities = [
-            maj_at_k([sample.answer for sample in group], [s.correct for s in group], k)
-            for group in groups
-        ]
         for name, values in (("pass_at_k", passes), ("maj_at_k", majorities)):
             result[name][str(k)], result[f"{name}_stderr"][str(k)] = mean_and_stderr(values)
     return result | {

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from recipes.cache import CacheInfo
-from recipes.metrics import maj_at_k, mean_and_stderr, pass_at_k, powers_of_two, summarise
+from recipes.metrics import (
+    maj_at_each_k,
+    maj_at_k,
+    mean_and_stderr,
+    pass_at_k,
+    powers_of_two,
+    summarise,
+)
 from recipes.problems import load_problems
 from recipes.records import Session
 from recipes.report import plot, table, variant_metrics, with_same_memory
@@ -68,13 +75,15 @@ def test_correct_answers_vote_as_one() -> None:
 def test_maj_at_k_is_the_mean_over_all_subsets(answers: str) -> None:
     votes = [None if letter == "-" else letter for letter in answers]
     correct = [letter == "a" for letter in answers]
-    for k in range(1, len(votes) + 1):
+    ks = range(1, len(votes) + 1)
+    for k, credit in zip(ks, maj_at_each_k(votes, correct, ks), strict=True):
         credits = []
         for subset in itertools.combinations(votes, k):
             counts = {vote: subset.count(vote) for vote in subset if vote is not None}
             best = [vote for vote, count in counts.items() if count == max(counts.values())]
             credits.append(1 / len(best) if "a" in best else 0)
-        assert maj_at_k(votes, correct, k) == pytest.approx(sum(credits) / len(credits))
+        assert credit == pytest.approx(sum(credits) / len(credits))
+        assert maj_at_k(votes, correct, k) == pytest.approx(credit)
 
 
 def test_maj_at_k_of_hundreds_of_samples() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.statistics import Paired
-from recipes.metrics import maj_at_k, mean_and_stderr, pass_at_k, powers_of_two
+from recipes.metrics import maj_at_each_k, mean_and_stderr, pass_at_k, powers_of_two
 
 VOTES = 8
 """The k of the maj@k that caches are compared by."""
@@ -100,10 +100,11 @@ class Result:
         return [100 * pass_at_k(self.samples, right, k) for right in self._by_problem("right")]
 
     def majorities(self, k: int) -> list[float]:
-        """Credit per problem, in percent, of a vote among k of its samples."""
+        """Credit per problem, in percent, of a vote among k of its samples: a power of two, or
+        all of them."""
         pairs = zip(self._by_problem("right"), self._by_problem("wrong"), strict=True)
         return [
-            100 * _majority(self.samples, right, tuple(sorted(wrong.values())), k)
+            100 * _majorities(self.samples, right, tuple(sorted(wrong.values())))[k]
             for right, wrong in pairs
         ]
 
@@ -188,12 +189,14 @@ def rows(found: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 @cache
-def _majority(samples: int, right: int, wrong: tuple[int, ...], k: int) -> float:
-    """maj@k of votes that problems often have in common."""
+def _majorities(samples: int, right: int, wrong: tuple[int, ...]) -> dict[int, float]:
+    """maj@k by k, of votes that problems often have in common."""
     answers: list[str | None] = [*("right" for _ in range(right))]
     answers += [str(i) for i, count in enumerate(wrong) for _ in range(count)]
     answers += [None] * (samples - len(answers))
-    return maj_at_k(answers, [answer == "right" for answer in answers], k)
+    ks = powers_of_two(samples)
+    credits = maj_at_each_k(answers, [answer == "right" for answer in answers], ks)
+    return dict(zip(ks, credits, strict=True))
 
 
 def _column_means(table: Iterable[Sequence[float]]) -> list[float]:
