@@ -109,6 +109,14 @@ def relative_error(x: torch.Tensor, table: MinedTable, bits: int) -> float:
     return float((back - x).square().sum() / x.square().sum())
 
 
+def sampled_rows(n: int, most: int, tail: int) -> torch.Tensor:
+    """Which of ``n`` rows are looked at: no more than ``most``, evenly spaced before a tail."""
+    if n <= most:
+        return torch.arange(n)
+    spread = torch.arange(most - tail) * (n - tail) // (most - tail)
+    return torch.cat([spread, torch.arange(n - tail, n)])
+
+
 @every_implementation
 @pytest.mark.parametrize("n", [1, 5, 32, 33, 500, 5000])
 def test_same_tokens_give_the_same_bits(mine: Mine, n: int) -> None:
@@ -184,11 +192,13 @@ def test_outliers_get_patterns(mine: Mine, iterations: int) -> None:
 
 
 @every_implementation
-def test_long_segments_are_sampled_evenly(mine: Mine) -> None:
+@pytest.mark.parametrize(("max_sample", "tail"), [(300, 64), (100, 50), (1, 0)])
+def test_long_segments_are_sampled_evenly_but_for_their_end(
+    mine: Mine, max_sample: int, tail: int
+) -> None:
     x = clustered(2000)
-    sampled = mine(x, num_patterns=16, num_sinks=4, bits=4, max_sample=100)
-    picks = torch.arange(100) * 1996 // 100 + 4
-    chosen = torch.cat([x[:4], x[picks]])
+    sampled = mine(x, num_patterns=16, num_sinks=4, bits=4, max_sample=max_sample)
+    chosen = torch.cat([x[:4], x[4:][sampled_rows(1996, max_sample, tail)]])
     whole = mine(chosen, num_patterns=16, num_sinks=4, bits=4)
     assert torch.equal(sampled.patterns, whole.patterns)
     assert torch.equal(sampled.channel_scale, whole.channel_scale)
@@ -288,8 +298,8 @@ def test_k_and_v_are_mined_together_as_alone(mine: Mine, n: int) -> None:
     together = mine.kv(q, k, v, num_patterns=32, num_sinks=2, bits=(4, 2))
     weight = together[0].channel_weight
     assert weight is not None and together[1].channel_weight is None
-    every = torch.arange(min(n, 2048)) * n // min(n, 2048)
-    torch.testing.assert_close(weight, query_weight(q[every], 2), rtol=2e-3, atol=0.0)
+    sampled = q[sampled_rows(n, 2048, 64)]
+    torch.testing.assert_close(weight, query_weight(sampled, 2), rtol=2e-3, atol=0.0)
     alone = (
         mine(k, num_patterns=32, num_sinks=2, bits=4, channel_weight=weight),
         mine(v, num_patterns=32, num_sinks=2, bits=2),

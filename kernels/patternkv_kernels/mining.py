@@ -51,7 +51,8 @@ def mine_table(
         reason to mine differently.
     channel_weight: float16 ``[h, d]``, positive: how much an error in each channel counts, for the
         clusters here and for the store later (:func:`query_weight`); None counts all alike.
-    max_sample: at most this many tokens besides the sinks, evenly spaced, are looked at.
+    max_sample: at most this many tokens besides the sinks are looked at, evenly spaced but for the
+        last 64, which are among them.
     iterations: Lloyd steps before the outliers join; one more follows.
     """
     _check(x, num_patterns, num_sinks, (bits,))
@@ -74,8 +75,9 @@ def mine_kv(
     impl: Impl = "auto",
 ) -> tuple[MinedTable, MinedTable]:
     """Mine K's and V's tables of one layer from a segment's ``q [n, h_q, d]`` and ``k``, ``v [n,
-    h_kv, d]``: K's channels weighted by (evenly spaced) queries, V's alike. ``bits`` are those of K
-    and V; the rest is as in :func:`mine_table`, and so are the tables, but mined together.
+    h_kv, d]``: K's channels weighted by queries, which are sampled as tokens are, V's alike.
+    ``bits`` are those of K and V; the rest is as in :func:`mine_table`, and so are the tables, but
+    mined together.
 
     ``out`` is memory for the result, such as :meth:`LayerTables.table`; None allocates it."""
     _check(k, num_patterns, num_sinks, bits)

@@ -18,6 +18,7 @@ constexpr int kMaxTokens = 2048;  // besides the sinks
 constexpr int kRankTokens = kMaxTokens / kRanks;
 constexpr int kMaxPatterns = 256;
 constexpr int kOutlierShare = 8;  // one in this many of the centres starts as an outlier token
+constexpr int kTailTokens = 64;   // the end of a long segment, its question, is never left out
 constexpr int kMaxOutliers = kMaxPatterns / kOutlierShare;
 constexpr int kChunks = HEAD_DIM / 8;      // of a vector: 16 bytes
 constexpr int kLanes = kThreads / kChunks;  // threads that share a chunk of the vectors
@@ -29,17 +30,25 @@ struct Vectors {
   int64_t token_stride, head_stride;
 };
 
-// Evenly spaced rows: sample i of n is row floor(i * segment / n).
+// The last rows of a segment and evenly spaced ones before them: of these, sample i of `count` is row
+// floor(i * length / count).
 struct Sampling {
-  int64_t whole;     // segment / n
-  uint32_t rest;     // segment % n
-  uint64_t inverse;  // ceil(2^42 / n): exact for i * rest below 2^22
+  int64_t whole;     // length / count
+  uint32_t rest;     // length % count
+  uint64_t inverse;  // ceil(2^42 / count): exact for i * rest below 2^22
+  int64_t skipped;   // rows that are no samples
+  int count;
 
+  // `n` rows of `segment`: all, or fewer and then of the last ones kTailTokens or half of n.
   static Sampling make(int64_t segment, int n) {
     if (n == 0) return {};
-    return {segment / n, static_cast<uint32_t>(segment % n), ((uint64_t{1} << 42) + n - 1) / n};
+    const int tail = segment > n ? min(kTailTokens, n / 2) : 0, count = n - tail;
+    const int64_t length = segment - tail;
+    return {length / count, static_cast<uint32_t>(length % count),
+            ((uint64_t{1} << 42) + count - 1) / count, segment - n, count};
   }
   __device__ int64_t operator()(int i) const {
+    if (i >= count) return skipped + i;
     return i * whole + static_cast<int64_t>(i * rest * inverse >> 42);
   }
 };
