@@ -100,12 +100,12 @@ class Report:
                 continue
             layers = [f"layer {i}" for i in range(len(lines[0]) - 6)]
             head = ["method", "level", "bits", "KL", "KL first", "KL last", *layers]
-            cell = next(iter(self.shown(model, "forced").values()))
-            first = cell.first
-            parts.append(
-                f"**{model}**: {len(cell.kl)} chains, {first.context} tokens of context, "
-                f"{first.generated + 1} after it.\n\n{table(head, lines)}"
-            )
+            sizes = {
+                level: f"{level}: {len(result.kl)} chains, {result.first.context} tokens of context "
+                f"and {result.first.generated + 1} after it"
+                for (*_, level), result in self.shown(model, "forced").items()
+            }
+            parts.append(f"**{model}**, {'; '.join(sizes.values())}.\n\n{table(head, lines)}")
         return "\n\n".join(parts)
 
     def answers(self) -> str:
