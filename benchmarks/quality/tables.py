@@ -101,8 +101,8 @@ class Report:
             layers = [f"layer {i}" for i in range(len(lines[0]) - 6)]
             head = ["method", "level", "bits", "KL", "KL first", "KL last", *layers]
             sizes = {
-                level: f"{level}: {len(result.kl)} chains, {result.first.context} tokens of context "
-                f"and {result.first.generated + 1} after it"
+                level: f"{level}: {len(result.kl)} chains, {result.first.context} tokens of "
+                f"context and {result.first.generated + 1} after it"
                 for (*_, level), result in self.shown(model, "forced").items()
             }
             parts.append(f"**{model}**, {'; '.join(sizes.values())}.\n\n{table(head, lines)}")
