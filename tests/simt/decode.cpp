@@ -89,10 +89,9 @@ extern "C" void decode(Arguments* arguments) {
   p.h_kv = a.h_kv;
   p.narrow_rows = narrow_rows;
   const int wide_rows = !hopper ? wide::kMostRows : rows <= 16 ? 16 : 32;
-  int many_rows = 0;
-  if (a.hopper && warpgroup::kExists && rows > 32) {
-    many_rows = warpgroup::kMostRows;
-    p.many_branches = many_rows / group;
+  const bool many = a.hopper && warpgroup::kExists && rows > 32;
+  if (many) {
+    p.many_branches = warpgroup::kMostRows / group;
     p.many_blocks = kBlocks, p.fewest_rows = a.fewest_rows;
   }
   p.wide_branches = wide_rows / group;
@@ -159,7 +158,7 @@ extern "C" void decode(Arguments* arguments) {
       simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
                    [&] { warpgroup::attend_kernel<kTile>(d); });
     };
-    if (many_rows > 0) {
+    if (many) {
       if (a.num_patterns <= 128) {
         launch(std::integral_constant<int, 64>());
       } else {

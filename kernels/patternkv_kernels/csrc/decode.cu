@@ -70,7 +70,7 @@ struct AttendLaunch {
 // How decode runs on one device.
 struct LaunchConfig {
   AttendLaunch narrow, few, wide, many;  // by query rows of a work item; 0 rows: none
-  bool dependent_launch;                       // compute capability 9.0 and later
+  bool dependent_launch;                 // compute capability 9.0 and later
   int sms;
 
   // The kernels with shared segments of a batch of so many query rows per KV head: one for items of
