@@ -34,9 +34,9 @@ struct FixedPoint {
 };
 
 // Works through the units of a launch, an item and a KV head each, block by block: `attend(item,
-// head)` by whole blocks, whose threads may come here from several places. The next unit is asked
-// for before the present one is worked on, and the first item before it is known whether there is
-// one, so that these answers cost no time. `next` is in shared memory.
+// head)` by whole blocks, whose threads may come here from several places. The first item is asked
+// for before it is known whether there is one, so that the answer costs no time. Units that no block
+// starts with go to those that are done first. `next` is in shared memory.
 template <typename AttendUnit>
 __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, int& next,
                                               AttendUnit attend) {
@@ -44,11 +44,10 @@ __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, int& ne
   WorkItem item = queue.items[unit / h_kv];
   const int num_units = queue.sign * *queue.num_items * h_kv;
   while (unit < num_units) {
-    int asked = 0;
-    if (threadIdx.x == 0) asked = gridDim.x + atomicAdd(queue.taken, 1);
     attend(item, unit % h_kv);
+    if (num_units <= static_cast<int>(gridDim.x)) return;
     __syncthreads();
-    if (threadIdx.x == 0) next = asked;
+    if (threadIdx.x == 0) next = gridDim.x + atomicAdd(queue.taken, 1);
     __syncthreads();
     unit = next;
     if (unit < num_units) item = queue.items[unit / h_kv];

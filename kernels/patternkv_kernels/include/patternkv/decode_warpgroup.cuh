@@ -1,17 +1,18 @@
 // Attention of up to 128 query rows over a chunk of tokens, with the asynchronous matrix products
 // of compute capability 9.0: K and V are dequantized to fp16 operands in shared memory, once for
-// all rows. A block is four warpgroups. Two producers dequantize every other tile each; two
-// consumers have 64 rows, as many as a product:
-//
-//   up to 64 rows   the same ones, a consumer for the tiles of each producer; the two results are
-//                   added at the end
-//   up to 128 rows  each their own, of all tiles
+// all rows. A block is four warpgroups. A consumer has 64 rows, as many as a product; the others are
+// producers, which dequantize a tile each in turn. So up to 64 rows have one consumer and three
+// producers, up to 128 rows two of each.
 #pragma once
 
 #include "patternkv/warpgroup_tiles.cuh"
 
 namespace patternkv {
 namespace warpgroup {
+
+// References rise for logits (log2) this far above them: until then probabilities have the precision
+// of fp16 and are far from its end.
+constexpr float kLead = 10.0f;
 
 // The running softmax of a thread's two rows, 16 w + g and 8 further.
 struct Softmax {
@@ -26,7 +27,7 @@ struct Softmax {
     float peak[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], x[i]);
-    const auto ahead = [&](int h) { return peak[h] * factor[h] > reference[h] + kSlack; };
+    const auto ahead = [&](int h) { return peak[h] * factor[h] > reference[h] + kLead; };
     if (__any_sync(~0u, ahead(0) || ahead(1))) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -180,152 +181,105 @@ struct Rows {
   }
 };
 
-// Adds up the consumers' attention to the same rows in the first one. A consumer without tokens has
-// reference -inf, hence weight 0.
-__device__ __forceinline__ void merge_consumers(Rows& rows, int consumer, Shared& shared,
-                                                float4* output) {
-  const int thread = threadIdx.x % kGroupThreads, t = thread % 4, row = Rows::first_row();
-  constexpr int kQuads = D / 8;
-  auto& states = reinterpret_cast<float2(&)[kConsumers][kGroupRows]>(shared.queries[1]);
-  rows.add_mass();
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (t == 0) {
-      states[consumer][row + 8 * h] =
-          make_float2(rows.softmax.reference[h], rows.softmax.mass[h]);
-    }
-  }
-  block_barrier_wait(kConsumerBarrier, kConsumerThreads);  // nobody reads operands any more either
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float2 own = states[consumer][row + 8 * h], other = states[1 - consumer][row + 8 * h];
-    const float top = fmaxf(own.x, other.x), weight = exp2_approx(own.x - top);
-    rows.softmax.reference[h] = top;
-    rows.softmax.mass[h] = own.y * weight + other.y * exp2_approx(other.x - top);
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      rows.out[4 * i + 2 * h] *= weight;
-      rows.out[4 * i + 2 * h + 1] *= weight;
-    }
-  }
-  if (consumer > 0 && rows.busy) {
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      output[i * kGroupThreads + thread] = *reinterpret_cast<const float4*>(&rows.out[4 * i]);
-    }
-  }
-  block_barrier_wait(kConsumerBarrier, kConsumerThreads);
-  if (consumer > 0 || !rows.busy) return;
-#pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    const float4 other = output[i * kGroupThreads + thread];
-    rows.out[4 * i] += other.x, rows.out[4 * i + 1] += other.y;
-    rows.out[4 * i + 2] += other.z, rows.out[4 * i + 3] += other.w;
-  }
-}
-
-// How an item is shared out.
+// How the warpgroups of a block share an item.
 struct Shares {
   int num_rows;
-  bool tokens;  // consumers share these, else the rows
+  int consumers, producers;
   // Threads at the barrier of a tile: its producer's, and of those who use it.
-  int threads;
+  int tile_threads;
 
   __device__ __forceinline__ Shares(const DecodeParams& p, const WorkItem& item)
       : num_rows(item.num_branches * p.group),
-        tokens(num_rows <= kGroupRows),
-        threads(kGroupThreads * (tokens ? 2 : 1 + kConsumers)) {}
+        consumers(num_rows <= kGroupRows ? 1 : kMostConsumers),
+        producers(kGroups - consumers),
+        tile_threads(kGroupThreads * (1 + consumers)) {}
 };
 
 template <int kTile>
 __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& item, int head,
-                                        uint8_t* bytes, int producer) {
+                                        uint8_t* bytes, const Shares& shares, int producer) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
-  uint8_t* k_patterns = bytes + kPatternStart<kTile>;
+  uint8_t* k_patterns = bytes + sizeof(Memory<kTile>);
   uint8_t* v_patterns = k_patterns + p.num_patterns * HEAD_DIM * 2;
-  const int thread = threadIdx.x - kConsumerThreads;
-  const Shares shares(p, item);
+  const int thread = threadIdx.x - shares.consumers * kGroupThreads;
 
   // The first patterns travel while the first tile is looked up.
   const __half* from[2] = {table_rows(p, item.table, 0, head), table_rows(p, item.table, 1, head)};
-  const int end = p.num_patterns * (HEAD_DIM / 8);
-  PatternBatch first_k, first_v;
-  first_k.load(from[0], 0, end, thread);
-  first_v.load(from[1], 0, end, thread);
-  Feed<kTile> feed(p, item, head, memory.incoming[producer], producer);
+  const int threads = shares.producers * kGroupThreads, end = p.num_patterns * (HEAD_DIM / 8);
+  PatternBatch first_k{thread, threads, end}, first_v{thread, threads, end};
+  first_k.load(from[0], 0);
+  first_v.load(from[1], 0);
+  Feed<kTile> feed(p, item, head, memory, producer, shares.producers);
   feed.start(producer);
   if (thread < 2 * HEAD_DIM) {
     const int side = thread / HEAD_DIM, dim = thread % HEAD_DIM;
     shared.channels[side][place_of(dim)] = table_channels(p, item.table, side, head)[dim];
   }
-  first_k.store(k_patterns, 0, end, thread);
-  first_v.store(v_patterns, 0, end, thread);
-  for (int first = PatternBatch::kCount; first < end; first += PatternBatch::kCount) {
-    first_k.load(from[0], first, end, thread);
-    first_v.load(from[1], first, end, thread);
-    first_k.store(k_patterns, first, end, thread);
-    first_v.store(v_patterns, first, end, thread);
+  first_k.store(k_patterns, 0);
+  first_v.store(v_patterns, 0);
+  const int batch = PatternBatch::kBatch * threads;
+  for (int first = batch; first < end; first += batch) {
+    first_k.load(from[0], first);
+    first_v.load(from[1], first);
+    first_k.store(k_patterns, first);
+    first_v.store(v_patterns, first);
   }
   cp_async_wait<0>();
   __syncthreads();
 
   for (int n = 0; n < feed.count; ++n) {
-    const int tile = n * kProducers + producer, stage = tile % kStages;
+    const int tile = n * shares.producers + producer, stage = tile % kStages;
     auto& operands = memory.operands[stage];
+    const auto keys = feed.keys(n, k_patterns), values = feed.values(n, v_patterns);
     feed.ask(n);
-    if (tile >= kStages) block_barrier_wait(kKeysEmpty + stage, shares.threads);
-    feed.dequantize_keys(n, operands, shared, k_patterns);
+    Pieces pieces;
+    pieces.load<K_BITS>(keys, 0);
+    if (tile >= kStages) block_barrier_wait(kKeysEmpty + stage, shares.tile_threads);
+    dequantize<K_BITS>(operands.keys, shared.channels[0], keys, pieces,
+                       [&](Pieces& next) { next.load<V_BITS>(values, 0); });
     publish_operands();
-    block_barrier_arrive(kKeysFull + stage, shares.threads);
-    if (tile >= kStages) block_barrier_wait(kValuesEmpty + stage, shares.threads);
-    feed.dequantize_values(n, operands, shared, v_patterns);
+    block_barrier_arrive(kKeysFull + stage, shares.tile_threads);
+    if (tile >= kStages) block_barrier_wait(kValuesEmpty + stage, shares.tile_threads);
+    dequantize<V_BITS>(operands.values, shared.channels[1], values, pieces, [](Pieces&) {});
     feed.receive(n);
     publish_operands();
-    block_barrier_arrive(kValuesFull + stage, shares.threads);
+    block_barrier_arrive(kValuesFull + stage, shares.tile_threads);
     group_barrier(producer);
   }
 }
 
 template <int kTile>
 __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& item, int head,
-                                        uint8_t* bytes, int consumer) {
+                                        uint8_t* bytes, const Shares& shares, int consumer) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
-  const Shares shares(p, item);
-  load_queries(p, item, head, shares.tokens ? kGroupRows : kMostRows, shared);
+  load_queries(p, item, head, shares.consumers * kGroupRows, shared);
   __syncthreads();
 
-  const int which = shares.tokens ? 0 : consumer;
-  Rows rows(shared, which, shares.num_rows);
+  Rows rows(shared, consumer, shares.num_rows);
   const int tiles = (item.end - item.start + kTile - 1) / kTile;
-  const int stride = shares.tokens ? kConsumers : 1;
-  for (int tile = shares.tokens ? consumer : 0; tile < tiles; tile += stride) {
-    const int stage = tile % kStages, before = tile - stride;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int stage = tile % kStages;
     const auto& operands = memory.operands[stage];
-    block_barrier_wait(kKeysFull + stage, shares.threads);
+    block_barrier_wait(kKeysFull + stage, shares.tile_threads);
     float x[kTile / 2];
     rows.multiply_keys<kTile>(x, operands);
     rows.finish();  // the values of the tile before too
     settle(x);
     // The last stages have nobody who waits for them.
-    if (tile + kStages < tiles) block_barrier_arrive(kKeysEmpty + stage, shares.threads);
-    if (before >= 0 && before + kStages < tiles) {
-      block_barrier_arrive(kValuesEmpty + before % kStages, shares.threads);
+    if (tile + kStages < tiles) block_barrier_arrive(kKeysEmpty + stage, shares.tile_threads);
+    if (tile > 0 && tile - 1 + kStages < tiles) {
+      block_barrier_arrive(kValuesEmpty + (tile - 1) % kStages, shares.tile_threads);
     }
     uint32_t weights[kTile / 16][4];
     rows.weigh<kTile>(x, weights, item.end - item.start - tile * kTile, p.cap_log2);
-    block_barrier_wait(kValuesFull + stage, shares.threads);
+    block_barrier_wait(kValuesFull + stage, shares.tile_threads);
     rows.multiply_values<kTile>(weights, operands);
   }
   rows.finish();
-  if (shares.tokens) {
-    merge_consumers(rows, consumer, shared, reinterpret_cast<float4*>(memory.operands));
-    if (consumer > 0) return;
-  } else {
-    rows.add_mass();
-  }
-  rows.store(p, item, head, which);
+  rows.add_mass();
+  rows.store(p, item, head, consumer);
 }
 
 // kTile is 64, or 32 where large tables leave no room.
@@ -341,13 +295,21 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const auto for_each = [&](auto work) {
     for_each_unit(p.work.many(), p.pool.h_kv, next_unit, work);
   };
-  if (group < kConsumers) {
+  if (group < kMostConsumers) {
     raise_registers<kConsumerRegisters>();
-    for_each([&](const WorkItem& item, int head) { consume<kTile>(p, item, head, aligned, group); });
+    for_each([&](const WorkItem& item, int head) {
+      const Shares shares(p, item);
+      if (group < shares.consumers) {
+        consume<kTile>(p, item, head, aligned, shares, group);
+      } else {
+        produce<kTile>(p, item, head, aligned, shares, group - shares.consumers);
+      }
+    });
   } else {
     lower_registers<kProducerRegisters>();
     for_each([&](const WorkItem& item, int head) {
-      produce<kTile>(p, item, head, aligned, group - kConsumers);
+      const Shares shares(p, item);
+      produce<kTile>(p, item, head, aligned, shares, group - shares.consumers);
     });
   }
   // This grid then ends after the one before it, and the merge, which waits for this one, after

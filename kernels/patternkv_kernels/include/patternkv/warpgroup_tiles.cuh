@@ -16,23 +16,20 @@ constexpr bool kExists = PKV_WGMMA && HEAD_DIM <= 128;
 
 constexpr int kGroupRows = 64;
 constexpr int kMostRows = 2 * kGroupRows;
-constexpr int kConsumers = 2, kProducers = 2;  // warpgroups
-constexpr int kGroupThreads = 128;
-constexpr int kConsumerThreads = kConsumers * kGroupThreads;
-constexpr int kProducerThreads = kProducers * kGroupThreads;
-constexpr int kBlockThreads = kConsumerThreads + kProducerThreads;
-// A thread of a consumer and of a producer together have what two threads of the launch have.
-constexpr int kConsumerRegisters = 168, kProducerRegisters = 88;
+constexpr int kGroups = 4, kGroupThreads = 128;  // warpgroups of a block
+constexpr int kBlockThreads = kGroups * kGroupThreads;
+constexpr int kMostConsumers = 2, kMostProducers = 3;
+// Of the first two warpgroups and of the others, together what four have at launch.
+constexpr int kConsumerRegisters = 144, kProducerRegisters = 112;
 constexpr int kStages = 3;      // tiles of operands
 constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
 
 // Named barriers. Those of the producers come first (group_barrier); keys and values of a stage
 // have two each.
-constexpr int kKeysFull = 1 + kProducers, kValuesFull = kKeysFull + kStages;
+constexpr int kKeysFull = 1 + kMostProducers, kValuesFull = kKeysFull + kStages;
 constexpr int kKeysEmpty = kValuesFull + kStages, kValuesEmpty = kKeysEmpty + kStages;
-constexpr int kConsumerBarrier = kValuesEmpty + kStages;
-static_assert(kConsumerBarrier < 16, "a block has 16 barriers");
+static_assert(kValuesEmpty + kStages <= 16, "a block has 16 barriers");
 
 // Metadata of a token's K or V as its readers need it.
 struct alignas(8) Source {
@@ -41,7 +38,7 @@ struct alignas(8) Source {
 };
 
 struct Shared {
-  // Where consumers share rows, their results take the place of the second 64 queries.
+  // Where there are three producers, the codes of the last one take the place of the second 64 queries.
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
   __half channels[2][D];         // channel scales
@@ -54,35 +51,36 @@ struct alignas(1024) Operands {
   uint8_t values[kTiles][kTile * kSwizzledRow];
 };
 
-// The tiles on their way to one producer.
+// The tiles on their way to one producer: code rows, K's and then V's, and what is known of tokens.
+template <int kTile>
+using IncomingCodes = uint8_t[2][kTile * CODE_BYTES];
 template <int kTile>
 struct alignas(128) Incoming {
-  uint8_t codes[2][kTile * CODE_BYTES];  // K's rows, then V's
   Source sources[2][2][kTile];           // K's and V's
   uint32_t steps[2][2][kTile / 32];      // half2: scales of 32 tokens count in these
   uint32_t units[2][kTile];              // offsets of code rows
 };
 
-// [Shared][Operands of each stage][Incoming of each producer][K patterns][V patterns], from an
-// address aligned to kAlign. Once the tiles are done, a consumer may leave its output behind Shared.
+// In front of K's and V's patterns, from an address aligned to kAlign.
 template <int kTile>
 struct Memory {
   Shared shared;
   Operands<kTile> operands[kStages];
-  Incoming<kTile> incoming[kProducers];
+  Incoming<kTile> incoming[kMostProducers];
+  alignas(128) IncomingCodes<kTile> codes[kMostProducers - 1];
+
+  static_assert(sizeof(IncomingCodes<kTile>) <= sizeof(shared.queries[1]));
+  __device__ __forceinline__ IncomingCodes<kTile>& codes_of(int producer) {
+    return producer < kMostProducers - 1
+               ? codes[producer]
+               : reinterpret_cast<IncomingCodes<kTile>&>(shared.queries[1]);
+  }
 };
 constexpr int kAlign = 1024, kLeastAlign = 256;  // of a tile; what the launch gives anyway
-constexpr int kOutputBytes = kGroupRows * D * 4;
-
-template <int kTile>
-constexpr int kPatternStart =
-    offsetof(Memory<kTile>, incoming) + kProducers * sizeof(Incoming<kTile>);
 
 template <int kTile>
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
-  const int tiles = kPatternStart<kTile> + 2 * num_patterns * HEAD_DIM * 2;
-  const int outputs = offsetof(Memory<kTile>, operands) + (kConsumers - 1) * kOutputBytes;
-  return kAlign - kLeastAlign + (tiles > outputs ? tiles : outputs);
+  return kAlign - kLeastAlign + sizeof(Memory<kTile>) + 2 * num_patterns * HEAD_DIM * 2;
 }
 
 // Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes
@@ -115,8 +113,17 @@ __device__ __forceinline__ void expand_pairs(uint32_t word, uint32_t (&pairs)[4]
   }
 }
 
+// One side of a tile as it came: code rows, and the patterns in the order in which codes leave their
+// words.
+template <int kTile>
+struct Packed {
+  const uint8_t* codes;
+  const uint8_t* patterns;
+  const Source (&sources)[kTile];
+  const uint32_t (&steps)[kTile / 32];
+};
+
 // What a producer thread reads of one side of 32 tokens: of every kTokenStep-th, a piece of each tile.
-template <int kBits>
 struct Pieces {
   static constexpr int kTokenStep = kGroupThreads / kPieces, kTokens = 32 / kTokenStep;
 
@@ -124,38 +131,33 @@ struct Pieces {
   uint32_t codes[kTokens][kTiles];
   uint32_t patterns[kTokens][kTiles][4];
 
-  __device__ __forceinline__ void load(const uint8_t* all_codes, int code_stride,
-                                       const uint8_t* all_patterns, const Source* all_sources,
-                                       int first) {
+  template <int kBits, int kTile>
+  __device__ __forceinline__ void load(const Packed<kTile>& from, int first) {
     const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) {
       const int token = first + n * kTokenStep + thread / kPieces;
-      sources[n] = all_sources[token];
+      sources[n] = from.sources[token];
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         const int dim = min(i * 64 + piece * 8, HEAD_DIM - 8);
-        codes[n][i] = load_codes<kBits>(all_codes + token * code_stride + dim * kBits / 8);
-        load_words(patterns[n][i], all_patterns + sources[n].pattern + dim * 2);
+        codes[n][i] = load_codes<kBits>(from.codes + (token * HEAD_DIM + dim) * kBits / 8);
+        load_words(patterns[n][i], from.patterns + sources[n].pattern + dim * 2);
       }
     }
   }
 };
 
 // Writes one side of a tile: pattern + scale * channel_scale * (code - centre). The threads of the
-// group write a token's 16-byte pieces side by side. Loads do not wait for the stores before them,
-// which the compiler takes for possible sources of theirs.
-template <int kBits, int kTile>
+// group write a token's 16-byte pieces side by side. `now` has the first pieces, and gets what
+// `load_following` brings. Loads are issued ahead of the stores before them, which the compiler takes
+// for possible sources of theirs.
+template <int kBits, int kTile, typename LoadFollowing>
 __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwizzledRow],
-                                           const __half* channels, const uint8_t* codes,
-                                           int code_stride, const uint8_t* patterns,
-                                           const Source (&sources)[kTile],
-                                           const uint32_t (&steps_of)[kTile / 32]) {
-  using Loads = Pieces<kBits>;
+                                           const __half* channels, const Packed<kTile>& from,
+                                           Pieces& now, LoadFollowing load_following) {
   const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
   const __half2 centre = __float2half2_rn(-Codes<kBits>::kCentre / (1 << 20));
-  Loads now, next;
-  now.load(codes, code_stride, patterns, sources, 0);
 #pragma unroll
   for (int first = 0; first < kTile; first += 32) {
     // From shared memory each time: registers are what is scarce.
@@ -165,13 +167,18 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
       load_words(scales[i], reinterpret_cast<const uint8_t*>(channels + i * 64 + piece * 8));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const __half2 scale = __hmul2(as_half2(scales[i][j]), as_half2(steps_of[first / 32]));
+        const __half2 scale = __hmul2(as_half2(scales[i][j]), as_half2(from.steps[first / 32]));
         scales[i][j] = as_u32(__hmin2(scale, __float2half2_rn(65504.0f)));
       }
     }
-    if (first + 32 < kTile) next.load(codes, code_stride, patterns, sources, first + 32);
+    Pieces next;
+    if (first + 32 < kTile) {
+      next.load<kBits>(from, first + 32);
+    } else {
+      load_following(next);
+    }
 #pragma unroll
-    for (int n = 0; n < Loads::kTokens; ++n) {
+    for (int n = 0; n < Pieces::kTokens; ++n) {
       const __half2 own = as_half2(now.sources[n].scale);
       const __half2 offset = __hmul2(own, centre);
 #pragma unroll
@@ -188,8 +195,8 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
       }
     }
 #pragma unroll
-    for (int n = 0; n < Loads::kTokens; ++n) {
-      const int token = first + n * Loads::kTokenStep + thread / kPieces;
+    for (int n = 0; n < Pieces::kTokens; ++n) {
+      const int token = first + n * Pieces::kTokenStep + thread / kPieces;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         if (i * 64 + piece * 8 >= HEAD_DIM) continue;
@@ -200,40 +207,41 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
   }
 }
 
-// Some patterns of one side on their way to shared memory, kBatch pieces of 16 bytes a thread.
-// `thread` is among the producers'.
+// Some patterns of one side on their way to shared memory, kBatch pieces of 16 bytes for each of
+// `threads`, the producers'.
 struct PatternBatch {
-  static constexpr int kBatch = 4, kCount = kBatch * kProducerThreads;
+  static constexpr int kBatch = 4;
 
+  int thread, threads, end;
   uint32_t words[kBatch][4];
 
-  static __device__ __forceinline__ int place(int first, int i, int thread, int end) {
-    return min(first + i * kProducerThreads + thread, end - 1);
+  __device__ __forceinline__ int place(int first, int i) const {
+    return min(first + i * threads + thread, end - 1);
   }
-  __device__ __forceinline__ void load(const __half* from, int first, int end, int thread) {
+  __device__ __forceinline__ void load(const __half* from, int first) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      load_words(words[i], reinterpret_cast<const uint8_t*>(from + place(first, i, thread, end) * 8));
+      load_words(words[i], reinterpret_cast<const uint8_t*>(from + place(first, i) * 8));
     }
   }
-  __device__ __forceinline__ void store(uint8_t* to, int first, int end, int thread) const {
+  __device__ __forceinline__ void store(uint8_t* to, int first) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const uint32_t(&in)[4] = words[i];
       const uint32_t out[4] = {
           __byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
           __byte_perm(in[1], in[3], 0x5410), __byte_perm(in[1], in[3], 0x7632)};
-      store_words(to + place(first, i, thread, end) * 16, out);
+      store_words(to + place(first, i) * 16, out);
     }
   }
 };
 
-// Fills the query operands of `rows` rows, a multiple of 64, and the scales of their products. By
-// the consumers; ends without a barrier.
+// Fills the query operands of `rows` rows, 64 for each consumer, and the scales of their products.
+// By the consumers; ends without a barrier.
 __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkItem& item, int head,
                                              int rows, Shared& shared) {
   // All rows at once: what they wait for twice is the memory.
-  constexpr int kThreadsPerRow = kConsumerThreads / kMostRows, kDims = HEAD_DIM / kThreadsPerRow;
+  constexpr int kThreadsPerRow = kGroupThreads / kGroupRows, kDims = HEAD_DIM / kThreadsPerRow;
   const int first = threadIdx.x % kThreadsPerRow * kDims;
   const int row = threadIdx.x / kThreadsPerRow;
   if (row < rows) {
@@ -280,17 +288,17 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkIt
   }
 }
 
-// Brings a producer its tiles, every kProducers-th one: tile n starts at position first +
-// n * kStride. Threads below kTile own a token each; tokens beyond the end repeat the last one, so
-// that no byte outside the segment is read.
+// Brings a producer its tiles, of which it has every `producers`-th: tile n starts at position
+// first + n * stride. Threads below kTile own a token each; tokens beyond the end repeat the last
+// one, so that no byte outside the segment is read.
 template <int kTile>
 struct Feed {
-  static constexpr int kStride = kProducers * kTile;
-
   const DecodeParams& p;
   HeadPool pool;
   const int* slots;
   Incoming<kTile>& incoming;
+  IncomingCodes<kTile>& codes;
+  int stride;
   int first, last;  // positions
   int count;        // of tiles
   int next_slot, later_slot, fresh_slot;
@@ -298,17 +306,19 @@ struct Feed {
   const int thread = threadIdx.x % kGroupThreads;
 
   __device__ __forceinline__ Feed(const DecodeParams& p, const WorkItem& item, int head,
-                                  Incoming<kTile>& incoming, int producer)
+                                  Memory<kTile>& memory, int producer, int producers)
       : p(p),
         pool(p.pool, head),
         slots(p.req_to_token + item.req * p.req_stride),
-        incoming(incoming),
+        incoming(memory.incoming[producer]),
+        codes(memory.codes_of(producer)),
+        stride(producers * kTile),
         first(item.start + producer * kTile),
         last(item.end - 1),
-        count((item.end - first + kStride - 1) / kStride) {}
+        count((item.end - first + stride - 1) / stride) {}
 
   __device__ __forceinline__ int load_slot(int n) const {
-    return slots[min(first + n * kStride + thread, last)];
+    return slots[min(first + n * stride + thread, last)];
   }
   __device__ __forceinline__ void put_units(int n, int slot) {
     if (thread < kTile) incoming.units[n % 2][thread] = pool.row_units(p.pool, slot);
@@ -333,7 +343,7 @@ struct Feed {
   }
   __device__ __forceinline__ void issue(int n) {
     copy_rows<kTile, kGroupThreads, K_ROW_BYTES, V_ROW_BYTES>(
-        p.copy16, shared_address(incoming.codes[n % 2]), pool.codes, thread,
+        p.copy16, shared_address(codes[n % 2]), pool.codes, thread,
         [&](int token) { return incoming.units[n % 2][token]; });
     cp_async_commit();
   }
@@ -367,17 +377,13 @@ struct Feed {
     cp_async_wait<0>();
   }
 
-  __device__ __forceinline__ void dequantize_keys(int n, Operands<kTile>& to, const Shared& shared,
-                                                  const uint8_t* patterns) const {
-    dequantize<K_BITS, kTile>(to.keys, shared.channels[0], incoming.codes[n % 2], K_ROW_BYTES,
-                              patterns, incoming.sources[n % 2][0], incoming.steps[n % 2][0]);
+  // A side of tile n.
+  __device__ __forceinline__ Packed<kTile> keys(int n, const uint8_t* patterns) const {
+    return {codes[n % 2], patterns, incoming.sources[n % 2][0], incoming.steps[n % 2][0]};
   }
-  __device__ __forceinline__ void dequantize_values(int n, Operands<kTile>& to,
-                                                    const Shared& shared,
-                                                    const uint8_t* patterns) const {
-    dequantize<V_BITS, kTile>(to.values, shared.channels[1],
-                              incoming.codes[n % 2] + kTile * K_ROW_BYTES, V_ROW_BYTES, patterns,
-                              incoming.sources[n % 2][1], incoming.steps[n % 2][1]);
+  __device__ __forceinline__ Packed<kTile> values(int n, const uint8_t* patterns) const {
+    return {codes[n % 2] + kTile * K_ROW_BYTES, patterns, incoming.sources[n % 2][1],
+            incoming.steps[n % 2][1]};
   }
 };
 
