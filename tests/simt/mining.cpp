@@ -33,13 +33,13 @@ extern "C" void mine(const Arguments* arguments) {
   p.num_patterns = a.num_patterns;
   p.iterations = a.iterations;
   p.count(a.rows, a.num_sinks, a.max_sample);
-  const int problems = a.h * (a.v == nullptr ? 1 : 2);
-  const int64_t bytes = problems * scratch_bytes(p.sinks + p.n, p.num_centres, p.n);
+  p.problems = a.h * (a.v == nullptr ? 1 : 2);
+  const int64_t bytes = p.problems * scratch_bytes(p.sinks + p.n, p.num_centres, p.n);
   std::vector<uint4> scratch(bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});  // NaN
   p.scratch = reinterpret_cast<uint8_t*>(scratch.data());
   for (int step = 0; step < num_steps(p); ++step) {
-    const SimtIndex grid = {kRanks, static_cast<unsigned>(problems), 1};
-    simt::launch(grid, kThreads, 0, [&] { mine_kernel(p, step, step + 1); });
+    const SimtIndex grid = {kRanks, static_cast<unsigned>(p.problems), 1};
+    simt::launch(grid, kThreads, sizeof(Shared), [&] { mine_kernel(p, step, step + 1); });
   }
 }
 

@@ -20,28 +20,27 @@ mining::Vectors vectors(const TensorView& x) {
 
 __half* halves(const TensorView& x) { return static_cast<__half*>(x.data_ptr()); }
 
-bool has_clusters(int device) {
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
-}
-
-// All steps in one launch, or one launch for each where there are no clusters.
-void launch(const MiningParams& params, int problems, int device, cudaStream_t stream) {
+// All steps in one launch, of as many blocks as run at once.
+void launch(const MiningParams& params, int device, cudaStream_t stream) {
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {mining::kRanks, 1, 1};
-  const bool clusters = has_clusters(device);
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  constexpr int kBytes = sizeof(mining::Shared);
+  check(cudaFuncSetAttribute(mining::mine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kBytes));
+  int sms = 0, per_sm = 0;
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, mining::mine_kernel,
+                                                      mining::kThreads, kBytes));
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(mining::kRanks, problems);
+  config.gridDim = dim3(mining::kRanks, std::min(params.problems, per_sm * sms / mining::kRanks));
   config.blockDim = dim3(mining::kThreads);
+  config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = clusters;
-  const int steps = mining::num_steps(params), at_once = clusters ? steps : 1;
-  for (int first = 0; first < steps; first += at_once) {
-    check(cudaLaunchKernelEx(&config, mining::mine_kernel, params, first, first + at_once));
-  }
+  config.numAttrs = 1;
+  check(cudaMemsetAsync(params.arrived, 0, params.problems * mining::kCounterWords * 4, stream));
+  check(cudaLaunchKernelEx(&config, mining::mine_kernel, params, 0, mining::num_steps(params)));
 }
 
 }  // namespace
@@ -52,7 +51,8 @@ int64_t scratch_bytes(int64_t problems, int64_t rows, int64_t num_patterns, int6
   MiningParams params = {};
   params.num_patterns = num_patterns;
   params.count(rows, num_sinks, max_sample);
-  return problems * mining::scratch_bytes(params.sinks + params.n, params.num_centres, params.n);
+  return problems * (mining::kCounterWords * 4 +
+                     mining::scratch_bytes(params.sinks + params.n, params.num_centres, params.n));
 }
 
 // Shapes are the caller's to check; k, v and q are [n, heads, HEAD_DIM] with contiguous, 16-byte
@@ -79,13 +79,16 @@ void mine(TensorView k, OptionalTensor v, OptionalTensor q, OptionalTensor weigh
     params.count_queries(q.value().size(0), q.value().size(1) / k.size(1));
   }
   if (weight.has_value()) params.weight = halves(weight.value());
-  params.scratch = static_cast<uint8_t*>(scratch.data_ptr());
+  params.problems = k.size(1) * (v.has_value() ? 2 : 1);
+  params.arrived = static_cast<uint32_t*>(scratch.data_ptr());
+  params.scratch =
+      reinterpret_cast<uint8_t*>(params.arrived + params.problems * mining::kCounterWords);
   params.is_bf16 = encode_dlpack_dtype(k.dtype()) == bfloat16_code;
   params.h = k.size(1);
   params.num_patterns = k_patterns.size(1);
   params.iterations = iterations;
   params.count(k.size(0), num_sinks, max_sample);
-  launch(params, params.h * (v.has_value() ? 2 : 1), device, get_stream(k.device()));
+  launch(params, device, get_stream(k.device()));
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(mine, mine);

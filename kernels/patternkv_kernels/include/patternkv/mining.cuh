@@ -10,10 +10,10 @@
 namespace patternkv::mining {
 
 constexpr float kChannelScaleFloor = 0x1p-6f;  // smallest, relative to the mean square root
-constexpr float kPriorTokens = 16.0f;  // weight of the plain spread next to that of the residuals
-constexpr float kNoSpread = 0x1p-20f;  // added to relative spreads: negligible beside any but 0
+constexpr float kPriorTokens = 16.0f;    // weight of the plain spread next to that of the residuals
+constexpr float kNoSpread = 0x1p-20f;    // added to relative spreads: negligible beside any but 0
 constexpr float kWeightFloor = 0x1p-4f;  // smallest channel weight, relative to their mean
-constexpr int kBatch = 4;                // vectors of a thread that are loaded together
+constexpr int kMostBytes = 272;          // of a thread's vectors that are loaded together
 
 struct alignas(16) GatherShared {
   float of_lanes[kLanes][HEAD_DIM];
@@ -24,9 +24,9 @@ union Shared {
   AssignShared assign;
   MoveShared move;
 };
-static_assert(sizeof(Shared) + sizeof(Channels) <= 48 << 10, "static shared memory");
+static_assert(sizeof(Shared) + sizeof(Channels) <= 99 << 10, "what any device has for a block");
 
-__device__ __forceinline__ uint4 load_chunk(const Vectors& vectors, int64_t token, int head,
+__device__ __forceinline__ uint4 load_chunk(const Vectors& vectors, int token, int head,
                                             int chunk) {
   const auto* data = static_cast<const uint16_t*>(vectors.data);
   const auto* vector = data + token * vectors.token_stride + head * vectors.head_stride;
@@ -34,9 +34,10 @@ __device__ __forceinline__ uint4 load_chunk(const Vectors& vectors, int64_t toke
 }
 
 // Eight values of the input as floats.
-__device__ __forceinline__ Eight widened(uint4 chunk, bool is_bf16) {
+template <bool kBf16>
+__device__ __forceinline__ Eight widened(uint4 chunk) {
   Eight x(chunk);
-  if (is_bf16) {
+  if (kBf16) {
     const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -48,8 +49,9 @@ __device__ __forceinline__ Eight widened(uint4 chunk, bool is_bf16) {
 }
 
 // In float16, NaN as 0, clamped.
-__device__ __forceinline__ uint4 sanitized(uint4 chunk, bool is_bf16) {
-  Eight x = widened(chunk, is_bf16);
+template <bool kBf16>
+__device__ __forceinline__ uint4 sanitized(uint4 chunk) {
+  Eight x = widened<kBf16>(chunk);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     x.x[j] = isnan(x.x[j]) ? 0.0f : fminf(fmaxf(x.x[j], -kFloat16Max), kFloat16Max);
@@ -71,24 +73,29 @@ __device__ __forceinline__ void write_partial(GatherShared& shared, const Proble
   __syncthreads();
   if (threadIdx.x < HEAD_DIM) {
     float value = shared.of_lanes[0][threadIdx.x];
+#pragma unroll 8
     for (int i = 1; i < kLanes; ++i) value = combine(value, shared.of_lanes[i][threadIdx.x]);
     problem.partial(problem.rank, kind)[threadIdx.x] = value;
   }
 }
 
-// The rank's share of the rows: `take(item, chunk)` of what `load(item)` reads of every item of
+// The rank's share of the rows: `take(item, loaded)` of what `load(item)` reads of every item of
 // [first, last), by the thread's lane.
 template <typename Load, typename Take>
 __device__ __forceinline__ void for_each(int first, int last, Load load, Take take) {
+  using Loaded = decltype(load(0));
+  // The rank's tokens and its share of the sinks.
+  constexpr int kAll = kRankTokens / kLanes + 1, kMost = kMostBytes / sizeof(Loaded);
+  constexpr int kBatch = kAll < kMost ? kAll : kMost;
   const int lane = threadIdx.x / kChunks;
   if (lane >= kLanes) return;
   for (int item = first + lane; item < last; item += kBatch * kLanes) {
-    uint4 chunks[kBatch];
+    Loaded loaded[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) chunks[i] = load(min(item + i * kLanes, last - 1));
+    for (int i = 0; i < kBatch; ++i) loaded[i] = load(min(item + i * kLanes, last - 1));
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (item + i * kLanes < last) take(item + i * kLanes, chunks[i]);
+      if (item + i * kLanes < last) take(item + i * kLanes, loaded[i]);
     }
   }
 }
@@ -96,6 +103,7 @@ __device__ __forceinline__ void for_each(int first, int last, Load load, Take ta
 // Sinks and sampled tokens to scratch memory, and what channels are like: the spread of tokens
 // (around the first of them, so that what is constant has none), the largest component, and of K
 // the squares of its queries.
+template <bool kBf16>
 __device__ __forceinline__ void gather_step(GatherShared& shared, const MiningParams& p,
                                             const Problem& problem) {
   const int chunk = threadIdx.x % kChunks;
@@ -103,14 +111,14 @@ __device__ __forceinline__ void gather_step(GatherShared& shared, const MiningPa
   const int rows = p.sinks + p.n, share = (rows + kRanks - 1) / kRanks;
   const int first = min(problem.rank * share, rows), last = min(first + share, rows);
   const auto load = [&](int row) {
-    const int64_t at = row < p.sinks ? row : p.sinks + p.tokens(row - p.sinks);
+    const int at = row < p.sinks ? row : p.sinks + p.tokens(row - p.sinks);
     return load_chunk(x, at, problem.head, chunk);
   };
   // Of every thread, though some have no lane.
-  const Eight origin(sanitized(load(min(p.sinks, rows - 1)), p.is_bf16));
+  const Eight origin(sanitized<kBf16>(load(min(p.sinks, rows - 1))));
   float largest[8] = {}, sum[8] = {}, squares[8] = {};
   for_each(first, last, load, [&](int row, uint4 loaded) {
-    const uint4 clean = sanitized(loaded, p.is_bf16);
+    const uint4 clean = sanitized<kBf16>(loaded);
     reinterpret_cast<uint4*>(problem.rows + int64_t{row} * HEAD_DIM)[chunk] = clean;
     const Eight value(clean);
 #pragma unroll
@@ -127,23 +135,22 @@ __device__ __forceinline__ void gather_step(GatherShared& shared, const MiningPa
   write_partial(shared, problem, kSquares, squares, Add());
   if (problem.side != 0 || p.q.data == nullptr) return;
 
-  const int queries = p.num_queries * p.group, query_share = (queries + kRanks - 1) / kRanks;
-  const int first_query = min(problem.rank * query_share, queries);
+  const int query_share = (p.num_queries + kRanks - 1) / kRanks;
+  const int first_query = min(problem.rank * query_share, p.num_queries);
+  const int last_query = min(first_query + query_share, p.num_queries);
   float query_squares[8] = {};
-  for_each(
-      first_query, min(first_query + query_share, queries),
-      [&](int i) {
-        const int query = p.group == 1 ? i : __umulhi(i, p.group_inverse);
-        return load_chunk(p.q, p.queries(query), problem.head * p.group + i - query * p.group,
-                          chunk);
-      },
-      [&](int, uint4 loaded) {
-        const Eight query = widened(loaded, p.is_bf16);
+  for (int head = problem.head * p.group; head < (problem.head + 1) * p.group; ++head) {
+    for_each(
+        first_query, last_query,
+        [&](int query) { return load_chunk(p.q, p.queries(query), head, chunk); },
+        [&](int, uint4 loaded) {
+          const Eight query = widened<kBf16>(loaded);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          query_squares[j] = __fmaf_rn(query.x[j], query.x[j], query_squares[j]);
-        }
-      });
+          for (int j = 0; j < 8; ++j) {
+            query_squares[j] = __fmaf_rn(query.x[j], query.x[j], query_squares[j]);
+          }
+        });
+  }
   write_partial(shared, problem, kQuerySquares, query_squares, Add());
 }
 
@@ -153,6 +160,7 @@ __device__ __forceinline__ void fill_channels(Channels& channels, const MiningPa
                                               const Problem& problem) {
   const int channel = threadIdx.x;
   const bool own = channel < HEAD_DIM;
+  float largest = own ? problem.combined(kLargest, channel, Max()) : 0.0f;
   float weight = 1.0f;
   if (problem.side == 0 && p.q.data != nullptr) {
     const float squares = own ? problem.combined(kQuerySquares, channel, Add()) : 0.0f;
@@ -164,8 +172,7 @@ __device__ __forceinline__ void fill_channels(Channels& channels, const MiningPa
   } else if (problem.side == 0 && p.weight != nullptr && own) {
     weight = __half2float(p.weight[problem.head * HEAD_DIM + channel]);
   }
-  float largest = own ? weight * problem.combined(kLargest, channel, Max()) : 0.0f;
-  largest = block_reduce(largest, channels.reduced, Max());
+  largest = block_reduce(weight * largest, channels.reduced, Max());
   if (own) {
     channels.weight[channel] = weight;
     channels.unit[channel] = weight * power_of_two_scale(largest, 14);
@@ -180,15 +187,19 @@ __device__ __forceinline__ void write_residuals(GatherShared& shared, const Mini
   const auto* rows = reinterpret_cast<const uint4*>(problem.rows) + p.sinks * kChunks + chunk;
   const auto* patterns = reinterpret_cast<const uint4*>(p.patterns[problem.side]) +
                          int64_t{problem.head} * p.num_patterns * kChunks + chunk;
+  struct Pair {
+    uint4 token, pattern;
+  };
   float squares[8] = {};
   for_each(
       problem.first, problem.last,
       [&](int token) {
         const int id = load_coherent(problem.ids + token);
-        return load_coherent(patterns + id * kChunks);
+        return Pair{load_coherent(rows + int64_t{token} * kChunks),
+                    load_coherent(patterns + id * kChunks)};
       },
-      [&](int token, uint4 loaded) {
-        const Eight pattern(loaded), x(load_coherent(rows + int64_t{token} * kChunks));
+      [&](int, const Pair& loaded) {
+        const Eight x(loaded.token), pattern(loaded.pattern);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           const float residual = __fsub_rn(x.x[j], pattern.x[j]);
@@ -234,26 +245,43 @@ __device__ __forceinline__ void finish_step(Channels& channels, const MiningPara
   }
 }
 
-// Steps [first, last), of one problem each row of blocks: all of them in a cluster of kRanks, or
-// one without. Grid: kRanks, problems.
-__global__ void __launch_bounds__(kThreads, HEAD_DIM <= 128 ? 2 : 1)
+// Steps [first, last) of all problems, of which a row of kRanks blocks has every gridDim.y-th: several
+// steps need all blocks of a row to run at once. Dynamic shared memory: Shared.
+__global__ void __launch_bounds__(kThreads, 1)
     mine_kernel(const __grid_constant__ MiningParams p, int first, int last) {
-  __shared__ Shared shared;
+  PATTERNKV_DYNAMIC_SHARED(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
   __shared__ Channels channels;
-  const Problem problem(p);
-  for (int index = first; index < last; ++index) {
-    if (index > first) cluster_barrier();
-    if (index == max(first, 1)) fill_channels(channels, p, problem);
-    const Step step = step_at(p, index);
-    switch (step.work) {
-      case Work::kGather: gather_step(shared.gather, p, problem); break;
-      case Work::kMove: move_step(shared.move, p, problem, channels, step); break;
-      case Work::kCopy: copy_step(p, problem); break;
-      case Work::kFinish: finish_step(channels, p, problem); break;
-      default:
-        if (step.work == Work::kResiduals && p.free_tokens() == 0) break;
-        assign_step(shared.assign, p, problem, channels, step);
-        if (step.work == Work::kResiduals) write_residuals(shared.gather, p, problem);
+  for (int at = blockIdx.y; at < p.problems; at += gridDim.y) {
+    const Problem problem(p, at);
+    for (int index = first; index < last; ++index) {
+      if (index > first) {
+        blocks_barrier(p.arrived + problem.index * kCounterWords, kRanks, index - first);
+      }
+      if (index == max(first, 1)) fill_channels(channels, p, problem);
+      const Step step = step_at(p, index);
+      switch (step.work) {
+        case Work::kGather:
+          if (p.is_bf16) {
+            gather_step<true>(shared.gather, p, problem);
+          } else {
+            gather_step<false>(shared.gather, p, problem);
+          }
+          break;
+        case Work::kMove:
+          move_step(shared.move, p, problem, channels, step);
+          break;
+        case Work::kCopy:
+          copy_step(p, problem);
+          break;
+        case Work::kFinish:
+          finish_step(channels, p, problem);
+          break;
+        default:
+          if (step.work == Work::kResiduals && p.free_tokens() == 0) break;
+          assign_step(shared.assign, p, problem, channels, step);
+          if (step.work == Work::kResiduals) write_residuals(shared.gather, p, problem);
+      }
     }
   }
 }

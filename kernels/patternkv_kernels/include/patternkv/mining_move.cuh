@@ -1,4 +1,4 @@
-// Centres to the means of their tokens. A rank makes 16 dims of all centres from all tokens, as a
+// Centres to the means of their tokens. A rank makes some dims of all centres from all tokens, as a
 // product of memberships, ones and zeros, with the tokens: exact terms, summed in a fixed order
 // however many tokens a centre has.
 #pragma once
@@ -8,22 +8,27 @@
 
 namespace patternkv::mining {
 
-constexpr int kSlice = 16;            // dims
-constexpr int kMoveTokens = 1024;     // in shared memory at a time
+constexpr int kSlice = 128 / kRanks;  // dims that a rank makes at a time
+constexpr int kSliceChunks = kSlice / 8;
+constexpr int kCentreTiles = kMaxPatterns / (16 * kWarps);  // of a warp, 16 centres each
+constexpr int kIdWords = kMaxTokens / (4 * kThreads);       // of a thread, four ids each
 constexpr uint16_t kIdBits = 0x6400;  // float16 1024 + id: exact, and never subnormal
 
 struct alignas(16) MoveShared {
-  // 32-byte rows, whose halves trade places in every other four, so that a lane's reads of eight
-  // rows meet all banks; later the sums, [splits, centres, kSlice] floats.
-  uint8_t tokens[kMoveTokens * 32];
+  // Rows of kSlice dims, whose chunks trade places so that reads of a matrix of eight rows meet all
+  // banks; later the sums, [splits, centres, kSlice] floats.
+  uint8_t tokens[kMaxTokens * kSlice * 2];
   uint16_t ids[kMaxTokens];
   int count[kMaxPatterns];
   int moved[kMaxPatterns];  // for a centre without tokens the token that it moves to
 };
-static_assert(kMaxPatterns * kSlice * 4 <= kMoveTokens * 32);
+static_assert(kMaxPatterns * kSlice * 4 <= kMaxTokens * kSlice * 2);
+static_assert(kCentreTiles * 16 * kWarps == kMaxPatterns, "whole tiles of centres in every warp");
+static_assert(kIdWords * 4 * kThreads == kMaxTokens, "whole words of ids in every thread");
 
-__device__ __forceinline__ uint32_t token_offset(int token, int half) {
-  return token * 32 + (half ^ (token >> 2 & 1)) * 16;
+__device__ __forceinline__ uint32_t token_offset(int token, int chunk) {
+  constexpr int kRows = 8 / kSliceChunks;  // that meet all banks as they are
+  return (token * kSliceChunks + (chunk ^ token / kRows % kSliceChunks)) * 16;
 }
 
 // Ids, counts and where centres without tokens go: to the farthest of every m-th token, each such
@@ -31,12 +36,22 @@ __device__ __forceinline__ uint32_t token_offset(int token, int half) {
 __device__ __forceinline__ void count_members(MoveShared& shared, const MiningParams& p,
                                               const Problem& problem, int m) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // What fills up the last MMA is in nobody's set.
+  const int padded = (p.n + 15) / 16 * 16;
+  uint32_t ids[kIdWords] = {};
+#pragma unroll
+  for (int word = 0; word < kIdWords; ++word) {
+    const int at = threadIdx.x + word * kThreads;
+    if (4 * at < padded) ids[word] = load_coherent(reinterpret_cast<uint32_t*>(problem.ids) + at);
+  }
   __syncthreads();
   if (threadIdx.x < kMaxPatterns) shared.count[threadIdx.x] = 0;
   __syncthreads();
-  for (int token = threadIdx.x; token < (p.n + 15) / 16 * 16; token += kThreads) {
-    // What fills up the last MMA is in nobody's set.
-    const int id = token < p.n ? load_coherent(problem.ids + token) : kMaxPatterns;
+#pragma unroll
+  for (int i = 0; i < 4 * kIdWords; ++i) {
+    const int token = 4 * (threadIdx.x + i / 4 * kThreads) + i % 4;
+    if (token >= padded) continue;
+    const int id = token < p.n ? ids[i / 4] >> i % 4 * 8 & 0xff : kMaxPatterns;
     shared.ids[token] = kIdBits + id;
     if (token < p.n) atomicAdd(&shared.count[id], 1);
   }
@@ -59,84 +74,87 @@ __device__ __forceinline__ void count_members(MoveShared& shared, const MiningPa
   }
 }
 
-// Warps take the centres in tiles of 16: two each, or one, and where there are fewer tiles than
-// warps these split the tokens.
+// Warps take the centres in tiles of 16, every width-th, and where there are fewer tiles than warps
+// these split the tokens.
 struct Split {
-  int tiles, first_tile, splits, split;
+  int tiles, tile, splits, split;
 
   __device__ explicit Split(int m) : tiles((m + 15) / 16) {
     int width = 1;
     while (width < min(tiles, kWarps)) width *= 2;
     splits = kWarps / width;
-    first_tile = threadIdx.x / 32 % width;
+    tile = threadIdx.x / 32 % width;
     split = threadIdx.x / 32 / width;
   }
 };
 
-// Sums of the members of all centres, dims [slice * kSlice, +kSlice), to shared memory.
-__device__ __forceinline__ void sum_members(MoveShared& shared, const MiningParams& p,
-                                            const Problem& problem, const Split& own, int slice) {
-  const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-  const __half* tokens = problem.rows + int64_t{p.sinks} * HEAD_DIM + slice * kSlice;
-  float sums[2][2][4] = {};
-  __half2 id[2][2];
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int c = (own.first_tile + tile * kWarps) * 16 + 8 * k + row;
-      id[tile][k] = as_half2((kIdBits + c) * 0x10001u);
-    }
+// Sends all tokens' dims [slice * kSlice, +kSlice) on their way to shared memory.
+__device__ __forceinline__ void copy_tokens(MoveShared& shared, const MiningParams& p,
+                                            const Problem& problem, int slice) {
+  const __half* rows = problem.rows + int64_t{p.sinks} * HEAD_DIM + slice * kSlice;
+  const int padded = (p.n + 15) / 16 * 16;
+#pragma unroll 8
+  for (int at = threadIdx.x; at < padded * kSliceChunks; at += kThreads) {
+    const int token = at / kSliceChunks, chunk = at % kSliceChunks;
+    // The last one stands in for those beyond it.
+    const __half* row = rows + int64_t{min(token, p.n - 1)} * HEAD_DIM;
+    cp_async<16>(shared_address(shared.tokens + token_offset(token, chunk)), row + 8 * chunk);
   }
-  const bool two = own.first_tile + kWarps < own.tiles;
-  for (int base = 0; base < p.n; base += kMoveTokens) {
-    const int now = min(p.n - base, kMoveTokens), padded = (now + 15) / 16 * 16;
-    __syncthreads();
+  cp_async_commit();
+}
+
+// Sums of the members of all centres, of the slice whose tokens are on their way, to shared memory.
+__device__ __forceinline__ void sum_members(MoveShared& shared, const MiningParams& p,
+                                            const Split& own) {
+  const int lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
+  // Of the matrices that operand B is made of: tokens 0 to 7 and 8 to 15, of two chunks.
+  uint32_t matrix_row[kSliceChunks / 2];
+#pragma unroll
+  for (int i = 0; i < kSliceChunks / 2; ++i) {
+    matrix_row[i] = shared_address(shared.tokens) + token_offset(lane % 16, 2 * i + lane / 16);
+  }
+  float sums[kCentreTiles][kSliceChunks][4] = {};
+  __half2 id[kCentreTiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * kCentreTiles; ++i) {
+    const int c = (own.tile + i / 2 * kWarps) * 16 + i % 2 * 8 + row;
+    id[i / 2][i % 2] = as_half2((kIdBits + c) * 0x10001u);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  const int end = own.tile < own.tiles ? (p.n + 15) / 16 * 16 : 0;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < 2 * padded; i += kThreads) {
-      const int token = i / 2, half = i % 2;
-      const __half* at = tokens + int64_t{base + min(token, now - 1)} * HEAD_DIM + 8 * half;
-      *reinterpret_cast<uint4*>(shared.tokens + token_offset(token, half)) =
-          load_coherent(reinterpret_cast<const uint4*>(at));
+  for (int k = 16 * own.split; k < end; k += 16 * own.splits) {
+    const auto* ids = reinterpret_cast<const uint32_t*>(shared.ids + k);
+    const __half2 low = as_half2(ids[part]), high = as_half2(ids[4 + part]);
+    uint32_t b[kSliceChunks / 2][4];
+#pragma unroll
+    for (int i = 0; i < kSliceChunks / 2; ++i) {
+      load_matrices_trans(b[i], matrix_row[i] + 2 * kSlice * k);
     }
-    __syncthreads();
-    if (own.first_tile >= own.tiles) continue;
-    for (int k = 16 * own.split; k < padded; k += 16 * own.splits) {
-      const auto* ids = reinterpret_cast<const uint32_t*>(shared.ids + base + k);
-      const __half2 low = as_half2(ids[part]), high = as_half2(ids[4 + part]);
-      uint32_t b[2][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+    for (int tile = 0; tile < kCentreTiles; ++tile) {
+      if (own.tile + tile * kWarps >= own.tiles) break;
+      const uint32_t a[4] = {as_u32(__heq2(low, id[tile][0])), as_u32(__heq2(low, id[tile][1])),
+                             as_u32(__heq2(high, id[tile][0])), as_u32(__heq2(high, id[tile][1]))};
 #pragma unroll
-        for (int eight = 0; eight < 2; ++eight) {
-          const uint8_t* at = shared.tokens + token_offset(k + 8 * eight + row, half) + 4 * part;
-          b[half][eight] = movmatrix_trans(*reinterpret_cast<const uint32_t*>(at));
-        }
-      }
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        if (tile == 1 && !two) break;
-        const uint32_t a[4] = {
-            as_u32(__heq2(low, id[tile][0])), as_u32(__heq2(low, id[tile][1])),
-            as_u32(__heq2(high, id[tile][0])), as_u32(__heq2(high, id[tile][1]))};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma_m16n8k16(sums[tile][half], a[0], a[1], a[2], a[3], b[half][0], b[half][1]);
-        }
+      for (int i = 0; i < kSliceChunks; ++i) {
+        const uint32_t* eight = b[i / 2] + i % 2 * 2;
+        mma_m16n8k16(sums[tile][i], a[0], a[1], a[2], a[3], eight[0], eight[1]);
       }
     }
   }
   __syncthreads();
   auto* out = reinterpret_cast<float*>(shared.tokens);
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
-    const int at = own.first_tile + tile * kWarps;
+  for (int tile = 0; tile < kCentreTiles; ++tile) {
+    const int at = own.tile + tile * kWarps;
     if (at >= own.tiles) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int c = (own.split * own.tiles + at) * 16 + row + i / 2 * 8;
-      *reinterpret_cast<float2*>(out + c * kSlice + i % 2 * 8 + 2 * part) = {
-          sums[tile][i % 2][i / 2 * 2], sums[tile][i % 2][i / 2 * 2 + 1]};
+    for (int i = 0; i < 2 * kSliceChunks; ++i) {
+      const float* pair = sums[tile][i / 2] + i % 2 * 2;
+      const int c = (own.split * own.tiles + at) * 16 + i % 2 * 8 + row;
+      *reinterpret_cast<float2*>(out + c * kSlice + i / 2 * 8 + 2 * part) = {pair[0], pair[1]};
     }
   }
   __syncthreads();
@@ -168,12 +186,18 @@ __device__ __forceinline__ void move_step(MoveShared& shared, const MiningParams
   constexpr int kSlicePairs = kSlice / 2;
   const int m = step.centres;
   if (problem.rank >= HEAD_DIM / kSlice) return;
+  // On their way while members are counted.
+  copy_tokens(shared, p, problem, problem.rank);
   count_members(shared, p, problem, m);
   const Split own(m);
   auto* patterns = reinterpret_cast<__half2*>(p.patterns[problem.side]) +
                    int64_t{problem.head} * p.num_patterns * (HEAD_DIM / 2);
   for (int slice = problem.rank; slice < HEAD_DIM / kSlice; slice += kRanks) {
-    sum_members(shared, p, problem, own, slice);
+    if (slice != problem.rank) {
+      __syncthreads();
+      copy_tokens(shared, p, problem, slice);
+    }
+    sum_members(shared, p, own);
     for (int i = threadIdx.x; i < m * kSlicePairs; i += kThreads) {
       const int c = i / kSlicePairs, pair = i % kSlicePairs;
       const float2 x = moved_centre(shared, p, problem, own, slice, c, pair);
@@ -187,8 +211,7 @@ __device__ __forceinline__ void move_step(MoveShared& shared, const MiningParams
       const int id = i / kSlicePairs < p.used() ? i / kSlicePairs : 0, pair = i % kSlicePairs;
       __half2 x;
       if (id < p.sinks) {
-        const auto* sink =
-            reinterpret_cast<const uint32_t*>(problem.rows + int64_t{id} * HEAD_DIM);
+        const auto* sink = reinterpret_cast<const uint32_t*>(problem.rows + int64_t{id} * HEAD_DIM);
         x = as_half2(load_coherent(sink + slice * kSlicePairs + pair));
       } else {
         const float2 mean = moved_centre(shared, p, problem, own, slice, id - p.sinks, pair);

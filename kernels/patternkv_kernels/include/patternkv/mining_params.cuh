@@ -2,21 +2,22 @@
 // steps.
 //
 // A problem is one head of one side, K or V: `sinks` rows and `n` sampled tokens. Eight blocks, its
-// ranks, work on it in steps with a barrier between them: a cluster walks through all steps in one
-// launch, and where there are no clusters every step is a launch.
+// ranks, walk through the steps with a barrier between them. It is one of global memory: a GPU that
+// has room for 16 problems, of 8 KV heads, does not always have it for as many clusters of blocks.
 #pragma once
 
 #include "patternkv/bits.cuh"
-#include "patternkv/cluster.cuh"
+#include "patternkv/blocks.cuh"
 #include "patternkv/layout.cuh"
 
 namespace patternkv::mining {
 
 constexpr int kRanks = 8;
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kMaxTokens = 2048;  // besides the sinks
 constexpr int kRankTokens = kMaxTokens / kRanks;
 constexpr int kMaxPatterns = 256;
+constexpr int kCounterWords = 32;  // a cache line for each
 constexpr int kOutlierShare = 8;  // one in this many of the centres starts as an outlier token
 constexpr int kTailTokens = 64;   // the end of a long segment, its question, is never left out
 constexpr int kMaxOutliers = kMaxPatterns / kOutlierShare;
@@ -30,26 +31,26 @@ struct Vectors {
   int64_t token_stride, head_stride;
 };
 
-// The last rows of a segment and evenly spaced ones before them: of these, sample i of `count` is row
-// floor(i * length / count).
+// The last rows of a segment and evenly spaced ones before them: of these, sample i of `count` is
+// row floor(i * length / count).
 struct Sampling {
-  int64_t whole;     // length / count
-  uint32_t rest;     // length % count
   uint64_t inverse;  // ceil(2^42 / count): exact for i * rest below 2^22
-  int64_t skipped;   // rows that are no samples
+  int whole;         // length / count
+  uint32_t rest;     // length % count
+  int skipped;       // rows that are no samples
   int count;
 
   // `n` rows of `segment`: all, or fewer and then of the last ones kTailTokens or half of n.
-  static Sampling make(int64_t segment, int n) {
+  static Sampling make(int segment, int n) {
     if (n == 0) return {};
     const int tail = segment > n ? min(kTailTokens, n / 2) : 0, count = n - tail;
-    const int64_t length = segment - tail;
-    return {length / count, static_cast<uint32_t>(length % count),
-            ((uint64_t{1} << 42) + count - 1) / count, segment - n, count};
+    const int length = segment - tail;
+    return {((uint64_t{1} << 42) + count - 1) / count, length / count,
+            static_cast<uint32_t>(length % count), segment - n, count};
   }
-  __device__ int64_t operator()(int i) const {
+  __device__ int operator()(int i) const {
     if (i >= count) return skipped + i;
-    return i * whole + static_cast<int64_t>(i * rest * inverse >> 42);
+    return i * whole + static_cast<int>(i * rest * inverse >> 42);
   }
 };
 static_assert(kMaxTokens <= 1 << 11, "products of sample and rest below 2^22");
@@ -58,17 +59,17 @@ static_assert(kMaxTokens <= 1 << 11, "products of sample and rest below 2^22");
 enum Partial { kQuerySquares, kLargest, kSum, kSquares, kResiduals, kPartials };
 
 struct MiningParams {
-  Vectors x[2];                  // K and V, [rows, h, HEAD_DIM]
-  Vectors q;                     // [rows, group * h, HEAD_DIM], of K
-  const __half* weight;          // [h, HEAD_DIM] of side 0, where there is no q; null: all alike
-  __half* patterns[2];           // [h, num_patterns, HEAD_DIM]
-  __half* channel_scale[2];      // [h, HEAD_DIM]
-  __half* channel_weight[2];     // [h, HEAD_DIM]; null: not asked for
-  uint8_t* scratch;              // scratch_bytes() of each problem
-  Sampling tokens, queries;      // n tokens behind the sinks, num_queries queries
+  Vectors x[2];               // K and V, [rows, h, HEAD_DIM]
+  Vectors q;                  // [rows, group * h, HEAD_DIM], of K
+  const __half* weight;       // [h, HEAD_DIM] of side 0, where there is no q; null: all alike
+  __half* patterns[2];        // [h, num_patterns, HEAD_DIM]
+  __half* channel_scale[2];   // [h, HEAD_DIM]
+  __half* channel_weight[2];  // [h, HEAD_DIM]; null: not asked for
+  uint8_t* scratch;           // scratch_bytes() of each problem
+  uint32_t* arrived;          // [problems, kCounterWords], 0 at first: the blocks' barriers
+  Sampling tokens, queries;   // n tokens behind the sinks, num_queries queries
   bool is_bf16;
-  int h, group, num_patterns, sinks, n, num_queries, num_centres, iterations;
-  uint32_t group_inverse;  // ceil(2^32 / group)
+  int problems, h, group, num_patterns, sinks, n, num_queries, num_centres, iterations;
 
   // Sets how many sinks, tokens and centres `rows` make.
   void count(int64_t rows, int64_t num_sinks, int64_t max_sample) {
@@ -77,11 +78,10 @@ struct MiningParams {
     tokens = Sampling::make(rows - sinks, n);
     num_centres = min(num_patterns - sinks, n);
   }
-  void count_queries(int64_t rows, int of_group) {
-    num_queries = static_cast<int>(min(rows, int64_t{kMaxTokens}));
+  void count_queries(int rows, int of_group) {
+    num_queries = min(rows, kMaxTokens);
     queries = Sampling::make(rows, num_queries);
     group = of_group;
-    group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + group - 1) / group);
   }
 
   // Otherwise sinks and tokens are the patterns, as far as these reach.
@@ -95,7 +95,7 @@ struct MiningParams {
 
 // A problem's scratch memory, parts at multiples of 16 bytes.
 struct Scratch {
-  __half* rows;          // [sinks + n, HEAD_DIM]: NaN as 0, clamped
+  __half* rows;          // [sinks + n, HEAD_DIM]: NaN as 0, clamped; then what fills up a tile
   __half* centres;       // [num_centres, HEAD_DIM], weighted
   float* nearness;       // [n]: minus half the squared distance to the nearest centre
   uint8_t* ids;          // [n]: of that centre
@@ -109,7 +109,7 @@ struct Scratch {
       base += (bytes + 15) / 16 * 16;
       return part;
     };
-    rows = reinterpret_cast<__half*>(take(int64_t{rows_count} * HEAD_DIM * 2));
+    rows = reinterpret_cast<__half*>(take(int64_t{rows_count + 15} * HEAD_DIM * 2));
     centres = reinterpret_cast<__half*>(take(int64_t{num_centres} * HEAD_DIM * 2));
     nearness = reinterpret_cast<float*>(take(int64_t{n} * 4));
     ids = take(n);
@@ -127,14 +127,14 @@ inline int64_t scratch_bytes(int rows, int num_centres, int n) {
 
 // What one block sees of its problem.
 struct Problem : Scratch {
-  int side, head, rank;
+  int index, side, head, rank;
   int first, last;  // the rank's tokens, of n
 
-  __device__ explicit Problem(const MiningParams& p)
-      : side(blockIdx.y / p.h), head(blockIdx.y % p.h), rank(blockIdx.x) {
+  __device__ Problem(const MiningParams& p, int index)
+      : index(index), side(index / p.h), head(index % p.h), rank(blockIdx.x) {
     uint8_t* base = p.scratch;
     const int64_t bytes = place(base, p.sinks + p.n, p.num_centres, p.n) - base;
-    place(base + bytes * blockIdx.y, p.sinks + p.n, p.num_centres, p.n);
+    place(base + bytes * index, p.sinks + p.n, p.num_centres, p.n);
     first = min(rank * p.rank_tokens(), p.n);
     last = min(first + p.rank_tokens(), p.n);
   }

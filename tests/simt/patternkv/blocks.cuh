@@ -6,7 +6,7 @@
 
 namespace patternkv {
 
-inline void cluster_barrier() { __trap(); }
+inline void blocks_barrier(uint32_t*, uint32_t, uint32_t) { __trap(); }
 
 template <typename T>
 T load_coherent(const T* x) {
