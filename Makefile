@@ -14,8 +14,8 @@ ifneq ($(BUILT_AT),$(CURDIR))
 endif
 
 # Tests that keep a core busy for minutes and start no server: two halves, side by side.
-KERNELS_1 := tests/test_decode_simt.py tests/test_dequantize_simt.py tests/test_rotate.py
-KERNELS_2 := tests/test_mining.py tests/test_jit.py tests/test_store_simt.py
+KERNELS_1 := tests/test_decode_simt.py
+KERNELS_2 := tests/test_mining.py tests/test_jit.py tests/test_store_simt.py tests/test_dequantize_simt.py tests/test_rotate.py
 OTHERS := $(addprefix --ignore=,$(KERNELS_1) $(KERNELS_2))
 PYTEST = $(PY) -m pytest -q
 side_by_side = $(PYTEST) $(1) & first=$$!; $(PYTEST) $(2); second=$$?; wait $$first && exit $$second
