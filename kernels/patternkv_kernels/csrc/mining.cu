@@ -26,14 +26,9 @@ void launch(const MiningParams& params, int device, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   constexpr int kBytes = sizeof(mining::Shared);
-  check(cudaFuncSetAttribute(mining::mine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kBytes));
-  int sms = 0, per_sm = 0;
-  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, mining::mine_kernel,
-                                                      mining::kThreads, kBytes));
+  const int blocks = resident_blocks<mining::mine_kernel, mining::kThreads, kBytes>(device);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(mining::kRanks, std::min(params.problems, per_sm * sms / mining::kRanks));
+  config.gridDim = dim3(mining::kRanks, std::min(params.problems, blocks / mining::kRanks));
   config.blockDim = dim3(mining::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;

@@ -15,8 +15,9 @@ inline void check_vectors(const TensorView& x) {
       << "vectors must be contiguous and 16-byte aligned";
 }
 
-// Blocks of kKernel, of kThreads threads without dynamic shared memory, that fill `device`.
-template <auto kKernel, int kThreads>
+// Blocks of kKernel, of kThreads threads with kBytes of dynamic shared memory, that fill `device`.
+// Allows the kernel that much.
+template <auto kKernel, int kThreads, int kBytes = 0>
 int resident_blocks(int device) {
   constexpr int kMaxDevices = 64;
   static thread_local int blocks[kMaxDevices];
@@ -24,7 +25,10 @@ int resident_blocks(int device) {
   if (blocks[device] == 0) {
     int per_sm = 0, sms = 0;
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, kThreads, 0);
+    if constexpr (kBytes > 0) {
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    }
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, kThreads, kBytes);
     blocks[device] = std::max(per_sm, 1) * std::max(sms, 1);
   }
   return blocks[device];

@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Problem problem(p, at);
     for (int index = first; index < last; ++index) {
       if (index > first) {
-        blocks_barrier(p.arrived + problem.index * kCounterWords, kRanks, index - first);
+        blocks_barrier(p.arrived + at * kCounterWords, kRanks, index - first);
       }
       if (index == max(first, 1)) fill_channels(channels, p, problem);
       const Step step = step_at(p, index);

@@ -21,7 +21,7 @@ constexpr int kCounterWords = 32;  // a cache line for each
 constexpr int kOutlierShare = 8;  // one in this many of the centres starts as an outlier token
 constexpr int kTailTokens = 64;   // the end of a long segment, its question, is never left out
 constexpr int kMaxOutliers = kMaxPatterns / kOutlierShare;
-constexpr int kChunks = HEAD_DIM / 8;      // of a vector: 16 bytes
+constexpr int kChunks = HEAD_DIM / 8;       // of a vector: 16 bytes
 constexpr int kLanes = kThreads / kChunks;  // threads that share a chunk of the vectors
 constexpr float kFloat16Max = 65504.0f;
 
@@ -127,11 +127,11 @@ inline int64_t scratch_bytes(int rows, int num_centres, int n) {
 
 // What one block sees of its problem.
 struct Problem : Scratch {
-  int index, side, head, rank;
+  int side, head, rank;
   int first, last;  // the rank's tokens, of n
 
   __device__ Problem(const MiningParams& p, int index)
-      : index(index), side(index / p.h), head(index % p.h), rank(blockIdx.x) {
+      : side(index / p.h), head(index % p.h), rank(blockIdx.x) {
     uint8_t* base = p.scratch;
     const int64_t bytes = place(base, p.sinks + p.n, p.num_centres, p.n) - base;
     place(base + bytes * index, p.sinks + p.n, p.num_centres, p.n);
