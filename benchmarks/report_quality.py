@@ -15,11 +15,11 @@ import orjson
 
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.formatting import small, table
-from benchmarks.quality.methods import SETTINGS
+from benchmarks.quality.methods import SETTINGS, Setting
 from benchmarks.quality.plots import plot_curves, plot_storage
 from benchmarks.quality.storage import bits_at
 from benchmarks.quality.summary import results, rows
-from benchmarks.quality.tables import Report
+from benchmarks.quality.tables import FEWER_BITS, Report
 from recipes.records import Records
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,8 @@ STORAGE_CONTEXT = 4096
 def storage() -> str:
     """Bits per element of a prompt alone, at two head dims."""
     lines = []
-    for setting in SETTINGS:
+    smaller = Setting.parse(FEWER_BITS.replace(" ", ":"))
+    for setting in SETTINGS + smaller:
         bits = [f"{bits_at(setting, STORAGE_CONTEXT, d):.2f}" for d in (64, 128)]
         lines.append([f"{setting.method} {setting.bits_name}", *bits])
     return table(["method", "head_dim 64", "head_dim 128"], lines)
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "BY_SAMPLES": report.by_samples,
         "FLATNESS": report.flatness,
         "CONTESTS": report.contests,
+        "FEWER_BITS": report.fewer_bits,
         "CHOICES": report.choices,
         "TARGETS": report.targets,
         "CLAIMS": report.claims,

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.plots import plot_curves, plot_storage
 from benchmarks.quality.summary import compare, results, rows
-from benchmarks.quality.tables import Report
+from benchmarks.quality.tables import FEWER_BITS, Report
 
 KEYS = [
     "model",
@@ -156,6 +156,22 @@ def test_models_of_one_function_are_compared_with_its_exact_answers() -> None:
     report = Report(results([demo, replace(other, model="demo_outliers_8")]))
     (line,) = report.targets().splitlines()[2:]
     assert "demo_outliers_8" in line and "| -148.0 to +48.0 |" in line
+
+
+def test_fewer_bits_are_compared_on_the_problems_sampled_with_them() -> None:
+    method, right, wrong = FEWER_BITS.split()[0], [True, True], [False, False]
+    ours = answered(["a", "b"], [right, wrong], method=method, bits=2)
+    exact = answered(["a", "b", "c"], [right, right, wrong])
+    theirs = answered(["a", "b", "c"], [wrong, wrong, right], method="ott", bits=2)
+    elsewhere = replace(theirs, task="sampled 96x4")
+    report = Report(results([exact, ours, theirs, elsewhere]))
+    _, _, *lines = report.fewer_bits().splitlines()
+    half, none, all_ = "50.0 ± 50.0", "0.0 ± 0.0", "100.0 ± 0.0"
+    assert [line.split(" | ")[2:] for line in lines] == [
+        ["2", FEWER_BITS, "2.20", half, half, "– |"],
+        ["2", "bf16 16/16", "16.30", all_, all_, "-50.0 ± 50.0 (p = 0.32) |"],
+        ["2", "ott 2/2", "2.30", none, none, "+50.0 ± 50.0 (p = 0.32) |"],
+    ]
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

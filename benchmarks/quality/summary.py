@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -134,13 +134,14 @@ def compare(ours: Result, theirs: Result, values: str, k: int | None = None) -> 
         ValueError: they have fewer than two problems in common.
     """
     common = set(ours.problems) & set(theirs.problems)
+    return Paired.test(on(ours, common, values, k), on(theirs, common, values, k))
 
-    def chosen(result: Result) -> list[float]:
-        found = getattr(result, values)
-        pairs = zip(result.problems, found if k is None else found(k), strict=True)
-        return [value for name, value in pairs if name in common]
 
-    return Paired.test(chosen(ours), chosen(theirs))
+def on(result: Result, problems: Collection[str], values: str, k: int | None = None) -> list[float]:
+    """``kl``, or ``passes`` or ``majorities`` at ``k``, of those of ``problems`` that it has."""
+    found = getattr(result, values)
+    pairs = zip(result.problems, found if k is None else found(k), strict=True)
+    return [value for name, value in pairs if name in problems]
 
 
 def rows(found: Sequence[Result]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks.quality.formatting import interval, paired, significance, small, table, value
 from benchmarks.quality.methods import METHODS, split_method
 from benchmarks.quality.statistics import ALPHA, POWER, Paired
-from benchmarks.quality.summary import VOTES, Result, compare
+from benchmarks.quality.summary import VOTES, Result, compare, on
 from patternkv_sgl.config import PatternKVConfig
 from recipes.metrics import mean_and_stderr, powers_of_two
 
@@ -18,6 +18,8 @@ OURS = (
 )
 RIVALS = ("kivi_g32 2/2", "kivi_g128 2/2", "patternkv_paper 2/2", "ott 2/2")
 """What ours has to beat."""
+FEWER_BITS = "patternkv_sgl[patterns=32,window=16] 2/2"
+"""Ours with half the patterns and half the window, which takes about as much as its rivals."""
 CHOICES = ("patterns", "window", "sinks", "balance", "generated")
 """Options whose values are compared one at a time, with the others at their defaults."""
 PAPER_CLAIMS = (
@@ -223,6 +225,33 @@ class Report:
                             lines.append([model, ours.first.task, *contest(ours, theirs)])
         head = ["model", "task", "ours", "theirs", "bits, ours to theirs", "measure", "difference"]
         return table(head, lines)
+
+    def fewer_bits(self) -> str:
+        """Answers of ours at `FEWER_BITS`, of bf16 and of every competitor to the same problems,
+        a block of rows per model and level."""
+        lines = []
+        for model in self.models:
+            picked = self.pick(model, "sampled").values()
+            for ours in (r for r in picked if name(r) == FEWER_BITS):
+                common, k = set(ours.problems), min(VOTES, ours.samples)
+                exact = self.exact(model, "sampled", ours.level)
+                rivals = [r for r in picked if name(r) in RIVALS and r.level == ours.level]
+                for result in (ours, *([exact] if exact else []), *rivals):
+                    test = compare(ours, result, "majorities", k)
+                    lines.append(
+                        [
+                            model,
+                            ours.level,
+                            str(len(common)),
+                            name(result),
+                            f"{result.bits_per_element:.2f}",
+                            value(on(result, common, "passes", 1)),
+                            value(on(result, common, "majorities", k)),
+                            "–" if result is ours else paired(test),
+                        ]
+                    )
+        head = ["model", "level", "problems", "method", "bits", "pass@1", f"maj@{VOTES}"]
+        return table([*head, "ours − it"], lines)
 
     def choices(self) -> str:
         """What each option of ours does alone: KL along chains, by value; the default in bold."""
