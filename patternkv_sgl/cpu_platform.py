@@ -28,6 +28,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         return False
 
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def get_torch_profiler_activity_str(self) -> str:
+        # Not SGLang's "CPU": with SGLANG_PROFILE_V2 a request for it would start two profilers.
+        return "cpu"
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Replace the backend that SGLang presets for a CPU, and give each rank its cores."""
         if server_args.attention_backend == "intel_amx":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import uuid
+from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import requests
 
@@ -215,6 +218,15 @@ def test_a_body_that_is_no_json_is_answered(server: Server) -> None:
     answer = requests.post(f"{server.url}/generate", data="{text:", headers=headers, timeout=60)
     assert answer.status_code == 400
     assert server.stats()["running_requests"] == 0
+
+
+def test_a_profile_ends_in_a_trace(server: Server, model: Model, tmp_path: Path) -> None:
+    body = {"output_dir": str(tmp_path), "num_steps": 2, "with_stack": False}
+    assert server.post("start_profile", body).ok
+    # The scheduler writes the trace between two of the steps that this takes.
+    server.generate(model.prompt(SHORT, 8))
+    (trace,) = tmp_path.glob("*.trace.json.gz")
+    assert orjson.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
 
 
 def test_prometheus_shows_the_numbers_with_their_rank(server: Server, model: Model) -> None:
