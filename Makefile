@@ -13,12 +13,10 @@ ifneq ($(BUILT_AT),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-# Tests that keep a core busy for minutes and start no server: two halves, side by side.
-KERNELS_1 := tests/test_decode_simt.py
-KERNELS_2 := tests/test_mining.py tests/test_jit.py tests/test_store_simt.py tests/test_dequantize_simt.py tests/test_rotate.py
-OTHERS := $(addprefix --ignore=,$(KERNELS_1) $(KERNELS_2))
+# Tests that keep a core busy for minutes and start no server.
+KERNELS := $(addprefix tests/test_,decode_simt.py mining.py jit.py store_simt.py dequantize_simt.py rotate.py)
+OTHERS := $(addprefix --ignore=,$(KERNELS))
 PYTEST = $(PY) -m pytest -q
-side_by_side = $(PYTEST) $(1) & first=$$!; $(PYTEST) $(2); second=$$?; wait $$first && exit $$second
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-gpu bench-kernels bench-serving lint types format clean
@@ -33,10 +31,10 @@ demo: $(STAMP) ## best-of-8 on the demo model, bf16 against 4-bit and 2-bit KV, 
 	@HF_HUB_OFFLINE=1 $(PY) -m recipes.best_of_n --config recipes/demo/best_of_n.yaml
 
 test: lint types ## lint, types and every test that needs no GPU
-	@echo "==> tests (all but gpu): kernels on the CPU, two files at a time"
-	@$(call side_by_side,-m "not gpu" $(KERNELS_1),-m "not gpu" $(KERNELS_2))
-	@echo "==> tests (all but gpu): those without a server, beside the first ones with"
-	@$(call side_by_side,-m "not gpu and not slow" $(OTHERS),-m "not gpu and slow" $(OTHERS))
+	@echo "==> tests (all but gpu): those with a server; beside them kernels on the CPU, then all others"
+	@$(PYTEST) -m "not gpu and slow" $(OTHERS) & servers=$$!; \
+	$(PYTEST) -m "not gpu" $(KERNELS) && $(PYTEST) -m "not gpu and not slow" $(OTHERS); others=$$?; \
+	wait $$servers && exit $$others
 
 test-fast: $(STAMP) ## the tests that start no server
 	@echo "==> tests (no gpu, no server)"

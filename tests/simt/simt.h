@@ -9,6 +9,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -46,8 +47,9 @@ constexpr size_t kStackBytes = 512 << 10;
 constexpr uint8_t kPoison = 0xcd;  // what shared memory holds at first
 
 struct Thread {
-  ucontext_t context;
-  bool done = false;
+  ucontext_t start;
+  jmp_buf context;  // once it has started
+  bool started = false, done = false;
 };
 
 // Where threads wait for each other.
@@ -70,9 +72,24 @@ inline std::vector<Warp> warps;
 inline std::vector<Warpgroup> groups;
 inline Meeting block, named[16];
 inline int current;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::vector<uint8_t> memory;  // dynamic shared memory; addresses are offsets into it
+
+// Lets the other threads go on. Jumps in place of `swapcontext`, which asks the system for the signal
+// mask each time.
+[[gnu::noinline]] inline void yield() {
+  if (_setjmp(threads[current].context) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs the current thread until it yields or ends.
+[[gnu::noinline]] inline void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  Thread& thread = threads[current];
+  if (thread.started) _longjmp(thread.context, 1);
+  thread.started = true;
+  setcontext(&thread.start);
+}
 
 // The last of `count` threads to arrive does `work` and lets the others go. Returns whether it was
 // the last.
@@ -89,9 +106,7 @@ template <typename Work>
 void meet(Meeting& meeting, int count, Work work) {
   const long generation = meeting.generation;
   if (arrive(meeting, count, work)) return;
-  while (meeting.generation == generation) {
-    swapcontext(&threads[current].context, &scheduler);
-  }
+  while (meeting.generation == generation) yield();
 }
 
 // A warp-wide operation: `work(in, out)` on the values of all lanes.
@@ -131,22 +146,22 @@ inline void run_block(int num_threads, std::function<void()> kernel) {
   while (stacks.size() < threads.size()) stacks.emplace_back(new char[kStackBytes]);
   for (size_t i = 0; i < threads.size(); ++i) {
     Thread& thread = threads[i];
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = stacks[i].get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = &scheduler;
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = stacks[i].get();
+    thread.start.uc_stack.ss_size = kStackBytes;
     void (*entry)() = [] {
       body();
       threads[current].done = true;
+      _longjmp(scheduler, 1);
     };
-    makecontext(&thread.context, entry, 0);
+    makecontext(&thread.start, entry, 0);
   }
   for (bool running = true; running;) {
     running = false;
     for (current = 0; current < num_threads; ++current) {
       if (threads[current].done) continue;
       running = true;
-      swapcontext(&scheduler, &threads[current].context);
+      resume();
     }
   }
 }
