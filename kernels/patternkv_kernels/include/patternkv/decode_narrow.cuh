@@ -65,8 +65,9 @@ struct ValuePair {
 // One warp's running attention. Lane (g, t) holds the output of columns 2t and 2t + 1 and the
 // references of these rows (modulo kLive).
 struct State {
-  // [pair of dims i][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the two columns.
+  // [pair of dims i][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the two columns, sums of masked codes.
   float out[kDims / 2][1][4] = {};
+  float weights[4] = {};  // their sums, of the two columns twice
   float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
 };
 
@@ -99,6 +100,7 @@ __device__ __forceinline__ void raise_reference(State& state, const Lane& own, f
     const float scale = exp2_approx(old - raised);
     shift[i] = old == -INFINITY ? 0.0f : raised - old;  // an empty histogram needs no shift
     state.reference[i] = raised;
+    state.weights[i] *= scale, state.weights[i + 2] *= scale;
 #pragma unroll
     for (int d = 0; d < kDims / 2; ++d) {
       state.out[d][0][i] *= scale;
@@ -215,17 +217,18 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
       if constexpr (kOwn == 1) weights[1][h] = __shfl_down_sync(~0u, weights[0][h], 16);
     }
   }
+  const uint32_t one = as_u32(__float2half2_rn(1.0f));
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
+    mma_m16n8k16(state.weights, one, one, one, one, weights[s][0], weights[s][1]);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      uint32_t a[VCodes::kPerHalf], b[VCodes::kPerHalf];
-      VCodes::expand_centred(first[s].units[u], a);
-      VCodes::expand_centred(second[s].units[u], b);
+      const uint32_t low = first[s].units[u], high = second[s].units[u];
 #pragma unroll
       for (int r = 0; r < VCodes::kPerHalf; r += 2) {
-        mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][0], a[r], a[r + 1], b[r], b[r + 1],
-                     weights[s][0], weights[s][1]);
+        mma_m16n8k16(state.out[(u * VCodes::kPerHalf + r) / 2][0], VCodes::mask_pair(low, r),
+                     VCodes::mask_pair(low, r + 1), VCodes::mask_pair(high, r),
+                     VCodes::mask_pair(high, r + 1), weights[s][0], weights[s][1]);
       }
     }
   }
@@ -269,7 +272,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   own.words = words;
   own.histogram = histograms + warp * words;
   for (int e = lane; e < words; e += 32) own.histogram[e] = 0;
-  const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
+  const QueryScales scales = load_queries<kLive>(p, item, head, shared.queries, shared.raw_queries);
   fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
                     [&](int pattern, int row, float value) {
                       if (row < kLive) table[pattern * kLive + row] = value;
@@ -352,9 +355,13 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   for (int d = 0; d < kDims; ++d) {
     const int dim = g * kDims + d;
     const float channel = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
-    const float unit = channel / VCodes::centred_step(d % VCodes::kPerHalf);
+    constexpr int kUnit = 1 << 24;  // masked codes are this much below 1
 #pragma unroll
-    for (int i = 0; i < 2; ++i) state.out[d / 2][0][d % 2 * 2 + i] *= unit * row_weight[i];
+    for (int i = 0; i < 2; ++i) {
+      float& x = state.out[d / 2][0][d % 2 * 2 + i];
+      const float codes = x * (kUnit / VCodes::masked_step(d % VCodes::kPerHalf));
+      x = (codes - VCodes::kCentre * state.weights[i]) * (channel * row_weight[i]);
+    }
   }
   __syncthreads();
   add_patterns<1, kDims>(

@@ -55,13 +55,13 @@ __device__ __forceinline__ int code_step(int dim) {
   return KCodes::step(dim % KCodes::kPerWord % KCodes::kPerHalf);
 }
 
-// Fills `tile` and `raw` with the queries of the item's rows; rows beyond them are zero. Ends with
-// a barrier.
-template <int kRows>
+// Fills rows below kLive of `tile` and `raw` with the queries of the item's rows, up to as many; those
+// beyond them are zero. Ends with a barrier.
+template <int kLive, int kRows>
 __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item, int head,
                                     QueryTile<kRows>& tile, RawQueries<kRows>& raw) {
   constexpr int kPerLane = D / 32;
-  constexpr int kRowsPerWarp = kRows / kWarps;
+  constexpr int kRowsPerWarp = kLive / kWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int num_rows = item.num_branches * p.group;
   const __half* channels = table_channels(p, item.table, 0, head);
