@@ -439,9 +439,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for_each_unit(p.work.wide(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
     attend<kRows, kPatterns>(p, item, head, aligned);
   });
-  // This grid then ends after the one before it, and the merge, which waits for this one, after
-  // both.
-  wait_for_previous_kernel();
+  end_after_previous_kernel();
 }
 
 }  // namespace hopper

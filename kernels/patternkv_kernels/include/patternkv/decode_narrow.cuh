@@ -83,6 +83,22 @@ struct Lane {
   int words;
 };
 
+// Metadata of a lane's own token, in the form in which its group of readers needs it. Made before
+// the next tile's is asked for: who waits for a loaded register may wait for later loads too.
+struct Token {
+  float k_scale;
+  uint32_t v_scale;  // half2
+  uint32_t pattern_ids;
+
+  __device__ __forceinline__ Token(const RawToken& raw, const Lane& own)
+      : k_scale(raw.k_scale_float() * own.code_scale),
+        v_scale(as_u32(
+            __float2half2_rn(fminf(raw.v_scale_float() * own.value_scale, 4096.0f)))),
+        pattern_ids(raw.pattern_ids) {
+    compute_now(k_scale), compute_now(v_scale), compute_now(pattern_ids);
+  }
+};
+
 // Raises the references of rows whose peaks, over the lane's logits, get too far ahead, and
 // rescales.
 template <int kLive>
@@ -120,15 +136,10 @@ __device__ __forceinline__ void raise_reference(State& state, const Lane& own, f
 
 template <int kLive>
 __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state, const Lane& own,
-                                            const uint8_t* tile, RawToken raw, int valid) {
+                                            const uint8_t* tile, const Token& token, int valid) {
   constexpr int kOwn = kLive == 4 ? 1 : 2;  // slices of 16 tokens whose softmax a lane works out
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const KeyWords keys[2] = {load_keys(tile, g, t), load_keys(tile, 16 + g, t)};
-  // The lane's own token, in the form in which its group of readers needs it.
-  const float own_k_scale = raw.k_scale_float() * own.code_scale;
-  const float own_v_scale = fminf(raw.v_scale_float() * own.value_scale, 4096.0f);
-  const uint32_t own_v_pair = as_u32(__float2half2_rn(own_v_scale));
-
   float x[2][4];  // [slice]: columns 2t and 2t + 1 of token g, then of token g + 8
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
@@ -171,9 +182,9 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int source = first_token + s * 16 + h * 8;
-      const float scale = __shfl_sync(~0u, own_k_scale, source);
-      const uint32_t pattern_ids = __shfl_sync(~0u, raw.pattern_ids, source);
-      v_scale[s][h] = __shfl_sync(~0u, own_v_pair, source);
+      const float scale = __shfl_sync(~0u, token.k_scale, source);
+      const uint32_t pattern_ids = __shfl_sync(~0u, token.pattern_ids, source);
+      v_scale[s][h] = __shfl_sync(~0u, token.v_scale, source);
       bins[s][h] = own.bins + (pattern_ids >> 8) * (kLive * 4);
       const float2 product =
           *reinterpret_cast<const float2*>(own.table + (pattern_ids & 0xff) * kLive);
@@ -258,8 +269,9 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   const HeadPool pool(p.pool, head);
   const auto issue = [&](int n, int slot) {
     const uint32_t units = pool.row_units(p.pool, slot);
-    copy_rows<kTile, 32>(p.copy16, shared_address(ring) + n % 2 * kTileBytes, pool.codes, lane,
-                         [&](int token) { return __shfl_sync(~0u, units, token); });
+    copy_rows<kTile, 32, kKStride, kVStride, true>(
+        p.copy16, shared_address(ring) + n % 2 * kTileBytes, pool.codes, lane,
+        [&](int token) { return __shfl_sync(~0u, units, token); });
     cp_async_commit();
     return load_token(pool.metadata_words(p.pool, slot));
   };
@@ -300,13 +312,14 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   // `slot` is of tile n + 1, then of tile n + 3. Two steps in turns: what a load brings needs no
   // move, which would wait for it.
   const auto step = [&](int n, const RawToken& raw, RawToken& next, int& slot) {
+    const Token token(raw, own);
     cp_async_wait<0>();
     __syncwarp();
     if (n + 1 < own_tiles) {
       next = issue(n + 1, slot);
       slot = load_slot(n + 3);
     }
-    attend_tile<kLive>(p, state, own, ring + n % 2 * kTileBytes, raw,
+    attend_tile<kLive>(p, state, own, ring + n % 2 * kTileBytes, token,
                        item.end - (first + n * kWarps * kTile));
   };
   for (int n = 0; n < own_tiles; n += 2) {
@@ -415,18 +428,15 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
   __shared__ int next_unit;
-  // The first kernel of a layer starts while the layer's new tokens are stored, and needs these only
-  // where no window has them. Kernels after it start behind what came before the layer.
-  const auto join = [] {
-    wait_for_previous_kernel();
-    launch_dependents();
-  };
-  if (p.reads_new_tokens) join();
+  // The first kernel of a layer starts while the layer's new tokens are stored, and needs these
+  // only where no window has them. The block that is the last to have work holds back the kernels
+  // after it until they are stored: the merge reads the window.
+  const bool waits = blockIdx.x == gridDim.x - 1;
+  if (waits || p.reads_new_tokens) wait_for_previous_kernel();
+  launch_dependents();
   for_each_unit(p.work.narrow(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
     attend<kLive>(p, item, head, memory);
-    join();
   });
-  join();
 }
 
 }  // namespace narrow

@@ -55,8 +55,8 @@ __device__ __forceinline__ int code_step(int dim) {
   return KCodes::step(dim % KCodes::kPerWord % KCodes::kPerHalf);
 }
 
-// Fills rows below kLive of `tile` and `raw` with the queries of the item's rows, up to as many; those
-// beyond them are zero. Ends with a barrier.
+// Fills the rows below kLive of `tile` and `raw` with the queries of the item's rows, which are no
+// more; rows that the item does not have are zero. Ends with a barrier.
 template <int kLive, int kRows>
 __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item, int head,
                                     QueryTile<kRows>& tile, RawQueries<kRows>& raw) {

@@ -33,6 +33,12 @@ struct FixedPoint {
   __device__ float unit() const { return __int_as_float((127 - fraction) << 23); }
 };
 
+// A grid whose blocks come here last ends after the one before it, and what waits for this grid
+// waits for both. The other blocks leave their multiprocessors to the next kernel.
+__device__ __forceinline__ void end_after_previous_kernel() {
+  if (blockIdx.x == 0) wait_for_previous_kernel();
+}
+
 // Works through the units of a launch, an item and a KV head each, block by block: `attend(item,
 // head)` by whole blocks, whose threads may come here from several places. The first item is asked
 // for before it is known whether there is one, so that the answer costs no time. Units that no block

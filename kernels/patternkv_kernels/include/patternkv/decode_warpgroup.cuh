@@ -312,9 +312,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       produce<kTile>(p, item, head, aligned, shares, group - shares.consumers);
     });
   }
-  // This grid then ends after the one before it, and the merge, which waits for this one, after
-  // both.
-  wait_for_previous_kernel();
+  end_after_previous_kernel();
 }
 
 }  // namespace warpgroup

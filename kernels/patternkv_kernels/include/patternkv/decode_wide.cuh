@@ -463,9 +463,7 @@ __global__ void __launch_bounds__(kThreads, D > 128 ? 2 : 3)
       attend<4>(p, item, head, memory);
     }
   });
-  // This grid then ends after the one before it, and the merge, which waits for this one, after
-  // both.
-  wait_for_previous_kernel();
+  end_after_previous_kernel();
 }
 
 }  // namespace wide

@@ -99,6 +99,10 @@ __device__ __forceinline__ uint32_t load_early(const uint16_t* x) {
   return y;
 }
 
+// Keeps the compiler from computing x later than here.
+__device__ __forceinline__ void compute_now(float& x) { asm volatile("" : "+f"(x)); }
+__device__ __forceinline__ void compute_now(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // Brings the line of an address to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* x) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(x));
@@ -148,7 +152,7 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-// Blocks until the previous kernel of the stream has ended and its writes are visible.
+// Waits until the previous kernel of the stream has ended and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
