@@ -148,7 +148,7 @@ def limited(kv: str, kv_gib: float, config: dict[str, Any], max_requests: int) -
     k_bits, v_bits = (4, 4) if dense else map(int, kv.split("/"))
     options = PatternKVConfig(k_bits, v_bits)
     heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
-    geometry = PoolGeometry(options, layers, heads, config["head_dim"], 1, torch.bfloat16)
+    geometry = PoolGeometry(options, layers, heads, config["head_dim"], torch.bfloat16)
     kv_bytes = int(kv_gib * 2**30)
     if dense:
         per_token = geometry.dense_bytes_per_token // (2 if kv == "fp8" else 1)

@@ -48,11 +48,10 @@ def attach(
     sources: tuple[RealKvSource, ...] = ()
     if read_bytes:
         code_bytes = fmt.code_bytes
-        if code_bytes % ALIGNMENT or fmt.page_bytes % ALIGNMENT:
+        if code_bytes % ALIGNMENT:
             raise ValueError(
-                f"--kv-canary-real-data hashes {ALIGNMENT} bytes at a time: the pages of "
-                f"{fmt.page_bytes} bytes and codes of {code_bytes} bytes of this model are no "
-                "multiples of that; leave it at 'none'"
+                f"--kv-canary-real-data hashes {ALIGNMENT} bytes at a time: the codes of "
+                f"{code_bytes} bytes of this model are no multiple of that; leave it at 'none'"
             )
         sources = (
             RealKvSource(

@@ -104,7 +104,6 @@ def _cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: in
         num_layers,
         model.get_num_kv_heads(tp_size),
         model.head_dim,
-        kvc.pool_page_size,
         kvc.kv_cache_dtype,
     )
     _scratch = ScratchShape(
@@ -129,11 +128,12 @@ def _reserve(
 
     from patternkv_sgl import canary
     from patternkv_sgl.metadata import DecodeBuffers, most_tokens
+    from patternkv_sgl.pool import SLOTS_PER_PAGE
 
     _num_tables = _geometry.num_tables(available_bytes)
     windows = get_schedule().max_running_requests + 1
     tokens = most_tokens(available_bytes // _geometry.bytes_per_token, _scratch.max_rows)
-    other = _scratch_bytes
+    other = _scratch_bytes + SLOTS_PER_PAGE * _geometry.bytes_per_token  # to fill the last page
     other += DecodeBuffers.nbytes(_scratch.max_rows, _scratch.max_entries, tokens)
     if get_observability().kv_canary != "none":
         other += canary.nbytes(tokens)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 TABLE_MEMORY_SHARE = 0.01  # of the KV memory, for table slots, when --kv-quant-tables is unset
 MIN_TABLES, MAX_TABLES = 16, 1024
+SLOTS_PER_PAGE = 16
+"""Slots whose bytes lie together, whatever SGLang's page size: slots are numbers to it. Codes of
+one head are then aligned to sectors of the L2 cache, and metadata of neighbouring tokens share
+them, which is a quarter of the time of private attention."""
 TABLE_ID_BYTES = torch.int32.itemsize
 
 
@@ -48,7 +52,6 @@ class PoolGeometry:
     Attributes:
         config: the user's options.
         num_layers, h_kv, head_dim: of this rank's shard of the model.
-        page_size: slots per page.
         dtype: model dtype, kept by the windows.
     """
 
@@ -56,17 +59,16 @@ class PoolGeometry:
     num_layers: int
     h_kv: int
     head_dim: int
-    page_size: int
     dtype: torch.dtype
 
     @cached_property
     def slot_formats(self) -> list[SlotFormat]:
         """Of every layer."""
-        return self.config.slot_formats(self.num_layers, self.h_kv, self.head_dim, self.page_size)
+        return self.config.slot_formats(self.num_layers, self.h_kv, self.head_dim, SLOTS_PER_PAGE)
 
     @property
     def bytes_per_token(self) -> int:
-        """All layers of one slot, with its share of page padding and its table id."""
+        """All layers of one slot, and its table id."""
         return sum(fmt.bytes_per_token for fmt in self.slot_formats) + TABLE_ID_BYTES
 
     @property
@@ -114,13 +116,14 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
 
     Attributes:
         slot_formats: per layer.
-        packed: per layer, uint8 [num_pages, page_bytes] in its format.
+        packed: per layer, uint8 [num_pages, page_bytes] in its format, pages of `SLOTS_PER_PAGE`.
         slot_table: int32 [num_slots]: the table each slot was quantized with, for all layers.
         tables: per layer, the patterns and channel scales of every table slot.
         window_k, window_v: per layer, [num_windows, window, h_kv, head_dim]; the ring of request
             row ``r`` holds position ``p`` at ``p % window``.
 
-    Page 0 is SGLang's padding sink: dummy tokens write there, with the zero table.
+    SGLang's page 0, of its own page size, is its padding sink: dummy tokens write there, with the
+    zero table.
     """
 
     def __init__(
@@ -137,7 +140,8 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
                 "--kv-quant patternkv needs its memory before graph capture: unset "
                 "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
             )
-        geometry, rows = self.geometry, self.size + self.page_size
+        geometry = self.geometry
+        rows = -(-(self.size + self.page_size) // SLOTS_PER_PAGE) * SLOTS_PER_PAGE
         h_kv, head_dim, layers = self.head_num, self.head_dim, range(self.layer_num)
         expected = (geometry.h_kv, geometry.head_dim, geometry.num_layers)
         actual = (h_kv, head_dim, self.layer_num)

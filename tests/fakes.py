@@ -48,7 +48,7 @@ def make_pool(
     """A real pool."""
     return PatternKVPool(
         size,
-        geometry=PoolGeometry(config, num_layers, h_kv, head_dim, page_size, dtype),
+        geometry=PoolGeometry(config, num_layers, h_kv, head_dim, dtype),
         num_tables=num_tables,
         num_windows=num_windows,
         page_size=page_size,

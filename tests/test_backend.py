@@ -20,6 +20,7 @@ from patternkv_sgl.basis import KBasis
 from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, may_decode, read_batch
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.metadata import DecodeBuffers
+from patternkv_sgl.pool import PatternKVPool
 from patternkv_sgl.scratch import Scratch, ScratchShape
 from patternkv_sgl.segments import build_segments
 from patternkv_sgl.tables import ZERO_TABLE
@@ -363,7 +364,7 @@ def test_a_batch_padded_for_a_graph_decodes_the_same() -> None:
 
 def test_a_capture_batch_reads_and_writes_only_padding() -> None:
     model = Model(config(4))
-    before = [packed.clone() for packed in model.pool.packed]
+    before = [x.clone() for x in slot_bytes(model.pool)]
     batch = dummy(ForwardMode.DECODE, [0, 0])
     batch.batch_size = 2
     model.backend.init_forward_metadata_out_graph(batch, in_capture=True)
@@ -371,9 +372,8 @@ def test_a_capture_batch_reads_and_writes_only_padding() -> None:
     out = model.backend.forward_decode(q, kv, kv, model.layer(0), batch)
     assert out.isfinite().all()
     page = model.pool.page_size
-    assert all(
-        torch.equal(a[page:], b[page:]) for a, b in zip(before, model.pool.packed, strict=True)
-    )
+    after = slot_bytes(model.pool)
+    assert all(torch.equal(a[page:], b[page:]) for a, b in zip(before, after, strict=True))
 
 
 def test_a_batch_larger_than_the_prepared_memory_decodes_outside_of_graphs() -> None:
@@ -485,13 +485,22 @@ def test_decode_counts_reads() -> None:
 # Bytes
 
 
+def slot_bytes(pool: PatternKVPool) -> list[torch.Tensor]:
+    """uint8 [num_slots, h_kv, bytes] of every layer."""
+    layers = zip(pool.slot_formats, pool.packed, strict=True)
+    return [
+        torch.cat(list(fmt.sections(packed)), 3).transpose(1, 2).flatten(0, 1)
+        for fmt, packed in layers
+    ]
+
+
 def stored_bytes(model: Model, req: Req) -> list[torch.Tensor]:
     """Packed slots of the prompt, and the content of its table, for every layer."""
     slots = model.row(req)[: len(req.origin_input_ids)]
     (table,) = set(model.slot_table[slots].tolist())
     assert table != ZERO_TABLE
     out = []
-    for packed, tables in zip(model.pool.packed, model.pool.tables, strict=True):
+    for packed, tables in zip(slot_bytes(model.pool), model.pool.tables, strict=True):
         out += [
             packed[slots],
             tables.patterns[table],

@@ -15,7 +15,7 @@ from patternkv_sgl.canary import attach, nbytes, walk
 from patternkv_sgl.config import PatternKVConfig
 from tests.answers import outputs
 from tests.engines import EngineRun
-from tests.fakes import Scheduler
+from tests.fakes import Scheduler, make_pool
 from tests.models import make_model
 from tests.servers import environment
 from tests.test_models import engine
@@ -77,9 +77,9 @@ def test_buffers_have_a_row_per_slot_and_are_accounted_for() -> None:
 
 
 def test_unaligned_slots_cannot_be_hashed() -> None:
-    pool = scheduler(head_dim=64, h_kv=1).pool  # pages of 72 bytes
+    pool = make_pool(PatternKVConfig(4, 2), head_dim=96)
     assert attached(pool, 0)
-    with pytest.raises(ValueError, match=r"pages of 72 bytes .* leave it at 'none'"):
+    with pytest.raises(ValueError, match=r"codes of 72 bytes .* leave it at 'none'"):
         attached(pool, 16)
 
 

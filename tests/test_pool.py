@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,16 +9,21 @@ import pytest
 import torch
 
 from patternkv_sgl.config import PatternKVConfig, parse_bits
-from patternkv_sgl.pool import MAX_TABLES, MIN_TABLES, PatternKVPool, PoolGeometry
+from patternkv_sgl.pool import (
+    MAX_TABLES,
+    MIN_TABLES,
+    SLOTS_PER_PAGE,
+    PatternKVPool,
+    PoolGeometry,
+)
 from tests.fakes import make_pool
 
 LLAMA_8B = (32, 8, 128)  # layers, KV heads, head dim
 
 
 def geometry(bits: str, model: tuple[int, int, int], **options: Any) -> PoolGeometry:
-    page_size = options.pop("page_size", 1)
     config = PatternKVConfig(*parse_bits(bits), **options)
-    return PoolGeometry(config, *model, page_size, torch.bfloat16)
+    return PoolGeometry(config, *model, torch.bfloat16)
 
 
 # Codes of K and V, two pattern ids of a byte, two scales of two bytes.
@@ -35,14 +39,11 @@ def geometry(bits: str, model: tuple[int, int, int], **options: Any) -> PoolGeom
     ],
 )
 @pytest.mark.parametrize(("num_layers", "h_kv"), [(32, 8), (80, 1), (28, 2), (6, 2), (64, 32)])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_bytes_per_token(
-    bits: str, head_dim: int, per_head: int, num_layers: int, h_kv: int, page_size: int
+    bits: str, head_dim: int, per_head: int, num_layers: int, h_kv: int
 ) -> None:
-    model = num_layers, h_kv, head_dim
-    sizes = geometry(bits, model, page_size=page_size, layer_bits=())
-    page = math.ceil(page_size * h_kv * per_head / 8) * 8
-    assert sizes.bytes_per_token == num_layers * page // page_size + 4  # and one table id
+    sizes = geometry(bits, (num_layers, h_kv, head_dim), layer_bits=())
+    assert sizes.bytes_per_token == num_layers * h_kv * per_head + 4  # and one table id
     assert sizes.dense_bytes_per_token == num_layers * h_kv * 2 * head_dim * 2
 
 
@@ -131,7 +132,7 @@ POOLS = [
     {"config": PatternKVConfig(patterns=8, window=4)},
     {"config": PatternKVConfig(4, 2, patterns=256, window=0), "h_kv": 3, "num_layers": 4},
     {"config": PatternKVConfig(2, 2), "page_size": 16, "head_dim": 128, "num_windows": 5},
-    {"config": PatternKVConfig(2, 2), "h_kv": 2, "num_layers": 3},  # with 4 bytes of padding
+    {"config": PatternKVConfig(2, 2), "h_kv": 2, "num_layers": 3, "size": 255},
     {"config": PatternKVConfig(2, 4), "page_size": 4, "size": 1024, "dtype": torch.float16},
 ]
 
@@ -140,9 +141,10 @@ POOLS = [
 def test_reported_bytes_are_allocated_bytes(options: dict[str, object]) -> None:
     pool = make_pool(**options)  # type: ignore[arg-type]
     assert pool.get_kv_size_bytes() == allocated_bytes(pool)
-    sizes = pool.geometry
+    sizes, num_slots = pool.geometry, len(pool.slot_table)
+    assert 0 <= num_slots - (pool.size + pool.page_size) < SLOTS_PER_PAGE
     assert pool.get_kv_size_bytes() == (
-        (pool.size + pool.page_size) * sizes.bytes_per_token
+        num_slots * sizes.bytes_per_token
         + pool.num_tables * sizes.bytes_per_table
         + pool.num_windows * sizes.bytes_per_window
     )
@@ -191,7 +193,7 @@ def test_nobody_reads_the_pool_as_dense(name: str, arguments: tuple[object, ...]
 
 
 def test_a_pool_sized_for_another_model_is_an_error() -> None:
-    sizes = PoolGeometry(PatternKVConfig(), 1, 2, 64, 1, torch.bfloat16)
+    sizes = PoolGeometry(PatternKVConfig(), 1, 2, 64, torch.bfloat16)
     with pytest.raises(AssertionError, match=r"pool of \(1, 64, 1\).*sized for \(2, 64, 1\)"):
         PatternKVPool(
             64,
@@ -212,7 +214,7 @@ def test_the_start_up_line_states_what_was_chosen() -> None:
     config = PatternKVConfig(4, 2, patterns=8, window=5)
     pool = make_pool(config, num_tables=3, num_windows=4, num_layers=2, h_kv=3)
     line = pool.describe()
-    for part in ("4/2", "340 bytes per token", "1536 in bfloat16", "4.52x", "256 tokens"):
+    for part in ("4/2", "328 bytes per token", "1536 in bfloat16", "4.68x", "256 tokens"):
         assert part in line
     assert "2 table slots of 8 patterns" in line
     assert "4 windows of 5 tokens" in line
