@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--cases", choices=("design", "trees", "prompts", "sweep", "all"), default="all"
     )
     parser.add_argument("--quick", action="store_true", help="fewer replays and sweep cells")
-    parser.add_argument("--page", type=int, default=1, help="slots per page")
+    parser.add_argument("--page", type=int, default=16, help="slots per page (16, as in serving)")
     parser.add_argument("--shuffle", action="store_true", help="scatter pages over the pool")
     parser.add_argument("--no-baselines", action="store_true", help="leave out FlashInfer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
