@@ -31,7 +31,7 @@ STORAGE_CONTEXT = 4096
 def storage() -> str:
     """Bits per element of a prompt alone, at two head dims."""
     lines = []
-    smaller = Setting.parse(FEWER_BITS.replace(" ", ":"))
+    smaller = [s for method in FEWER_BITS for s in Setting.parse(method.replace(" ", ":"))]
     for setting in SETTINGS + smaller:
         bits = [f"{bits_at(setting, STORAGE_CONTEXT, d):.2f}" for d in (64, 128)]
         lines.append([f"{setting.method} {setting.bits_name}", *bits])

@@ -158,20 +158,30 @@ def test_models_of_one_function_are_compared_with_its_exact_answers() -> None:
     assert "demo_outliers_8" in line and "| -148.0 to +48.0 |" in line
 
 
-def test_fewer_bits_are_compared_on_the_problems_sampled_with_them() -> None:
-    method, right, wrong = FEWER_BITS.split()[0], [True, True], [False, False]
-    ours = answered(["a", "b"], [right, wrong], method=method, bits=2)
+def test_fewer_bits_are_compared_on_the_problems_that_all_of_ours_were_asked() -> None:
+    first, second = (method.split()[0] for method in FEWER_BITS)
+    right, wrong = [True, True], [False, False]
+    ours = answered(["a", "b"], [right, wrong], method=first, bits=2)
+    other = answered(["a", "b", "c"], [right, right, wrong], method=second, bits=2)
     exact = answered(["a", "b", "c"], [right, right, wrong])
-    theirs = answered(["a", "b", "c"], [wrong, wrong, right], method="ott", bits=2)
+    theirs = replace(answered(["a", "b", "c"], [wrong, wrong, right]), method="ott", bits_k=2)
+    theirs = replace(theirs, bits_v=2, bits_per_element=2.25)
     elsewhere = replace(theirs, task="sampled 96x4")
-    report = Report(results([exact, ours, theirs, elsewhere]))
+    report = Report(results([exact, ours, other, theirs, elsewhere]))
     _, _, *lines = report.fewer_bits().splitlines()
     half, none, all_ = "50.0 ± 50.0", "0.0 ± 0.0", "100.0 ± 0.0"
-    assert [line.split(" | ")[2:] for line in lines] == [
-        ["2", FEWER_BITS, "2.20", half, half, "– |"],
-        ["2", "bf16 16/16", "16.30", all_, all_, "-50.0 ± 50.0 (p = 0.32) |"],
-        ["2", "ott 2/2", "2.30", none, none, "+50.0 ± 50.0 (p = 0.32) |"],
+    alike = "+0.0 ± 0.0"
+    assert [line.split(" | ")[2:7] for line in lines] == [
+        ["2", FEWER_BITS[0], "2.20", half, half],
+        ["2", FEWER_BITS[1], "2.30", all_, all_],
+        ["2", "bf16 16/16", "16.30", all_, all_],
+        ["2", "ott 2/2", "2.25", none, none],
     ]
+    # Bold only where ours takes no more bits.
+    *_, to_exact, to_theirs = [line.split(" | ")[7:] for line in lines]
+    assert to_exact[0] == "**-50.0 ± 50.0 (p = 0.32)**" and to_exact[1].startswith(f"**{alike}")
+    assert to_theirs[0] == "**+50.0 ± 50.0 (p = 0.32)**"
+    assert to_theirs[1].startswith("+100.0 ± 0.0")
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

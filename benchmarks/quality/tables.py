@@ -18,8 +18,12 @@ OURS = (
 )
 RIVALS = ("kivi_g32 2/2", "kivi_g128 2/2", "patternkv_paper 2/2", "ott 2/2")
 """What ours has to beat."""
-FEWER_BITS = "patternkv_sgl[patterns=32,window=16] 2/2"
-"""Ours with half the patterns and half the window, which takes about as much as its rivals."""
+FEWER_BITS = (
+    "patternkv_sgl[patterns=32,window=16] 2/2",
+    "patternkv_sgl[protect=0,patterns=32,window=0] 2/2",
+)
+"""Ours with half the patterns and half the window, which takes about as much as its rivals; and
+without a window and 4 bits in any layer, which takes less than most."""
 CHOICES = ("patterns", "window", "sinks", "balance", "generated")
 """Options whose values are compared one at a time, with the others at their defaults."""
 PAPER_CLAIMS = (
@@ -227,31 +231,37 @@ class Report:
         return table(head, lines)
 
     def fewer_bits(self) -> str:
-        """Answers of ours at `FEWER_BITS`, of bf16 and of every competitor to the same problems,
-        a block of rows per model and level."""
+        """Answers of ours at each of `FEWER_BITS`, of bf16 and of every competitor, on the problems
+        that all of ours were asked; a block of rows per model and level. Differences are bold
+        where ours takes no more bits."""
         lines = []
         for model in self.models:
             picked = self.pick(model, "sampled").values()
-            for ours in (r for r in picked if name(r) == FEWER_BITS):
-                common, k = set(ours.problems), min(VOTES, ours.samples)
-                exact = self.exact(model, "sampled", ours.level)
-                rivals = [r for r in picked if name(r) in RIVALS and r.level == ours.level]
-                for result in (ours, *([exact] if exact else []), *rivals):
-                    test = compare(ours, result, "majorities", k)
-                    lines.append(
-                        [
-                            model,
-                            ours.level,
-                            str(len(common)),
-                            name(result),
-                            f"{result.bits_per_element:.2f}",
-                            value(on(result, common, "passes", 1)),
-                            value(on(result, common, "majorities", k)),
-                            "–" if result is ours else paired(test),
-                        ]
-                    )
+            for level in dict.fromkeys(result.level for result in picked):
+                found = {name(result): result for result in picked if result.level == level}
+                ours = [found[method] for method in FEWER_BITS if method in found]
+                if not ours:
+                    continue
+                common = set.intersection(*(set(result.problems) for result in ours))
+                k = min(VOTES, *(result.samples for result in ours))
+                exact = self.exact(model, "sampled", level)
+                rivals = [*([exact] if exact else []), *(found[r] for r in RIVALS if r in found)]
+                for result in (*ours, *rivals):
+                    line = [model, level, str(len(common)), name(result)]
+                    line.append(f"{result.bits_per_element:.2f}")
+                    line.append(value(on(result, common, "passes", 1)))
+                    line.append(value(on(result, common, "majorities", k)))
+                    for method in FEWER_BITS:
+                        if result in ours or method not in found:
+                            line.append("–")
+                            continue
+                        votes = [on(r, common, "majorities", k) for r in (found[method], result)]
+                        smaller = found[method].bits_per_element <= result.bits_per_element
+                        mark = "**" if smaller else ""
+                        line.append(f"{mark}{paired(Paired.test(*votes))}{mark}")
+                    lines.append(line)
         head = ["model", "level", "problems", "method", "bits", "pass@1", f"maj@{VOTES}"]
-        return table([*head, "ours − it"], lines)
+        return table([*head, *(f"{method} − it" for method in FEWER_BITS)], lines)
 
     def choices(self) -> str:
         """What each option of ours does alone: KL along chains, by value; the default in bold."""
