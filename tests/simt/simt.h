@@ -76,8 +76,8 @@ inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::vector<uint8_t> memory;  // dynamic shared memory; addresses are offsets into it
 
-// Lets the other threads go on. Jumps in place of `swapcontext`, which asks the system for the signal
-// mask each time.
+// Lets the other threads go on. Jumps in place of `swapcontext`, which asks the system for the
+// signal mask each time.
 [[gnu::noinline]] inline void yield() {
   if (_setjmp(threads[current].context) == 0) _longjmp(scheduler, 1);
 }

@@ -47,8 +47,8 @@ struct HeadPool {
 
 // Copies the code rows of kTokens tokens to shared memory, K's and then V's, kThreadsUsed threads
 // together; `units_of(token)` gives a row's offset and must be called by whole warps. With kWhole
-// neighbouring threads copy a token's two rows, which lie side by side, as one: fewer requests of the
-// L2 cache for more instructions.
+// neighbouring threads copy a token's two rows, which lie side by side, as one: fewer requests of
+// the L2 cache for more instructions.
 template <int kTokens, int kThreadsUsed, int kKeyStride, int kValueStride, int kBytes, bool kWhole,
           typename UnitsOf>
 __device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* codes, int thread,
