@@ -11,6 +11,8 @@ from dataclasses import dataclass
 H_Q, H_KV, HEAD_DIM = 32, 8, 128
 BITS = ((4, 4), (4, 2), (2, 2))
 """Bits of K and V."""
+PAGE = 16
+"""Slots per page of the pool in serving (``patternkv_sgl.pool.SLOTS_PER_PAGE``)."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ TARGETS: dict[Case, dict[tuple[int, int], float]] = {
     private(16, 32768): {(4, 4): 190, (2, 2): 130},
     private(4, 32768): {(4, 4): 55, (2, 2): 40},
 }
-"""Microseconds per layer to reach on one H200 with pages of one slot, by bits of K and V. At the
-shared points that is less than a bf16 kernel needs to read the cache once at copy bandwidth."""
+"""Microseconds per layer to reach on one H200, by bits of K and V. At the shared
+points that is less than a bf16 kernel needs to read the cache once at copy bandwidth."""
 
 TREES = (
     Case((Level(1, 16384), Level(4, 4096), Level(16, 512))),

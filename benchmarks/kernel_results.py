@@ -29,10 +29,10 @@ def line(row: Row) -> str:
     )
 
 
-def misses(rows: Iterable[Row]) -> list[str]:
-    """One line per target that is not reached or not measured. Targets are for slots in the order
-    of allocation, so other rows do not count. The rows have pages of one size."""
-    rows = [row for row in rows if not row["shuffle"]]
+def misses(rows: Iterable[Row], page: int) -> list[str]:
+    """One line per target that is not reached or not measured with ``page`` slots per page, in the
+    order of allocation: other rows do not count."""
+    rows = [row for row in rows if row["page"] == page and not row["shuffle"]]
     measured = {(row["case"], row["bits_k"], row["bits_v"]): row["us"] for row in rows}
     missed = []
     for case, targets in TARGETS.items():

@@ -19,6 +19,7 @@ from benchmarks.kernel_cases import (
     H_KV,
     H_Q,
     HEAD_DIM,
+    PAGE,
     PLAN_TARGET_US,
     PROMPTS,
     QUICK_SWEEP,
@@ -44,6 +45,7 @@ from benchmarks.kernel_results import markdown
 from benchmarks.roofline import packed_bytes, roofline_us, unpacked_bytes
 from benchmarks.timing import Timing
 from patternkv_kernels import SlotFormat, tree_decode
+from patternkv_sgl.pool import SLOTS_PER_PAGE
 from recipes.environment import git_commit
 
 CPU = torch.device("cpu")
@@ -192,6 +194,10 @@ def test_percentiles() -> None:
 # The results.
 
 
+def test_pages_are_those_of_the_pool() -> None:
+    assert PAGE == SLOTS_PER_PAGE
+
+
 def rows_at_target(factor: float = 1.0) -> list[dict[str, Any]]:
     return [
         {
@@ -199,7 +205,7 @@ def rows_at_target(factor: float = 1.0) -> list[dict[str, Any]]:
             "case": case.name,
             "bits_k": bits[0],
             "bits_v": bits[1],
-            "page": 1,
+            "page": PAGE,
             "shuffle": False,
             "us": factor * us,
             "roofline_us": us / 2,
@@ -241,11 +247,12 @@ def test_check_prints_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "4x(32768+512) 2/2: 25.5 us, target 17 us (50 % over)\n"
 
 
-def test_check_misses_what_was_measured_on_scattered_pages(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("other", [{"page": 1}, {"shuffle": True}], ids=["paged", "shuffled"])
+def test_check_misses_what_was_measured_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any]
 ) -> None:
     rows = rows_at_target(0.5)
-    rows[0]["shuffle"] = True
+    rows[0] |= other
     assert check([*rows, planned()], tmp_path) == 1
     assert capsys.readouterr().out == "4x(32768+512) 4/4: not measured, target 20 us\n"
 

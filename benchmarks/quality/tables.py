@@ -23,7 +23,7 @@ FEWER_BITS = (
     "patternkv_sgl[protect=0,patterns=32,window=0] 2/2",
 )
 """Ours with half the patterns and half the window, which takes about as much as its rivals; and
-without a window and 4 bits in any layer, which takes less than most."""
+without a window and 4 bits in any layer, which takes less than each of them."""
 CHOICES = ("patterns", "window", "sinks", "balance", "generated")
 """Options whose values are compared one at a time, with the others at their defaults."""
 PAPER_CLAIMS = (

@@ -8,6 +8,7 @@
 namespace patternkv {
 
 constexpr uint32_t kMagic = 0x64006400;  // half2(1024, 1024)
+constexpr int kMaskedUnit = 1 << 24;     // a code is this many times the masked one
 
 template <int kBits>
 struct Codes {
@@ -41,8 +42,8 @@ struct Codes {
     return 1 << (kBits * (r % (kPerHalf / 2)));
   }
 
-  // Pair r of a word as fp16 subnormals, masked_step(r) * code * 2^-24: no bias to take off, and a
-  // product multiplies them exactly.
+  // Pair r of a word as fp16 subnormals, masked_step(r) * code / kMaskedUnit: no bias to take off,
+  // and a product multiplies them exactly.
   static __device__ __forceinline__ uint32_t mask_pair(uint32_t word, int r) {
     constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00010001u;
     return word >> r / (kPerHalf / 2) * 8 & mask << (kBits * (r % (kPerHalf / 2)));

@@ -305,7 +305,7 @@ struct Attention {
 #pragma unroll
       for (int d = 0; d < 2 * kDimTiles; ++d) {
         float& x = out[d / 2][i / 2 * 4 + i % 2 + 2 * (d % 2)];
-        const float codes = x * ((1 << 24) / VCodes::masked_step(d));
+        const float codes = x * (kMaskedUnit / VCodes::masked_step(d));
         x = (codes - centres) * (channel[d] * factor);
       }
 #pragma unroll

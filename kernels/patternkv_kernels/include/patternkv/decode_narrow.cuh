@@ -368,11 +368,10 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   for (int d = 0; d < kDims; ++d) {
     const int dim = g * kDims + d;
     const float channel = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
-    constexpr int kUnit = 1 << 24;  // masked codes are this much below 1
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float& x = state.out[d / 2][0][d % 2 * 2 + i];
-      const float codes = x * (kUnit / VCodes::masked_step(d % VCodes::kPerHalf));
+      const float codes = x * (kMaskedUnit / VCodes::masked_step(d % VCodes::kPerHalf));
       x = (codes - VCodes::kCentre * state.weights[i]) * (channel * row_weight[i]);
     }
   }

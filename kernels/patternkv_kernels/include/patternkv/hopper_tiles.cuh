@@ -260,11 +260,11 @@ __device__ __forceinline__ QueryScales load_queries(const DecodeParams& p, const
     for (int distance = 1; distance < kPieces; distance *= 2) {
       centres += __shfl_xor_sync(~0u, centres, distance);
     }
-    if (piece == 0) memory.bias[row] = centres * (KCodes::kCentre / (1 << 24));
+    if (piece == 0) memory.bias[row] = centres * (KCodes::kCentre / kMaskedUnit);
   }
   publish_operands();
   __syncthreads();
-  return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale * (1 << 24)};
+  return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale * kMaskedUnit};
 }
 
 // Products of 64 rows in registers with all query rows of an operand, on top of `x`; committed.
