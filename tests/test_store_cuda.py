@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 BF16, FP16 = torch.bfloat16, torch.float16
-NUM_TABLES = 4
+NUM_TABLES = 10
 # Tokens of 2 heads that fill any GPU several times: stored by `store_many`. A batch of 64 goes to
 # `store_few`.
 MANY = 9000
@@ -183,6 +183,7 @@ def test_batching_never_changes_bytes(bits: tuple[int, int], d: int) -> None:
     some = shuffled[:500]
     assert equal(together, stored(everything), everything), "two runs differ"
     assert equal(together, stored(shuffled), everything), "order"
+    assert equal(together, stored(*shuffled.split(1700)), everything), "large decode batches"
     assert equal(together, stored(*some.split(64)), some), "decode batches"
     assert equal(together, stored(*some.split(7)), some), "small decode batches"
     assert equal(together, stored(*some[:40].split(1)), some[:40]), "single tokens"

@@ -14,7 +14,7 @@ struct Arguments {
   void *window_k, *window_v;
   const void* window_rows;
   int64_t n, h_kv, page_size, num_patterns,
-      tokens_per_block;  // of store_many; 0: store_few
+      tokens_per_block;  // of store_many; or, negative, the warps of a block of store_few
 };
 
 template <typename T>
@@ -38,9 +38,15 @@ void store_all(const Arguments& a) {
     return static_cast<unsigned>((a.n + tokens - 1) / tokens);
   };
   const unsigned sides = 2 * a.h_kv;
-  if (a.tokens_per_block == 0) {
-    simt::launch({blocks(kTileTokens), sides, 1}, 32 * store::kFewWarps, 0,
-                 [&] { store::store_few<T>(p); });
+  const auto store_few = [&](auto warps) {
+    constexpr int kWarps = decltype(warps)::value;
+    simt::launch({blocks(kTileTokens), sides, 1}, 32 * kWarps, 0,
+                 [&] { store::store_few<T, kWarps>(p); });
+  };
+  if (a.tokens_per_block == -store::kFewWarps) {
+    store_few(std::integral_constant<int, store::kFewWarps>());
+  } else if (a.tokens_per_block < 0) {
+    store_few(std::integral_constant<int, store::kFewerWarps>());
   } else {
     const int tokens = a.tokens_per_block;
     simt::launch({blocks(tokens), sides, 1}, 32 * store::kManyWarps, 0,

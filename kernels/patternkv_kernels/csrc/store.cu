@@ -9,14 +9,20 @@
 namespace patternkv {
 namespace {
 
+using store::kFewWarps, store::kFewerWarps;
+
 template <typename T>
 void launch(const StoreParams& params, int device, cudaStream_t stream) {
   const int sides = 2 * params.pool.h_kv;
   const int tiles = (params.n + kTileTokens - 1) / kTileTokens;
   const int resident = resident_blocks<store::store_many<T>, 32 * store::kManyWarps>(device);
-  // Up to twice as many small blocks as run at once; beyond that it pays to share a table's set-up.
-  if (int64_t{tiles} * sides <= 2 * resident) {
-    store::store_few<T><<<dim3(tiles, sides), 32 * store::kFewWarps, 0, stream>>>(params);
+  const int few = resident_blocks<store::store_few<T, kFewWarps>, 32 * kFewWarps>(device);
+  // As long as blocks take turns no more than three times, and smaller ones than these no more than
+  // twice; beyond that it pays to share a table's set-up.
+  if (int64_t{tiles} * sides <= 3 * few) {
+    store::store_few<T, kFewWarps><<<dim3(tiles, sides), 32 * kFewWarps, 0, stream>>>(params);
+  } else if (int64_t{tiles} * sides <= 2 * resident) {
+    store::store_few<T, kFewerWarps><<<dim3(tiles, sides), 32 * kFewerWarps, 0, stream>>>(params);
   } else {
     const int runs = std::max(resident / sides, 1);
     constexpr int kUnit = store::kGroups * kTileTokens;

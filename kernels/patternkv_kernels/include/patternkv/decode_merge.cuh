@@ -1,6 +1,7 @@
 // The end of a decode layer: attention over each row's exact window, then the merge of its states.
 // A block has a batch row and one or several query heads of a KV head. It starts while the attention
-// kernels still run and waits for their states only once the window is done.
+// kernels still run, and the store may run; for their states, and for the newest token, it waits only
+// once the rest of the window is done.
 //
 // Either way a warp takes a few entries, tokens or states, at a time: one lane per entry and head has
 // its logit, all lanes together a vector, kPerLane dims each.
@@ -12,7 +13,6 @@ namespace patternkv {
 namespace merge {
 
 constexpr int kPerLane = HEAD_DIM / 32;
-constexpr int kTokens = 4;  // of the window, by a warp at a time
 constexpr float kLn2 = 0.6931471805599453f;
 
 template <typename T>
@@ -129,19 +129,20 @@ struct Heads {
   }
 };
 
-template <typename T, int kHeads, int kWarps>
+// Adds the positions [first, end) of the row's window, every kWarps-th kTokens of them, which a warp
+// takes at a time.
+template <int kWarps, int kTokens, typename T, int kHeads>
 __device__ __forceinline__ void attend_window(const MergeParams<T>& p, Partial<kHeads>& partial,
-                                              int row, const Heads& heads) {
+                                              int row, const Heads& heads, int first, int end) {
   constexpr int kSame = Partial<kHeads>::kLanes / kTokens;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   const int64_t ring = p.ring[row] * p.window;
-  const int start = p.start[row], end = p.end[row];
   float q[kHeads][kPerLane];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
     load_dims(q[h], p.q + row * p.q_stride + heads.q_head(p, h) * HEAD_DIM, lane);
   }
-  for (int first = start + warp * kTokens; first < end; first += kWarps * kTokens) {
+  for (; first < end; first += kWarps * kTokens) {
     float k[kTokens][kPerLane], v[kTokens][kPerLane], dots[kHeads * kTokens] = {};
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
@@ -224,7 +225,7 @@ __device__ __forceinline__ void merge_states(const MergeParams<T>& p, Partial<kH
 // Blocks of a multiprocessor, by the registers that they need.
 constexpr int blocks_per_sm(int warps) { return (HEAD_DIM <= 128 ? 24 : 12) / warps; }
 
-template <typename T, int kHeads, int kWarps>
+template <typename T, int kHeads, int kWarps, bool kWindow>
 __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps))
     merge_kernel(const __grid_constant__ MergeParams<T> p) {
   __shared__ __align__(16) float outs[kWarps][kHeads][HEAD_DIM];
@@ -237,8 +238,18 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps))
   const int last_run = p.work.run_indptr[row + 1];
   const Runs first_runs(p.work, first_run, last_run);
   Partial<kHeads> partial;
-  if (p.window > 0) attend_window<T, kHeads, kWarps>(p, partial, row, heads);
-  wait_for_previous_kernel();
+  if constexpr (kWindow) {
+    constexpr int kTokens = 4;
+    const int start = p.start[row], newest = p.end[row] - 1;
+    attend_window<kWarps, kTokens>(p, partial, row, heads, start + warp * kTokens, newest);
+    wait_for_previous_kernel();
+    // By the warp with the fewest states.
+    if (warp == kWarps - 1 && start <= newest) {
+      attend_window<1, 1>(p, partial, row, heads, newest, newest + 1);
+    }
+  } else {
+    wait_for_previous_kernel();
+  }
   merge_states<T, kHeads, kWarps>(p, partial, first_runs, heads);
   while ((first_run += 32) < last_run) {
     merge_states<T, kHeads, kWarps>(p, partial, Runs(p.work, first_run, last_run), heads);
@@ -286,18 +297,18 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps))
 
 // Calls `launch(kernel, grid, threads)` for `b` rows: the heads of a group share a block once there
 // are rows enough for that, whose loads they then share too.
-template <typename T, typename Launch>
+template <typename T, bool kWindow, typename Launch>
 void choose_merge(int64_t b, int64_t h_kv, int64_t group, int sms, Launch launch) {
   constexpr int kMostHeads = 4;
   const auto grid = [&](int heads) {
     return dim3(static_cast<unsigned>(b), static_cast<unsigned>(h_kv * ((group + heads - 1) / heads)));
   };
   if (group == 1 || b * h_kv * group <= 4 * sms) {
-    launch(merge_kernel<T, 1, 8>, grid(1), 256);
+    launch(merge_kernel<T, 1, 8, kWindow>, grid(1), 256);
   } else if (grid(kMostHeads).x * grid(kMostHeads).y <= static_cast<unsigned>(blocks_per_sm(8) * sms)) {
-    launch(merge_kernel<T, kMostHeads, 8>, grid(kMostHeads), 256);
+    launch(merge_kernel<T, kMostHeads, 8, kWindow>, grid(kMostHeads), 256);
   } else {
-    launch(merge_kernel<T, kMostHeads, 4>, grid(kMostHeads), 128);
+    launch(merge_kernel<T, kMostHeads, 4, kWindow>, grid(kMostHeads), 128);
   }
 }
 

@@ -428,14 +428,13 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
   PATTERNKV_DYNAMIC_SHARED(memory);
   __shared__ int next_unit;
   // The first kernel of a layer starts while the layer's new tokens are stored, and needs these
-  // only where no window has them. The block that is the last to have work holds back the kernels
-  // after it until they are stored: the merge reads the window.
-  const bool waits = blockIdx.x == gridDim.x - 1;
-  if (waits || p.reads_new_tokens) wait_for_previous_kernel();
+  // only where no window has them for the merge.
+  if (p.reads_new_tokens) wait_for_previous_kernel();
   launch_dependents();
   for_each_unit(p.work.narrow(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
     attend<kLive>(p, item, head, memory);
   });
+  if (!p.reads_new_tokens) end_after_previous_kernel();
 }
 
 }  // namespace narrow

@@ -34,9 +34,10 @@ struct FixedPoint {
 };
 
 // A grid whose blocks come here last ends after the one before it, and what waits for this grid
-// waits for both. The other blocks leave their multiprocessors to the next kernel.
+// waits for both. The block that is the last to have work does so: to the others, even a wait for what
+// has long ended costs time, and they leave their multiprocessors to the next kernel.
 __device__ __forceinline__ void end_after_previous_kernel() {
-  if (blockIdx.x == 0) wait_for_previous_kernel();
+  if (blockIdx.x == gridDim.x - 1) wait_for_previous_kernel();
 }
 
 // Works through the units of a launch, an item and a KV head each, block by block: `attend(item,

@@ -14,7 +14,12 @@
 
 namespace patternkv::store {
 
-constexpr int kFewWarps = 8;
+// Warps of a block of store_few: 8 have a multiprocessor nearly to themselves, so for more tokens
+// than that takes blocks are of 4.
+constexpr int kFewWarps = 8, kFewerWarps = 4;
+constexpr int few_blocks_per_sm(int warps) {
+  return warps == kFewWarps ? 1 : HEAD_DIM <= 128 ? 3 : 2;
+}
 constexpr int kManyWarps = 4;
 constexpr int kManyBlocksPerSm = HEAD_DIM <= 128 ? 4 : 2;
 // Tiles of 8 tokens that a warp of store_many scores together, so that a pattern is loaded once.
@@ -139,14 +144,15 @@ __device__ __forceinline__ uint32_t first_lanes(int table) {
   return __ballot_sync(kAllLanes, static_cast<int>(threadIdx.x % 32) == __ffs(same) - 1);
 }
 
+template <int kWarps>
 struct FewShared {
   StoreTable tables[kTileTokens];
-  Nearest nearest[kFewWarps][kTileTokens];
+  Nearest nearest[kWarps][kTileTokens];
 };
 
-template <typename T, int kBits>
+template <typename T, int kBits, int kWarps>
 __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, int head,
-                                               FewShared& shared) {
+                                               FewShared<kWarps>& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
   const auto token = load_token<T>(p, side, head, blockIdx.x * kTileTokens, warp == 0);
   Share x;
@@ -163,7 +169,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, i
     const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
     // The warp that works out the channels takes turns.
     fill_table(shared.tables[count], p, p.table_head(table, side, head),
-               (warp + kFewWarps - count) % kFewWarps, kFewWarps);
+               (warp + kWarps - count % kWarps) % kWarps, kWarps);
   }
   __syncthreads();
 
@@ -173,7 +179,7 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, i
     const int table = __shfl_sync(kAllLanes, token.table, __ffs(rest) - 1);
     Nearest nearest[1];
     nearest_patterns<1>(shared.tables[count], p.patterns_of(p.table_head(table, side, head)),
-                        p.num_patterns, read, warp, kFewWarps, nearest);
+                        p.num_patterns, read, warp, kWarps, nearest);
     if (token.table == table) {
       mine = count;
       if (lane % 4 == 0) shared.nearest[warp][row] = nearest[0];
@@ -181,29 +187,30 @@ __device__ __forceinline__ void store_few_side(const StoreParams& p, int side, i
   }
   __syncthreads();
 
-  // One warp per table.
-  if (warp >= count) return;
   Nearest nearest = shared.nearest[0][row];
 #pragma unroll
-  for (int other = 1; other < kFewWarps; ++other) {
+  for (int other = 1; other < kWarps; ++other) {
     const Nearest& theirs = shared.nearest[other][row];
     nearest.offer(theirs.score, theirs.id);
   }
-  const int leader = __ffs(__ballot_sync(kAllLanes, mine == warp)) - 1;
-  const int table = __shfl_sync(kAllLanes, token.table, leader);
-  const int slot = mine == warp ? token.slot : -1;
-  store_tile<kBits>(p, shared.tables[warp], p.patterns_of(p.table_head(table, side, head)), side,
-                    head, x, nearest, slot);
+  // A table after the other, each by one warp.
+  for (int at = warp; at < count; at += kWarps) {
+    const int leader = __ffs(__ballot_sync(kAllLanes, mine == at)) - 1;
+    const int table = __shfl_sync(kAllLanes, token.table, leader);
+    store_tile<kBits>(p, shared.tables[at], p.patterns_of(p.table_head(table, side, head)), side,
+                      head, x, nearest, mine == at ? token.slot : -1);
+  }
 }
 
 // Grid: tiles of 8 tokens, 2 * h_kv.
-template <typename T>
-__global__ void __launch_bounds__(32 * kFewWarps, 1) store_few(const StoreParams p) {
-  __shared__ FewShared shared;
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, few_blocks_per_sm(kWarps))
+    store_few(const StoreParams p) {
+  __shared__ FewShared<kWarps> shared;
   launch_dependents();  // decode, which waits for what is stored
   const int head = blockIdx.y % p.pool.h_kv;
   with_bits(blockIdx.y / p.pool.h_kv,
-            [&](auto bits, int side) { store_few_side<T, bits()>(p, side, head, shared); });
+            [&](auto bits, int side) { store_few_side<T, bits(), kWarps>(p, side, head, shared); });
 }
 
 // The vectors of kGroups tiles from token `first` on, which are stored next, to the L2 cache.
