@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from patternkv_sgl.admission import Admission
 from patternkv_sgl.batch import (
     CurrentBatch,
     DecodeBatch,
@@ -45,6 +46,7 @@ class PatternCache:
         self.refs = TableRefs(pool.num_tables)
         self.tree = PatternRadixCache(params, pool.geometry.config, self.refs, STATS)
         self.planner = DecodePlanner(self.tree)
+        self.admission = Admission(self.tree)
         self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
 
     def begin(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> None:

@@ -17,6 +17,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.CAN_RUN_GRAPH` | batches larger than decode graphs were captured for | reads past memory |
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
+| `hooks.ADD_REQUEST` | branches wait for what prefills their prompt | each prefills it |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
 """
@@ -75,6 +76,7 @@ def load() -> None:
     HookRegistry.register(hooks.CAN_RUN_GRAPH, _can_run_graph, HookType.AROUND)
     HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
     HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
+    HookRegistry.register(hooks.ADD_REQUEST, _add_request, HookType.AROUND)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
 
@@ -222,6 +224,20 @@ def _can_run_graph(original: Callable[..., bool], self: Any, forward_batch: Any)
 def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
     if _cache is not None:
         result.internal_state["patternkv"] = _cache.snapshot()
+    return result
+
+
+def _add_request(original: Callable[..., Any], self: Any, req: Any, **kwargs: Any) -> Any:
+    if _cache is None:
+        return original(self, req, **kwargs)
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    if _cache.admission.holds(self, req):
+        return AddReqResult.CONTINUE
+    num_reqs = len(self.can_run_list)
+    result = original(self, req, **kwargs)
+    if len(self.can_run_list) > num_reqs:
+        _cache.admission.added(req)
     return result
 
 

@@ -38,6 +38,9 @@ TAIL_TOKENS = 16
 the context's table, which may fit it badly at 2 bits, or begins with words that another question
 stored, and the answer begins by reading it. So few tokens read a stored prefix packed when every
 branch of a prompt prefills them again."""
+SHARED_TOKENS = 256
+"""Fewest tokens that a request waits for another one to prefill, see ``Admission``: fewer cost less
+than the wait."""
 
 
 class PatternRadixCache(RadixCache):  # type: ignore[misc]
@@ -55,6 +58,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     ) -> None:
         self.config, self.refs, self.stats = config, refs, stats
         self.requests: set[RequestTables] = set()
+        self.prefilling: Counter[Hashable] = Counter()  # what requests prefill, by `upcoming`
         # Advances when the path of a node or the tables of a request change: plans expire.
         self.version = 0
         self._inserting: RequestTables | None = None
@@ -63,6 +67,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     def reset(self) -> None:
         # Stock flushes only when no request runs, so nobody is left to own a table.
         self.requests.clear()
+        self.prefilling.clear()
         self.refs.clear()
         self.root_table, self.root_tokens = ZERO_TABLE, 0
         self.refs.acquire([ZERO_TABLE])
@@ -97,6 +102,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         mined: dict[Hashable, int],
     ) -> Extend:
         state = self._state(req)
+        self._set_prefilling(state, self.upcoming(req, prefix_len))
         runs = self._path_runs(req.last_node, state.runs).slice(0, prefix_len)
         assert bool(runs) == (prefix_len > 0), f"no tables for a prefix of {prefix_len}: {runs}"
         inherited = runs.last if runs else self.root_table
@@ -129,6 +135,22 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         state.window_start = end - num_exact
         return Extend(prefix_len, num_tokens, table, mine, num_exact)
 
+    def upcoming(self, req: Req, prefix_len: int) -> Hashable | None:
+        """What ``req`` prefills next: equal for requests at one node whose next `SHARED_TOKENS`
+        tokens are alike, None for fewer tokens."""
+        token_ids = req.full_untruncated_fill_ids[prefix_len : prefix_len + SHARED_TOKENS]
+        if self.disable or len(token_ids) < SHARED_TOKENS:
+            return None
+        return id(req.last_node), req.extra_key, req.cache_salt, token_ids.tobytes()
+
+    def _set_prefilling(self, state: RequestTables, tokens: Hashable | None) -> None:
+        if state.prefilling is not None:
+            self.prefilling[state.prefilling] -= 1
+            self.prefilling += Counter()  # drops what nobody prefills
+        if tokens is not None:
+            self.prefilling[tokens] += 1
+        state.prefilling = tokens
+
     @property
     def _tail_tokens(self) -> int:
         return min(TAIL_TOKENS, self.config.window)
@@ -154,6 +176,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
             super().checkpoint(req, up_to=up_to)
         finally:
             self._inserting = None
+        self._set_prefilling(state, None)
         if not self.disable:
             # Where the tree already held these tokens, the request's row now points at slots that
             # another request quantized: follow them to their tables.
@@ -162,6 +185,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         state: RequestTables | None = getattr(req, ATTRIBUTE, None)
         if state is not None:
+            self._set_prefilling(state, None)
             self.refs.release(state.runs.tables)
             self.requests.discard(state)
             delattr(req, ATTRIBUTE)

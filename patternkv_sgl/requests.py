@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from patternkv_sgl.tables import TableRuns
@@ -17,11 +18,13 @@ class RequestTables:
         runs: tables along the sequence; the request owns one reference to each.
         mined_end: end of the tokens whose table was mined from them.
         window_start: position from which tokens are also in the bf16 window.
+        prefilling: the tokens that the request prefills now, see ``PatternRadixCache.upcoming``.
     """
 
     runs: TableRuns = field(default_factory=TableRuns)
     mined_end: int = 0
     window_start: int = 0
+    prefilling: Hashable | None = None
 
 
 @dataclass(frozen=True)

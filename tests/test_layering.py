@@ -73,6 +73,7 @@ LAYERS = [
     ["patternkv_sgl.backend"],
     ["patternkv_sgl.refusals"],
     ["patternkv_sgl.server_args"],
+    ["patternkv_sgl.admission"],
     ["patternkv_sgl.cache"],
     ["patternkv_sgl.plugin"],
 ]

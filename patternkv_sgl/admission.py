@@ -1,0 +1,44 @@
+"""Which waiting requests sit out a prefill batch: branches of a prompt that is being prefilled."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+from weakref import ref
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+
+    from patternkv_sgl.radix import PatternRadixCache
+
+
+class Admission:
+    """Lets one request prefill what several are about to.
+
+    Tokens reach the tree once their forward is through. Until then stock's scheduler finds nothing
+    of a prompt there and prefills it for every request that brings it: equal prompts sent together,
+    or branches whose prompt was evicted while they waited. A request that sits out finds the tokens
+    in the tree a round or two later.
+
+    Args:
+        tree: knows what is being prefilled.
+    """
+
+    def __init__(self, tree: PatternRadixCache) -> None:
+        self._tree = tree
+        self._adder: ref[PrefillAdder] | None = None
+        self._chosen: set[Hashable] = set()  # what requests of that adder's batch prefill
+
+    def holds(self, adder: PrefillAdder, req: Req) -> bool:
+        """Whether ``req``, whose prefix was just matched, sits out the batch of ``adder``."""
+        if self._adder is None or self._adder() is not adder:
+            self._adder = ref(adder)
+            # The next chunk of a long prompt is there before any waiting request.
+            self._chosen = {self._tree.upcoming(r, r.prefix_len) for r in adder.can_run_list}
+        key = self._tree.upcoming(req, req.prefix_len)
+        return key is not None and (key in self._chosen or key in self._tree.prefilling)
+
+    def added(self, req: Req) -> None:
+        """``req`` is in the batch."""
+        self._chosen.add(self._tree.upcoming(req, req.prefix_len))

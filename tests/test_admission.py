@@ -1,0 +1,126 @@
+"""Which waiting requests sit out a prefill batch, over SGLang's own request and tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.runtime_context import get_context
+
+from patternkv_sgl.admission import Admission
+from patternkv_sgl.config import PatternKVConfig
+from patternkv_sgl.radix import SHARED_TOKENS
+from tests.fakes import Scheduler
+
+CONFIG = PatternKVConfig(patterns=4, sinks=2, window=4, mine_tokens=16, check=True)
+LONG = SHARED_TOKENS + 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def published() -> Iterator[None]:
+    """SGLang's runtime context, which releasing a request reads."""
+    with get_context().override_server_args():
+        yield
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler(CONFIG, size=4096)
+
+
+def tokens(start: int, count: int) -> list[int]:
+    return list(range(start, start + count))
+
+
+class Batch:
+    """What the hook sees of a batch that SGLang puts together."""
+
+    def __init__(self, admission: Admission, *chunked: Req) -> None:
+        self.can_run_list = list(chunked)
+        self._admission = admission
+
+    def add(self, req: Req) -> bool:
+        """Whether ``req`` gets in."""
+        adder: Any = self
+        if self._admission.holds(adder, req):
+            return False
+        self.can_run_list.append(req)
+        self._admission.added(req)
+        return True
+
+
+def test_one_of_several_equal_prompts_gets_in(scheduler: Scheduler) -> None:
+    admission = Admission(scheduler.tree)
+    first, second, third = (scheduler.admit(tokens(0, LONG)) for _ in range(3))
+    batch = Batch(admission)
+    assert [batch.add(req) for req in (first, second, third)] == [True, False, False]
+    # While the forward runs the tokens are not in the tree.
+    assert scheduler.extend([first])
+    assert not Batch(admission).add(second)
+    scheduler.checkpoint(first)
+    batch = Batch(admission)
+    for req in (second, third):
+        scheduler.drop_waiting(req)
+        scheduler.readmit(req)
+        assert req.prefix_len == LONG - 1
+        assert batch.add(req)
+    assert not scheduler.tree.prefilling
+
+
+def test_prompts_that_differ_early_are_prefilled_together(scheduler: Scheduler) -> None:
+    batch = Batch(Admission(scheduler.tree))
+    for start in (0, 1):
+        assert batch.add(scheduler.admit(tokens(start, LONG)))
+    early = tokens(0, SHARED_TOKENS - 1) + tokens(5000, 21)
+    assert batch.add(scheduler.admit(early))
+    late = tokens(0, SHARED_TOKENS) + tokens(5000, 20)
+    assert not batch.add(scheduler.admit(late))
+
+
+def test_short_prompts_and_short_ends_are_not_worth_waiting_for(scheduler: Scheduler) -> None:
+    batch = Batch(Admission(scheduler.tree))
+    for _ in range(2):
+        assert batch.add(scheduler.admit(tokens(0, SHARED_TOKENS - 1)))
+    scheduler.prefill(tokens(0, LONG))
+    batch = Batch(Admission(scheduler.tree))
+    for _ in range(2):
+        assert batch.add(scheduler.admit(tokens(0, LONG) + tokens(7000, SHARED_TOKENS - 1)))
+
+
+def test_namespaces_wait_for_themselves_only(scheduler: Scheduler) -> None:
+    batch = Batch(Admission(scheduler.tree))
+    for key in ("a", "b"):
+        assert batch.add(scheduler.admit(tokens(0, LONG), extra_key=key))
+    assert not batch.add(scheduler.admit(tokens(0, LONG), extra_key="a"))
+
+
+def test_a_chunked_prompt_is_waited_for_chunk_by_chunk(scheduler: Scheduler) -> None:
+    admission = Admission(scheduler.tree)
+    prompt = tokens(0, 100) + tokens(9000, LONG)
+    first, second = (scheduler.admit(prompt) for _ in range(2))
+    assert scheduler.extend([first], [100])
+    assert not Batch(admission).add(second)
+    scheduler.checkpoint(first)
+    first.init_next_round_input()
+    # The second now goes on from the first chunk, as the next chunk in this batch does.
+    scheduler.drop_waiting(second)
+    scheduler.readmit(second)
+    assert second.prefix_len == 100
+    assert not Batch(admission, first).add(second)
+
+
+def test_nobody_waits_for_a_request_that_is_gone(scheduler: Scheduler) -> None:
+    admission = Admission(scheduler.tree)
+    first, second = (scheduler.admit(tokens(0, LONG)) for _ in range(2))
+    assert scheduler.extend([first])
+    scheduler.retract(first)
+    assert Batch(admission).add(second)
+
+
+def test_a_disabled_tree_has_nothing_to_wait_for() -> None:
+    scheduler = Scheduler(CONFIG, size=4096, disable=True)
+    batch = Batch(Admission(scheduler.tree))
+    for _ in range(2):
+        assert batch.add(scheduler.admit(tokens(0, LONG)))
