@@ -6,6 +6,8 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING
 from weakref import ref
 
+from patternkv_sgl.radix import SHARED_TOKENS
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.schedule_policy import PrefillAdder
@@ -37,8 +39,19 @@ class Admission:
             # The next chunk of a long prompt is there before any waiting request.
             self._chosen = {self._tree.upcoming(r, r.prefix_len) for r in adder.can_run_list}
         key = self._tree.upcoming(req, req.prefix_len)
-        return key is not None and (key in self._chosen or key in self._tree.prefilling)
+        if key is None or not _may_reuse(req, req.prefix_len + SHARED_TOKENS):
+            return False
+        return key in self._chosen or key in self._tree.prefilling
 
     def added(self, req: Req) -> None:
         """``req`` is in the batch."""
         self._chosen.add(self._tree.upcoming(req, req.prefix_len))
+
+
+def _may_reuse(req: Req, end: int) -> bool:
+    """Whether ``req`` takes its tokens up to ``end`` from the tree once they are there: not those
+    whose logprobs it wants, and none with embeddings of its own (managers/schedule_batch.py,
+    ``Req.init_next_round_input``)."""
+    if req.positional_embed_overrides is not None:
+        return False
+    return not req.return_logprob or not 0 <= req.logprob_start_len < end

@@ -124,3 +124,22 @@ def test_a_disabled_tree_has_nothing_to_wait_for() -> None:
     batch = Batch(Admission(scheduler.tree))
     for _ in range(2):
         assert batch.add(scheduler.admit(tokens(0, LONG)))
+
+
+@pytest.mark.parametrize(("start", "gets_in"), [(-1, False), (0, True), (SHARED_TOKENS, False)])
+def test_who_wants_logprobs_of_the_prompt_waits_for_nobody(
+    scheduler: Scheduler, start: int, gets_in: bool
+) -> None:
+    batch = Batch(Admission(scheduler.tree))
+    first, second = (scheduler.admit(tokens(0, LONG)) for _ in range(2))
+    assert batch.add(first)
+    second.return_logprob, second.logprob_start_len = True, start
+    assert batch.add(second) == gets_in
+
+
+def test_who_brings_embeddings_waits_for_nobody(scheduler: Scheduler) -> None:
+    batch = Batch(Admission(scheduler.tree))
+    first, second = (scheduler.admit(tokens(0, LONG)) for _ in range(2))
+    assert batch.add(first)
+    second.positional_embed_overrides = object()
+    assert batch.add(second)
