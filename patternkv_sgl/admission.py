@@ -30,22 +30,22 @@ class Admission:
     def __init__(self, tree: PatternRadixCache) -> None:
         self._tree = tree
         self._adder: ref[PrefillAdder] | None = None
-        self._chosen: set[Hashable] = set()  # what requests of that adder's batch prefill
+        self._num_seen = 0  # requests of that adder's batch
+        self._taken: set[Hashable | None] = set()  # what they and running requests prefill
 
     def holds(self, adder: PrefillAdder, req: Req) -> bool:
         """Whether ``req``, whose prefix was just matched, sits out the batch of ``adder``."""
+        upcoming = self._tree.upcoming
         if self._adder is None or self._adder() is not adder:
-            self._adder = ref(adder)
-            # The next chunk of a long prompt is there before any waiting request.
-            self._chosen = {self._tree.upcoming(r, r.prefix_len) for r in adder.can_run_list}
-        key = self._tree.upcoming(req, req.prefix_len)
-        if key is None or not _may_reuse(req, req.prefix_len + SHARED_TOKENS):
+            self._adder, self._num_seen = ref(adder), 0
+            self._taken = {state.prefilling for state in self._tree.requests}
+        batch = adder.can_run_list  # which may begin with the next chunk of a long prompt
+        self._taken.update(upcoming(r, r.prefix_len) for r in batch[self._num_seen :])
+        self._num_seen = len(batch)
+        tokens = upcoming(req, req.prefix_len)
+        if tokens is None or tokens not in self._taken:
             return False
-        return key in self._chosen or key in self._tree.prefilling
-
-    def added(self, req: Req) -> None:
-        """``req`` is in the batch."""
-        self._chosen.add(self._tree.upcoming(req, req.prefix_len))
+        return _may_reuse(req, req.prefix_len + SHARED_TOKENS)
 
 
 def _may_reuse(req: Req, end: int) -> bool:

@@ -228,17 +228,11 @@ def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
 
 
 def _add_request(original: Callable[..., Any], self: Any, req: Any, **kwargs: Any) -> Any:
-    if _cache is None:
+    if _cache is None or not _cache.admission.holds(self, req):
         return original(self, req, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if _cache.admission.holds(self, req):
-        return AddReqResult.CONTINUE
-    num_reqs = len(self.can_run_list)
-    result = original(self, req, **kwargs)
-    if len(self.can_run_list) > num_reqs:
-        _cache.admission.added(req)
-    return result
+    return AddReqResult.CONTINUE
 
 
 def _canary_walk(original: Callable[..., Any], *, radix_cache: Any, **kwargs: Any) -> Any:

@@ -58,7 +58,6 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     ) -> None:
         self.config, self.refs, self.stats = config, refs, stats
         self.requests: set[RequestTables] = set()
-        self.prefilling: Counter[Hashable] = Counter()  # what requests prefill, by `upcoming`
         # Advances when the path of a node or the tables of a request change: plans expire.
         self.version = 0
         self._inserting: RequestTables | None = None
@@ -67,7 +66,6 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     def reset(self) -> None:
         # Stock flushes only when no request runs, so nobody is left to own a table.
         self.requests.clear()
-        self.prefilling.clear()
         self.refs.clear()
         self.root_table, self.root_tokens = ZERO_TABLE, 0
         self.refs.acquire([ZERO_TABLE])
@@ -102,7 +100,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         mined: dict[Hashable, int],
     ) -> Extend:
         state = self._state(req)
-        self._set_prefilling(state, self.upcoming(req, prefix_len))
+        state.prefilling = self.upcoming(req, prefix_len)
         runs = self._path_runs(req.last_node, state.runs).slice(0, prefix_len)
         assert bool(runs) == (prefix_len > 0), f"no tables for a prefix of {prefix_len}: {runs}"
         inherited = runs.last if runs else self.root_table
@@ -110,8 +108,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         if num_tokens >= self.config.mine_tokens or (
             inherited == ZERO_TABLE and num_tokens >= MIN_ROOT_TOKENS
         ):
-            token_ids = req.full_untruncated_fill_ids[prefix_len : prefix_len + num_tokens]
-            equals = (id(req.last_node), req.extra_key, req.cache_salt, token_ids.tobytes())
+            equals = _tokens_at_node(req, prefix_len, prefix_len + num_tokens)
             if equals in mined:
                 table, own = mined[equals], True
             elif (free := self.refs.allocate()) is not None:
@@ -138,18 +135,10 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     def upcoming(self, req: Req, prefix_len: int) -> Hashable | None:
         """What ``req`` prefills next: equal for requests at one node whose next `SHARED_TOKENS`
         tokens are alike, None for fewer tokens."""
-        token_ids = req.full_untruncated_fill_ids[prefix_len : prefix_len + SHARED_TOKENS]
-        if self.disable or len(token_ids) < SHARED_TOKENS:
+        end = prefix_len + SHARED_TOKENS
+        if self.disable or len(req.full_untruncated_fill_ids) < end:
             return None
-        return id(req.last_node), req.extra_key, req.cache_salt, token_ids.tobytes()
-
-    def _set_prefilling(self, state: RequestTables, tokens: Hashable | None) -> None:
-        if state.prefilling is not None:
-            self.prefilling[state.prefilling] -= 1
-            self.prefilling += Counter()  # drops what nobody prefills
-        if tokens is not None:
-            self.prefilling[tokens] += 1
-        state.prefilling = tokens
+        return _tokens_at_node(req, prefix_len, end)
 
     @property
     def _tail_tokens(self) -> int:
@@ -176,7 +165,7 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
             super().checkpoint(req, up_to=up_to)
         finally:
             self._inserting = None
-        self._set_prefilling(state, None)
+        state.prefilling = None
         if not self.disable:
             # Where the tree already held these tokens, the request's row now points at slots that
             # another request quantized: follow them to their tables.
@@ -185,7 +174,6 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         state: RequestTables | None = getattr(req, ATTRIBUTE, None)
         if state is not None:
-            self._set_prefilling(state, None)
             self.refs.release(state.runs.tables)
             self.requests.discard(state)
             delattr(req, ATTRIBUTE)
@@ -296,3 +284,9 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         for state in self.requests:
             owners.update(state.runs.tables)
         self.refs.check(owners)
+
+
+def _tokens_at_node(req: Req, start: int, end: int) -> Hashable:
+    """Equal for requests at one node whose tokens ``[start, end)`` are alike."""
+    token_ids = req.full_untruncated_fill_ids[start:end]
+    return id(req.last_node), req.extra_key, req.cache_salt, token_ids.tobytes()

@@ -59,14 +59,10 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
   p.group = params.group;
   p.scale_log2 = params.scale_log2;
   p.cap_log2 = params.cap_log2;
-  const auto launch = [&](auto kernel, dim3 grid, int threads) {
-    simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
-  };
-  if (p.window > 0) {
-    merge::choose_merge<T, true>(a.b, a.h_kv, p.group, kBlocks, launch);
-  } else {
-    merge::choose_merge<T, false>(a.b, a.h_kv, p.group, kBlocks, launch);
-  }
+  merge::choose_merge<T>(
+      a.b, a.h_kv, p.group, p.window > 0, kBlocks, [&](auto kernel, dim3 grid, int threads) {
+        simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
+      });
 }
 
 }  // namespace

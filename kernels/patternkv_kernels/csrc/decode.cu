@@ -332,14 +332,10 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
     merged.group = group;
     merged.scale_log2 = params.scale_log2;
     merged.cap_log2 = params.cap_log2;
-    const auto launch_merge = [&](auto kernel, dim3 grid, int threads) {
-      launch(kernel, grid, threads, 0, stream, config.dependent_launch, merged);
-    };
-    if (merged.window > 0) {
-      merge::choose_merge<T, true>(b, h_kv, group, config.sms, launch_merge);
-    } else {
-      merge::choose_merge<T, false>(b, h_kv, group, config.sms, launch_merge);
-    }
+    merge::choose_merge<T>(
+        b, h_kv, group, merged.window > 0, config.sms, [&](auto kernel, dim3 grid, int threads) {
+          launch(kernel, grid, threads, 0, stream, config.dependent_launch, merged);
+        });
     return true;
   });
 }

@@ -297,18 +297,27 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps))
 
 // Calls `launch(kernel, grid, threads)` for `b` rows: the heads of a group share a block once there
 // are rows enough for that, whose loads they then share too.
-template <typename T, bool kWindow, typename Launch>
-void choose_merge(int64_t b, int64_t h_kv, int64_t group, int sms, Launch launch) {
+template <typename T, typename Launch>
+void choose_merge(int64_t b, int64_t h_kv, int64_t group, bool has_window, int sms, Launch launch) {
   constexpr int kMostHeads = 4;
   const auto grid = [&](int heads) {
     return dim3(static_cast<unsigned>(b), static_cast<unsigned>(h_kv * ((group + heads - 1) / heads)));
   };
-  if (group == 1 || b * h_kv * group <= 4 * sms) {
-    launch(merge_kernel<T, 1, 8, kWindow>, grid(1), 256);
-  } else if (grid(kMostHeads).x * grid(kMostHeads).y <= static_cast<unsigned>(blocks_per_sm(8) * sms)) {
-    launch(merge_kernel<T, kMostHeads, 8, kWindow>, grid(kMostHeads), 256);
+  const auto choose = [&](auto window) {
+    constexpr bool kWindow = decltype(window)::value;
+    if (group == 1 || b * h_kv * group <= 4 * sms) {
+      launch(merge_kernel<T, 1, 8, kWindow>, grid(1), 256);
+    } else if (grid(kMostHeads).x * grid(kMostHeads).y <=
+               static_cast<unsigned>(blocks_per_sm(8) * sms)) {
+      launch(merge_kernel<T, kMostHeads, 8, kWindow>, grid(kMostHeads), 256);
+    } else {
+      launch(merge_kernel<T, kMostHeads, 4, kWindow>, grid(kMostHeads), 128);
+    }
+  };
+  if (has_window) {
+    choose(std::true_type());
   } else {
-    launch(merge_kernel<T, kMostHeads, 4, kWindow>, grid(kMostHeads), 128);
+    choose(std::false_type());
   }
 }
 
