@@ -41,8 +41,8 @@ void set_zero(uint32_t (&a)[kSteps][4]) {
 // permutes pieces by the bits of their address that count rows.
 inline float operand_element(uint32_t operand, int row, int column) {
   const uint32_t next_tile = (operand >> 16) * 16;
-  uint32_t address = (operand & 0xffff) * 16 + column / 64 * next_tile + row * kSwizzledRow +
-                     column % 64 * 2;
+  uint32_t address =
+      (operand & 0xffff) * 16 + column / 64 * next_tile + row * kSwizzledRow + column % 64 * 2;
   address ^= address / kSwizzledRow % 8 * 16;
   return __half2float(*reinterpret_cast<const __half*>(simt::memory.data() + address));
 }
@@ -60,9 +60,7 @@ struct Product {
 template <int kCount, typename B>
 void multiply(const Product& own, B b) {
   simt::group_exchange(&own, [&](const void* const* products) {
-    const auto product = [&](int thread) {
-      return static_cast<const Product*>(products[thread]);
-    };
+    const auto product = [&](int thread) { return static_cast<const Product*>(products[thread]); };
     float left[64][16], right[16][2 * kCount];
     for (int k = 0; k < 16; ++k) {
       for (int row = 0; row < 64; ++row) {
@@ -94,8 +92,8 @@ void multiply(const Product& own, B b) {
 }
 
 template <int kCount>
-void wgmma_by_rows(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b) {
-  multiply<kCount>({c, a, 0, b, true}, [](uint32_t operand, int k, int column) {
+void wgmma_by_rows(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b, bool add = true) {
+  multiply<kCount>({c, a, 0, b, add}, [](uint32_t operand, int k, int column) {
     return operand_element(operand, column, k);
   });
 }
@@ -108,8 +106,8 @@ void wgmma_by_columns(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b) {
 }
 
 template <int kCount>
-void wgmma_shared_by_rows(float (&c)[kCount], uint32_t a, uint32_t b, bool add) {
-  multiply<kCount>({c, nullptr, a, b, add}, [](uint32_t operand, int k, int column) {
+void wgmma_shared_by_rows(float (&c)[kCount], uint32_t a, uint32_t b) {
+  multiply<kCount>({c, nullptr, a, b, true}, [](uint32_t operand, int k, int column) {
     return operand_element(operand, column, k);
   });
 }
@@ -120,6 +118,21 @@ inline void block_barrier_wait(int barrier, int threads) {
 inline void block_barrier_arrive(int barrier, int threads) {
   simt::arrive(simt::named[barrier], threads, [] {});
 }
+
+struct PhaseBarrier {
+  int16_t arrivals, missing;
+  int phases;  // that have ended
+
+  void init(int count) { arrivals = missing = count, phases = 0; }
+  void arrive(int times = 1) {
+    if ((missing -= times) > 0) return;
+    missing = arrivals;
+    ++phases;
+  }
+  void wait(int phase) {
+    while (phases % 2 == phase % 2) simt::yield();
+  }
+};
 
 inline void group_barrier(int) {
   simt::group_exchange(nullptr, [](const void* const*) {});

@@ -20,16 +20,13 @@ constexpr int kGroups = 4, kGroupThreads = 128;  // warpgroups of a block
 constexpr int kBlockThreads = kGroups * kGroupThreads;
 constexpr int kMostConsumers = 2, kMostProducers = 3;
 // Of the first two warpgroups and of the others, together what four have at launch.
-constexpr int kConsumerRegisters = 144, kProducerRegisters = 112;
+constexpr int kConsumerRegisters = 160, kProducerRegisters = 96;
 constexpr int kStages = 3;      // tiles of operands
 constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
 
-// Named barriers. Those of the producers come first (group_barrier); keys and values of a stage
-// have two each.
-constexpr int kKeysFull = 1 + kMostProducers, kValuesFull = kKeysFull + kStages;
-constexpr int kKeysEmpty = kValuesFull + kStages, kValuesEmpty = kKeysEmpty + kStages;
-static_assert(kValuesEmpty + kStages <= 16, "a block has 16 barriers");
+// Named barriers: those of the producers come first (group_barrier), then the consumers' turns.
+constexpr int kTurns = 1 + kMostProducers;
 
 // Metadata of a token's K or V as its readers need it.
 struct alignas(8) Source {
@@ -37,11 +34,33 @@ struct alignas(8) Source {
   uint32_t scale;    // half2, scaled like those of the tokens around it
 };
 
+// What producers and consumers wait for: a tile's operands to be written, and to be read. A warp
+// arrives as one. Nobody falls a phase behind: consumers go through all tiles in order, and who
+// writes a tile has seen the one before in its place, or one after that, read.
+struct Handoff {
+  static constexpr int kWriters = kGroupThreads / 32, kReaders = kMostConsumers * kWriters;
+
+  PhaseBarrier written, read;
+
+  __device__ __forceinline__ void init() { written.init(kWriters), read.init(kReaders); }
+  __device__ __forceinline__ void have_written() {
+    publish_operands();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) written.arrive();
+  }
+  // By each of `consumers`.
+  __device__ __forceinline__ void have_read(int consumers) {
+    if (threadIdx.x % 32 == 0) read.arrive(kMostConsumers / consumers);
+  }
+};
+
 struct Shared {
-  // Where there are three producers, the codes of the last one take the place of the second 64 queries.
+  // Where there are three producers, the codes of the last one take the place of the second 64
+  // queries.
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
   __half channels[2][D];         // channel scales
+  Handoff keys[kStages], values[kStages];
 };
 
 // K and V of a tile as operands.
@@ -56,9 +75,9 @@ template <int kTile>
 using IncomingCodes = uint8_t[2][kTile * CODE_BYTES];
 template <int kTile>
 struct alignas(128) Incoming {
-  Source sources[2][2][kTile];           // K's and V's
-  uint32_t steps[2][2][kTile / 32];      // half2: scales of 32 tokens count in these
-  uint32_t units[2][kTile];              // offsets of code rows
+  Source sources[2][2][kTile];       // K's and V's
+  uint32_t steps[2][2][kTile / 32];  // half2: scales of 32 tokens count in these
+  uint32_t units[2][kTile];          // offsets of code rows
 };
 
 // In front of K's and V's patterns, from an address aligned to kAlign.
@@ -85,9 +104,7 @@ __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
 
 // Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes
 // come out of their words without being moved one by one.
-__device__ __forceinline__ int place_of(int dim) {
-  return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2;
-}
+__device__ __forceinline__ int place_of(int dim) { return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2; }
 
 template <int kBits>
 __device__ __forceinline__ uint32_t load_codes(const uint8_t* codes) {
@@ -98,8 +115,8 @@ __device__ __forceinline__ uint32_t load_codes(const uint8_t* codes) {
   }
 }
 
-// Codes j and j + 4 of 8 dims as a pair of fp16 numbers, the subnormals code * 2^-20: no conversion,
-// and no bias to take off.
+// Codes j and j + 4 of 8 dims as a pair of fp16 numbers, the subnormals code * 2^-20: no
+// conversion, and no bias to take off.
 template <int kBits>
 __device__ __forceinline__ void expand_pairs(uint32_t word, uint32_t (&pairs)[4]) {
   constexpr uint32_t mask = ((1u << kBits) - 1) * 0x00100010u;
@@ -113,8 +130,8 @@ __device__ __forceinline__ void expand_pairs(uint32_t word, uint32_t (&pairs)[4]
   }
 }
 
-// One side of a tile as it came: code rows, and the patterns in the order in which codes leave their
-// words.
+// One side of a tile as it came: code rows, and the patterns in the order in which codes leave
+// their words.
 template <int kTile>
 struct Packed {
   const uint8_t* codes;
@@ -123,7 +140,8 @@ struct Packed {
   const uint32_t (&steps)[kTile / 32];
 };
 
-// What a producer thread reads of one side of 32 tokens: of every kTokenStep-th, a piece of each tile.
+// What a producer thread reads of one side of 32 tokens: of every kTokenStep-th, a piece of each
+// tile.
 struct Pieces {
   static constexpr int kTokenStep = kGroupThreads / kPieces, kTokens = 32 / kTokenStep;
 
@@ -150,8 +168,8 @@ struct Pieces {
 
 // Writes one side of a tile: pattern + scale * channel_scale * (code - centre). The threads of the
 // group write a token's 16-byte pieces side by side. `now` has the first pieces, and gets what
-// `load_following` brings. Loads are issued ahead of the stores before them, which the compiler takes
-// for possible sources of theirs.
+// `load_following` brings. Loads are issued ahead of the stores before them, which the compiler
+// takes for possible sources of theirs.
 template <int kBits, int kTile, typename LoadFollowing>
 __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwizzledRow],
                                            const __half* channels, const Packed<kTile>& from,
@@ -227,10 +245,10 @@ struct PatternBatch {
   __device__ __forceinline__ void store(uint8_t* to, int first) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const uint32_t(&in)[4] = words[i];
-      const uint32_t out[4] = {
-          __byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
-          __byte_perm(in[1], in[3], 0x5410), __byte_perm(in[1], in[3], 0x7632)};
+      const uint32_t (&in)[4] = words[i];
+      const uint32_t out[4] = {__byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
+                               __byte_perm(in[1], in[3], 0x5410),
+                               __byte_perm(in[1], in[3], 0x7632)};
       store_words(to + place(first, i) * 16, out);
     }
   }
@@ -281,9 +299,9 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkIt
       for (int j = 0; j < 4; ++j) {
         pairs[j] = as_u32(__floats2half2_rn(q[i][j] * scale, q[i][j + 4] * scale));
       }
-      store_words(shared.queries[row / kGroupRows][dim / 64] +
-                      swizzled(row % kGroupRows, dim % 64 / 8),
-                  pairs);
+      store_words(
+          shared.queries[row / kGroupRows][dim / 64] + swizzled(row % kGroupRows, dim % 64 / 8),
+          pairs);
     }
   }
 }

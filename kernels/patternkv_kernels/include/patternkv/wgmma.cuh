@@ -85,73 +85,77 @@ __device__ __forceinline__ void set_zero(uint32_t (&a)[kSteps][4]) {
 #define PATTERNKV_NAMES_4 "%0, %1, %2, %3"
 #define PATTERNKV_NAMES_8 PATTERNKV_NAMES_4 ", %4, %5, %6, %7"
 #define PATTERNKV_NAMES_16 PATTERNKV_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define PATTERNKV_NAMES_32                                                          \
-  PATTERNKV_NAMES_16                                                                \
+#define PATTERNKV_NAMES_32 \
+  PATTERNKV_NAMES_16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PATTERNKV_NAMES_64                                                             \
   PATTERNKV_NAMES_32                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PATTERNKV_WGMMA(n, names, count, c, a0, a1, a2, a3, desc, high, transposed)            \
-  asm volatile("{ .reg .b64 b; mov.b64 b, {%" #desc ", %" #high "}; "                          \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" names                \
-               "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, 1, 1, 1, %" #transposed "; }"  \
-               : PATTERNKV_##count(c, 0)                                                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperandHigh), "n"(kTransposed))
+#define PATTERNKV_WGMMA(n, names, count, c, a0, a1, a2, a3, desc, high, transposed, plus)   \
+  asm volatile("{ .reg .pred add; .reg .b64 b; setp.ne.b32 add, %" #plus                    \
+               ", 0; "                                                                      \
+               "mov.b64 b, {%" #desc ", %" #high                                            \
+               "}; "                                                                        \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" names "}, {%" #a0 \
+               ", %" #a1 ", %" #a2 ", %" #a3 "}, b, add, 1, 1, %" #transposed "; }"         \
+               : PATTERNKV_##count(c, 0)                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kOperandHigh),     \
+                 "n"(kTransposed), "r"(static_cast<int>(add)))
 
 template <int kTransposed, int kCount>
-__device__ __forceinline__ void wgmma(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b) {
+__device__ __forceinline__ void wgmma(float (&c)[kCount], const uint32_t (&a)[4], uint32_t b,
+                                      bool add) {
   static_assert(kCount == 8 || kCount == 16 || kCount == 32 || kCount == 64);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (kCount == 8) {
-    PATTERNKV_WGMMA(16, PATTERNKV_NAMES_8, 8, c, 8, 9, 10, 11, 12, 13, 14);
+    PATTERNKV_WGMMA(16, PATTERNKV_NAMES_8, 8, c, 8, 9, 10, 11, 12, 13, 14, 15);
   } else if constexpr (kCount == 16) {
-    PATTERNKV_WGMMA(32, PATTERNKV_NAMES_16, 16, c, 16, 17, 18, 19, 20, 21, 22);
+    PATTERNKV_WGMMA(32, PATTERNKV_NAMES_16, 16, c, 16, 17, 18, 19, 20, 21, 22, 23);
   } else if constexpr (kCount == 32) {
-    PATTERNKV_WGMMA(64, PATTERNKV_NAMES_32, 32, c, 32, 33, 34, 35, 36, 37, 38);
+    PATTERNKV_WGMMA(64, PATTERNKV_NAMES_32, 32, c, 32, 33, 34, 35, 36, 37, 38, 39);
   } else {
-    PATTERNKV_WGMMA(128, PATTERNKV_NAMES_64, 64, c, 64, 65, 66, 67, 68, 69, 70);
+    PATTERNKV_WGMMA(128, PATTERNKV_NAMES_64, 64, c, 64, 65, 66, 67, 68, 69, 70, 71);
   }
 #endif
 }
 
-// c[64 x 2 kCount] += a[64 x 16] b[2 kCount x 16]^T: 16 columns of the rows of `b`. Warp w of the
-// group, with lane = 4 g + t, has in c[4 j + 2 h + e] row 16 w + g + 8 h and column 8 j + 2 t + e.
-// `a` is in registers, as fp16 pairs: a[2 i + h] has row 16 w + g + 8 h, columns 8 i + 2 t and the
-// next.
+// c[64 x 2 kCount] = or += a[64 x 16] b[2 kCount x 16]^T: 16 columns of the rows of `b`. Warp w of
+// the group, with lane = 4 g + t, has in c[4 j + 2 h + e] row 16 w + g + 8 h and column 8 j + 2 t +
+// e. `a` is in registers, as fp16 pairs: a[2 i + h] has row 16 w + g + 8 h, columns 8 i + 2 t and
+// the next.
 template <int kCount>
 __device__ __forceinline__ void wgmma_by_rows(float (&c)[kCount], const uint32_t (&a)[4],
-                                              uint32_t b) {
-  wgmma<0>(c, a, b);
+                                              uint32_t b, bool add = true) {
+  wgmma<0>(c, a, b, add);
 }
 
 // c[64 x 2 kCount] += a[64 x 16] b[16 x 2 kCount]: 16 rows of `b`, all its columns.
 template <int kCount>
 __device__ __forceinline__ void wgmma_by_columns(float (&c)[kCount], const uint32_t (&a)[4],
                                                  uint32_t b) {
-  wgmma<1>(c, a, b);
+  wgmma<1>(c, a, b, true);
 }
 
-// c = or += a b^T of 16 columns of the rows of both, `a` in shared memory too; c as above.
+// c += a b^T of 16 columns of the rows of both, `a` in shared memory too; c as above.
 template <int kCount>
-__device__ __forceinline__ void wgmma_shared_by_rows(float (&c)[kCount], uint32_t a, uint32_t b,
-                                                     bool add) {
+__device__ __forceinline__ void wgmma_shared_by_rows(float (&c)[kCount], uint32_t a, uint32_t b) {
   static_assert(kCount == 16 || kCount == 32);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (kCount == 32) {
     asm volatile(
-        "{ .reg .pred add; .reg .b64 a, b; setp.ne.b32 add, %34, 0; mov.b64 a, {%32, %35}; "
-        "mov.b64 b, {%33, %35}; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-        "{" PATTERNKV_NAMES_32 "}, a, b, add, 1, 1, 0, 0; }"
+        "{ .reg .b64 a, b; mov.b64 a, {%32, %34}; mov.b64 b, {%33, %34}; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{" PATTERNKV_NAMES_32 "}, a, b, 1, 1, 1, 0, 0; }"
         : PATTERNKV_32(c, 0)
-        : "r"(a), "r"(b), "r"(static_cast<int>(add)), "n"(kOperandHigh));
+        : "r"(a), "r"(b), "n"(kOperandHigh));
   } else {
     asm volatile(
-        "{ .reg .pred add; .reg .b64 a, b; setp.ne.b32 add, %18, 0; mov.b64 a, {%16, %19}; "
-        "mov.b64 b, {%17, %19}; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-        "{" PATTERNKV_NAMES_16 "}, a, b, add, 1, 1, 0, 0; }"
+        "{ .reg .b64 a, b; mov.b64 a, {%16, %18}; mov.b64 b, {%17, %18}; "
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+        "{" PATTERNKV_NAMES_16 "}, a, b, 1, 1, 1, 0, 0; }"
         : PATTERNKV_16(c, 0)
-        : "r"(a), "r"(b), "r"(static_cast<int>(add)), "n"(kOperandHigh));
+        : "r"(a), "r"(b), "n"(kOperandHigh));
   }
 #endif
 }
@@ -175,6 +179,36 @@ __device__ __forceinline__ void block_barrier_wait(int barrier, int threads) {
 __device__ __forceinline__ void block_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+// A barrier in shared memory, whose phases end with their last arrival. Unlike at a named barrier,
+// who waits is not counted, so that several who wait do not wait for each other.
+struct PhaseBarrier {
+  uint64_t state;
+
+  // By one thread, before a barrier of the block.
+  __device__ __forceinline__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
+                 "r"(arrivals)
+                 : "memory");
+  }
+  __device__ __forceinline__ void arrive(int times = 1) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
+                 "r"(times)
+                 : "memory");
+#endif
+  }
+  // Waits for the end of a phase, counted from 0, of which the one before has ended.
+  __device__ __forceinline__ void wait(int phase) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+        "@!done bra again; }" ::"r"(shared_address(&state)),
+        "r"(phase % 2)
+        : "memory");
+#endif
+  }
+};
 
 // Registers of each thread of a warpgroup from here on, more or less than the launch gave it.
 template <int kCount>
