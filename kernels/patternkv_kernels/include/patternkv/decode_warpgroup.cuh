@@ -87,7 +87,7 @@ __device__ __forceinline__ void transpose_quad(float (&x)[4], int t) {
 struct Rows {
   // The queries' operands of the first steps are held in registers, which leaves shared memory to
   // others.
-  static constexpr int kSteps = HEAD_DIM / 16, kHeld = 4;
+  static constexpr int kSteps = HEAD_DIM / 16, kHeld = 3;
   uint32_t held[kHeld][4];
   uint32_t queries;
   float query_scale[2];

@@ -20,7 +20,7 @@ constexpr int kGroups = 4, kGroupThreads = 128;  // warpgroups of a block
 constexpr int kBlockThreads = kGroups * kGroupThreads;
 constexpr int kMostConsumers = 2, kMostProducers = 3;
 // Of the first two warpgroups and of the others, together what four have at launch.
-constexpr int kConsumerRegisters = 160, kProducerRegisters = 96;
+constexpr int kConsumerRegisters = 152, kProducerRegisters = 104;
 constexpr int kStages = 3;      // tiles of operands
 constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
