@@ -74,7 +74,9 @@ def markdown(rows: list[Row]) -> str:
         lines.append([case, *values, gain, " · ".join(ttft)])
     row = rows[0]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{row['gpu']}; {packages(row)}; commit {row['commit']}."
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    made_at = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    return f"{table}\n\n{row['gpu']}; {packages(row)}; {made_at}."
 
 
 def headline(rows: list[Row]) -> str:

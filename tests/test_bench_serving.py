@@ -102,6 +102,8 @@ def test_a_table_has_a_line_per_case_and_says_what_is_missing() -> None:
     assert table[2] == f"| {cell.name} | 100 | 150 | 1.50 | 50 · 50 |"
     assert table[3].endswith("| 10 | – | – | 50 · – |")
     assert table[-1] == "GPU; sglang 1; commit abc."
+    rows[1] |= {"commit": "def"}
+    assert markdown(rows).endswith("; commits abc, def.")
     assert line(rows[0] | {"itl_ms_p50": None}).split()[:3] == ["best_of_n", "2048", "n=8"]
 
 
