@@ -1,110 +1,12 @@
-// What the warpgroup kernel does with tokens and queries before products: its shared memory, code
-// rows and patterns on their way there, and their dequantization to operands.
+// How the producers of the warpgroup kernel bring code rows and patterns to shared memory and
+// dequantize them to operands.
 #pragma once
 
-#include <cstddef>
-
-#include "patternkv/decode_queries.cuh"
 #include "patternkv/decode_units.cuh"
-#include "patternkv/wgmma.cuh"
+#include "patternkv/warpgroup_memory.cuh"
 
 namespace patternkv {
 namespace warpgroup {
-
-// Whether the kernel exists: the accumulators of 256 dims do not fit the registers.
-constexpr bool kExists = PKV_WGMMA && HEAD_DIM <= 128;
-
-constexpr int kGroupRows = 64;
-constexpr int kMostRows = 2 * kGroupRows;
-constexpr int kGroups = 4, kGroupThreads = 128;  // warpgroups of a block
-constexpr int kBlockThreads = kGroups * kGroupThreads;
-constexpr int kMostConsumers = 2, kMostProducers = 3;
-// Of the first two warpgroups and of the others, together what four have at launch.
-constexpr int kConsumerRegisters = 152, kProducerRegisters = 104;
-constexpr int kStages = 3;      // tiles of operands
-constexpr int kTiles = D / 64;  // operand tiles side by side
-constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
-
-// Named barriers: those of the producers come first (group_barrier), then the consumers' turns.
-constexpr int kTurns = 1 + kMostProducers;
-
-// Metadata of a token's K or V as its readers need it.
-struct alignas(8) Source {
-  uint32_t pattern;  // bytes to the pattern in its table
-  uint32_t scale;    // half2, scaled like those of the tokens around it
-};
-
-// What producers and consumers wait for: a tile's operands to be written, and to be read. A warp
-// arrives as one. Nobody falls a phase behind: consumers go through all tiles in order, and who
-// writes a tile has seen the one before in its place, or one after that, read.
-struct Handoff {
-  static constexpr int kWriters = kGroupThreads / 32, kReaders = kMostConsumers * kWriters;
-
-  PhaseBarrier written, read;
-
-  __device__ __forceinline__ void init() { written.init(kWriters), read.init(kReaders); }
-  __device__ __forceinline__ void have_written() {
-    publish_operands();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) written.arrive();
-  }
-  // By each of `consumers`.
-  __device__ __forceinline__ void have_read(int consumers) {
-    if (threadIdx.x % 32 == 0) read.arrive(kMostConsumers / consumers);
-  }
-};
-
-struct Shared {
-  // Where there are three producers, the codes of the last one take the place of the second 64
-  // queries.
-  uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
-  float query_scale[kMostRows];  // of products to logits
-  __half channels[2][D];         // channel scales
-  Handoff keys[kStages], values[kStages];
-};
-
-// K and V of a tile as operands.
-template <int kTile>
-struct alignas(1024) Operands {
-  uint8_t keys[kTiles][kTile * kSwizzledRow];
-  uint8_t values[kTiles][kTile * kSwizzledRow];
-};
-
-// The tiles on their way to one producer: code rows, K's and then V's, and what is known of tokens.
-template <int kTile>
-using IncomingCodes = uint8_t[2][kTile * CODE_BYTES];
-template <int kTile>
-struct alignas(128) Incoming {
-  Source sources[2][2][kTile];       // K's and V's
-  uint32_t steps[2][2][kTile / 32];  // half2: scales of 32 tokens count in these
-  uint32_t units[2][kTile];          // offsets of code rows
-};
-
-// In front of K's and V's patterns, from an address aligned to kAlign.
-template <int kTile>
-struct Memory {
-  Shared shared;
-  Operands<kTile> operands[kStages];
-  Incoming<kTile> incoming[kMostProducers];
-  alignas(128) IncomingCodes<kTile> codes[kMostProducers - 1];
-
-  static_assert(sizeof(IncomingCodes<kTile>) <= sizeof(shared.queries[1]));
-  __device__ __forceinline__ IncomingCodes<kTile>& codes_of(int producer) {
-    return producer < kMostProducers - 1
-               ? codes[producer]
-               : reinterpret_cast<IncomingCodes<kTile>&>(shared.queries[1]);
-  }
-};
-constexpr int kAlign = 1024, kLeastAlign = 256;  // of a tile; what the launch gives anyway
-
-template <int kTile>
-__host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
-  return kAlign - kLeastAlign + sizeof(Memory<kTile>) + 2 * num_patterns * HEAD_DIM * 2;
-}
-
-// Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes
-// come out of their words without being moved one by one.
-__device__ __forceinline__ int place_of(int dim) { return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2; }
 
 template <int kBits>
 __device__ __forceinline__ uint32_t load_codes(const uint8_t* codes) {
@@ -253,58 +155,6 @@ struct PatternBatch {
     }
   }
 };
-
-// Fills the query operands of `rows` rows, 64 for each consumer, and the scales of their products.
-// By the consumers; ends without a barrier.
-__device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkItem& item, int head,
-                                             int rows, Shared& shared) {
-  // All rows at once: what they wait for twice is the memory.
-  constexpr int kThreadsPerRow = kGroupThreads / kGroupRows, kDims = HEAD_DIM / kThreadsPerRow;
-  const int first = threadIdx.x % kThreadsPerRow * kDims;
-  const int row = threadIdx.x / kThreadsPerRow;
-  if (row < rows) {
-    uint32_t words[kDims / 8][4] = {};
-    if (row < item.num_branches * p.group) {
-      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
-      const int64_t at =
-          batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first;
-#pragma unroll
-      for (int i = 0; i < kDims / 8; ++i) {
-        load_words(words[i], static_cast<const uint8_t*>(p.q) + 2 * (at + 8 * i));
-      }
-    }
-    float q[kDims / 8][8], largest = 0;
-#pragma unroll
-    for (int i = 0; i < kDims / 8; ++i) {
-      if (p.q_is_bf16) {
-        to_floats<__nv_bfloat16>(q[i], words[i]);
-      } else {
-        to_floats<__half>(q[i], words[i]);
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(q[i][j]));
-    }
-#pragma unroll
-    for (int distance = 1; distance < kThreadsPerRow; distance *= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-    }
-    // As large as fp16 takes: small components stay normal numbers.
-    const float scale = copysignf(power_of_two_scale(largest, 14), p.scale_log2);
-    if (first == 0) shared.query_scale[row] = p.scale_log2 / scale;
-#pragma unroll
-    for (int i = 0; i < kDims / 8; ++i) {
-      const int dim = first + 8 * i;
-      uint32_t pairs[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        pairs[j] = as_u32(__floats2half2_rn(q[i][j] * scale, q[i][j + 4] * scale));
-      }
-      store_words(
-          shared.queries[row / kGroupRows][dim / 64] + swizzled(row % kGroupRows, dim % 64 / 8),
-          pairs);
-    }
-  }
-}
 
 // Brings a producer its tiles, of which it has every `producers`-th: tile n starts at position
 // first + n * stride. Threads below kTile own a token each; tokens beyond the end repeat the last

@@ -1,0 +1,116 @@
+// What the warpgroup kernel keeps in shared memory, and how its warpgroups hand tiles to each other
+// there.
+#pragma once
+
+#include <cstddef>
+
+#include "patternkv/decode_tile.cuh"
+#include "patternkv/wgmma.cuh"
+
+namespace patternkv {
+namespace warpgroup {
+
+// Whether the kernel exists: the accumulators of 256 dims do not fit the registers.
+constexpr bool kExists = PKV_WGMMA && HEAD_DIM <= 128;
+
+constexpr int kGroupRows = 64;
+constexpr int kMostRows = 2 * kGroupRows;
+constexpr int kGroups = 4, kGroupThreads = 128;  // warpgroups of a block
+constexpr int kBlockThreads = kGroups * kGroupThreads;
+constexpr int kMostConsumers = 2, kMostProducers = 3;
+// Of the first two warpgroups and of the others, together what four have at launch.
+constexpr int kConsumerRegisters = 152, kProducerRegisters = 104;
+constexpr int kStages = 3;      // tiles of operands
+constexpr int kTiles = D / 64;  // operand tiles side by side
+constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
+
+// Named barriers: those of the producers come first (group_barrier), then the consumers' turns.
+constexpr int kTurns = 1 + kMostProducers;
+
+// Metadata of a token's K or V as its readers need it.
+struct alignas(8) Source {
+  uint32_t pattern;  // bytes to the pattern in its table
+  uint32_t scale;    // half2, scaled like those of the tokens around it
+};
+
+// What producers and consumers wait for: a tile's operands to be written, and to be read. A warp
+// arrives as one. Nobody falls a phase behind: consumers go through all tiles in order, and who
+// writes a tile has seen the one before in its place, or one after that, read.
+struct Handoff {
+  static constexpr int kWriters = kGroupThreads / 32, kReaders = kMostConsumers * kWriters;
+
+  PhaseBarrier written, read;
+
+  __device__ __forceinline__ void init() { written.init(kWriters), read.init(kReaders); }
+  __device__ __forceinline__ void have_written() {
+    publish_operands();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) written.arrive();
+  }
+  // By each of `consumers`.
+  __device__ __forceinline__ void have_read(int consumers) {
+    if (threadIdx.x % 32 == 0) read.arrive(kMostConsumers / consumers);
+  }
+};
+
+// Where a tile's operands lie, and the how-manieth there they are. `n` counts the tiles of a block.
+struct Place {
+  int stage, phase;
+
+  __device__ __forceinline__ explicit Place(int n) : stage(n % kStages), phase(n / kStages) {}
+};
+
+struct Shared {
+  // Where there are three producers, the codes of the last one take the place of the second 64
+  // queries.
+  uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
+  float query_scale[kMostRows];  // of products to logits
+  __half channels[2][D];         // channel scales
+  Handoff keys[kStages], values[kStages];
+};
+
+// K and V of a tile as operands.
+template <int kTile>
+struct alignas(1024) Operands {
+  uint8_t keys[kTiles][kTile * kSwizzledRow];
+  uint8_t values[kTiles][kTile * kSwizzledRow];
+};
+
+// The tiles on their way to one producer: code rows, K's and then V's, and what is known of tokens.
+template <int kTile>
+using IncomingCodes = uint8_t[2][kTile * CODE_BYTES];
+template <int kTile>
+struct alignas(128) Incoming {
+  Source sources[2][2][kTile];       // K's and V's
+  uint32_t steps[2][2][kTile / 32];  // half2: scales of 32 tokens count in these
+  uint32_t units[2][kTile];          // offsets of code rows
+};
+
+// In front of K's and V's patterns, from an address aligned to kAlign.
+template <int kTile>
+struct Memory {
+  Shared shared;
+  Operands<kTile> operands[kStages];
+  Incoming<kTile> incoming[kMostProducers];
+  alignas(128) IncomingCodes<kTile> codes[kMostProducers - 1];
+
+  static_assert(sizeof(IncomingCodes<kTile>) <= sizeof(shared.queries[1]));
+  __device__ __forceinline__ IncomingCodes<kTile>& codes_of(int producer) {
+    return producer < kMostProducers - 1
+               ? codes[producer]
+               : reinterpret_cast<IncomingCodes<kTile>&>(shared.queries[1]);
+  }
+};
+constexpr int kAlign = 1024, kLeastAlign = 256;  // of a tile; what the launch gives anyway
+
+template <int kTile>
+__host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
+  return kAlign - kLeastAlign + sizeof(Memory<kTile>) + 2 * num_patterns * HEAD_DIM * 2;
+}
+
+// Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes
+// come out of their words without being moved one by one.
+__device__ __forceinline__ int place_of(int dim) { return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2; }
+
+}  // namespace warpgroup
+}  // namespace patternkv

@@ -1,0 +1,261 @@
+// Query rows in the warpgroup kernel's consumers: as operands, and their running attention.
+#pragma once
+
+#include "patternkv/decode_queries.cuh"
+#include "patternkv/decode_units.cuh"
+#include "patternkv/warpgroup_memory.cuh"
+
+namespace patternkv {
+namespace warpgroup {
+
+// Fills the query operands of `rows` rows, 64 for each consumer, and the scales of their products.
+// By the consumers; ends without a barrier.
+__device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkItem& item, int head,
+                                             int rows, Shared& shared) {
+  // All rows at once: what they wait for twice is the memory.
+  constexpr int kThreadsPerRow = kGroupThreads / kGroupRows, kDims = HEAD_DIM / kThreadsPerRow;
+  const int first = threadIdx.x % kThreadsPerRow * kDims;
+  const int row = threadIdx.x / kThreadsPerRow;
+  if (row < rows) {
+    uint32_t words[kDims / 8][4] = {};
+    if (row < item.num_branches * p.group) {
+      const int batch_row = p.rows[item.first_entry + p.branch_of(row)];
+      const int64_t at =
+          batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM + first;
+#pragma unroll
+      for (int i = 0; i < kDims / 8; ++i) {
+        load_words(words[i], static_cast<const uint8_t*>(p.q) + 2 * (at + 8 * i));
+      }
+    }
+    float q[kDims / 8][8], largest = 0;
+#pragma unroll
+    for (int i = 0; i < kDims / 8; ++i) {
+      if (p.q_is_bf16) {
+        to_floats<__nv_bfloat16>(q[i], words[i]);
+      } else {
+        to_floats<__half>(q[i], words[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(q[i][j]));
+    }
+#pragma unroll
+    for (int distance = 1; distance < kThreadsPerRow; distance *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+    }
+    // As large as fp16 takes: small components stay normal numbers.
+    const float scale = copysignf(power_of_two_scale(largest, 14), p.scale_log2);
+    if (first == 0) shared.query_scale[row] = p.scale_log2 / scale;
+#pragma unroll
+    for (int i = 0; i < kDims / 8; ++i) {
+      const int dim = first + 8 * i;
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs[j] = as_u32(__floats2half2_rn(q[i][j] * scale, q[i][j + 4] * scale));
+      }
+      store_words(
+          shared.queries[row / kGroupRows][dim / 64] + swizzled(row % kGroupRows, dim % 64 / 8),
+          pairs);
+    }
+  }
+}
+
+// A reference rises where a thread's probabilities of a row and tile have a larger sum than this:
+// until then each of them is far from fp16's end, with its precision.
+constexpr float kMostSum = 1 << 14;
+
+// The running softmax of a thread's two rows, 16 w + g and 8 further.
+struct Softmax {
+  float reference[2] = {-INFINITY, -INFINITY};
+  float mass[2] = {};  // of the thread's columns
+
+  // Logits (products, to be multiplied by `factor` > 0) to probabilities, as operands of the next
+  // product. Rescales `out` where a reference rises, which is seen of the sums alone: no peak is
+  // looked for until then.
+  template <int kCount, int kOut>
+  __device__ __forceinline__ void apply(const float (&x)[kCount], const float (&factor)[2],
+                                        float (&out)[kOut], uint32_t (&weights)[kCount / 8][4]) {
+    float sums[2];
+    weigh(x, factor, weights, sums);
+    if (__any_sync(~0u, !(sums[0] <= kMostSum && sums[1] <= kMostSum))) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float peak = x[2 * h];
+#pragma unroll
+        for (int i = 1; i < kCount / 2; ++i) peak = fmaxf(peak, x[i / 2 * 4 + 2 * h + i % 2]);
+        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+        const float raised = fmaxf(reference[h], peak * factor[h]);
+        const float scale = exp2_approx(reference[h] - raised);
+        reference[h] = raised;
+        mass[h] *= scale;
+#pragma unroll
+        for (int i = 0; i < kOut / 4; ++i) {
+          out[4 * i + 2 * h] *= scale;
+          out[4 * i + 2 * h + 1] *= scale;
+        }
+      }
+      weigh(x, factor, weights, sums);
+    }
+    mass[0] += sums[0], mass[1] += sums[1];
+  }
+
+  // Probabilities against the references as they are, and the thread's sums of them.
+  template <int kCount>
+  __device__ __forceinline__ void weigh(const float (&x)[kCount], const float (&factor)[2],
+                                        uint32_t (&weights)[kCount / 8][4],
+                                        float (&sums)[2]) const {
+    sums[0] = sums[1] = 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const int h = i % 2;
+      const float p0 = exp2_approx(fmaf(x[2 * i], factor[h], -reference[h]));
+      const float p1 = exp2_approx(fmaf(x[2 * i + 1], factor[h], -reference[h]));
+      sums[h] += p0 + p1;
+      weights[i / 4][i % 4] = as_u32(__floats2half2_rn(p0, p1));
+    }
+  }
+};
+
+// x[j] of thread t of four becomes x[t] of thread j.
+__device__ __forceinline__ void transpose_quad(float (&x)[4], int t) {
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool upper = t & distance;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      // Of the elements i and i + distance, the lower threads give the second, the upper the first.
+      float &low = x[i], &high = x[i + distance];
+      const float got = __shfl_xor_sync(~0u, upper ? low : high, distance);
+      (upper ? low : high) = got;
+    }
+  }
+}
+
+// 64 query rows and their running attention: the share of a thread.
+struct Rows {
+  // The queries' operands of the first steps are held in registers, which leaves shared memory to
+  // others.
+  static constexpr int kSteps = HEAD_DIM / 16, kHeld = 3;
+  uint32_t held[kHeld][4];
+  uint32_t queries;
+  float query_scale[2];
+  bool busy;  // else all rows of the warp are empty
+  Softmax softmax;
+  float out[D / 2] = {};
+
+  __device__ __forceinline__ Rows(const Shared& shared, int which, int num_rows) {
+    const int row = first_row();
+    queries = operand(shared_address(shared.queries[which]));
+#pragma unroll
+    for (int i = 0; i < 4 * kHeld; ++i) {
+      const int place = row + i % 2 * 8, piece = i / 4 * 2 + i / 2 % 2;
+      held[i / 4][i % 4] = *reinterpret_cast<const uint32_t*>(
+          shared.queries[which][piece / 8] + swizzled(place, piece % 8) + threadIdx.x % 4 * 4);
+    }
+    busy = row / 16 * 16 < num_rows - which * kGroupRows;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      query_scale[h] = shared.query_scale[which * kGroupRows + row + 8 * h];
+    }
+  }
+  // The thread's rows are this and 8 further.
+  static __device__ __forceinline__ int first_row() {
+    return threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+
+  template <int kTile>
+  __device__ __forceinline__ void multiply_keys(float (&x)[kTile / 2],
+                                                const Operands<kTile>& operands) const {
+    const uint32_t keys = operand(shared_address(operands.keys));
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int tile = step / 4, piece = step % 4 * 2;
+      const uint32_t b = keys + tile * (kTile * kSwizzledRow / 16) + piece;
+      if (step < kHeld) {
+        wgmma_by_rows(x, held[step], b, step > 0);
+      } else {
+        wgmma_shared_by_rows(x, queries + tile * (kGroupRows * kSwizzledRow / 16) + piece, b);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // Products of `valid` tokens to probabilities.
+  template <int kTile>
+  __device__ __forceinline__ void weigh(float (&x)[kTile / 2], uint32_t (&weights)[kTile / 16][4],
+                                        int valid, float cap_log2) {
+    if (!busy) {
+      set_zero(weights);
+      return;
+    }
+    float factor[2] = {query_scale[0], query_scale[1]};
+    if (cap_log2 > 0) {
+#pragma unroll
+      for (int i = 0; i < kTile / 2; ++i) x[i] = soft_cap(x[i] * factor[i / 2 % 2], cap_log2);
+      factor[0] = factor[1] = 1;
+    }
+    if (valid < kTile) {
+      const int t = threadIdx.x % 4;
+#pragma unroll
+      for (int i = 0; i < kTile / 2; ++i) {
+        if (i / 4 * 8 + 2 * t + i % 2 >= valid) x[i] = -INFINITY;
+      }
+    }
+    softmax.apply(x, factor, out, weights);
+  }
+
+  template <int kTile>
+  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kTile / 16][4],
+                                                  const Operands<kTile>& operands) {
+    const uint32_t values = operand(shared_address(operands.values), kTile * kSwizzledRow);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kTile / 16; ++step) {
+      wgmma_by_columns(out, weights[step], values + step * (16 * kSwizzledRow / 16));
+    }
+    wgmma_commit();
+  }
+
+  // Waits for all products.
+  __device__ __forceinline__ void finish() {
+    wgmma_wait();
+    settle(out);
+  }
+  // Softmax mass of the rows, complete in every lane that has a part of them.
+  __device__ __forceinline__ void add_mass() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      softmax.mass[h] += __shfl_xor_sync(~0u, softmax.mass[h], 1);
+      softmax.mass[h] += __shfl_xor_sync(~0u, softmax.mass[h], 2);
+    }
+  }
+  __device__ __forceinline__ void store(const DecodeParams& p, const WorkItem& item, int head,
+                                        int which) const {
+    const int t = threadIdx.x % 4, rows = item.num_branches * p.group;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = which * kGroupRows + first_row() + 8 * h;
+      const int64_t at = state_index(p, item, head, min(row, rows - 1));
+      if (t == 0 && row < rows)
+        p.state_sum[at] = make_float2(softmax.reference[h], softmax.mass[h]);
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 16; ++i) {
+        // The columns 2t and 2t + 1 of 8 are the dims t and t + 4. Of 16 dims, the four threads of
+        // a row have four in turn.
+        float x[4] = {out[8 * i + 2 * h], out[8 * i + 2 * h + 1], out[8 * i + 4 + 2 * h],
+                      out[8 * i + 4 + 2 * h + 1]};
+        transpose_quad(x, t);
+        if (row < rows) {
+          *reinterpret_cast<float4*>(p.state_out + at * HEAD_DIM + 16 * i + 4 * t) =
+              make_float4(x[0], x[1], x[2], x[3]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace warpgroup
+}  // namespace patternkv
