@@ -37,12 +37,12 @@ __device__ __forceinline__ void count_members(MoveShared& shared, const MiningPa
                                               const Problem& problem, int m) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // What fills up the last MMA is in nobody's set.
-  const int padded = (p.n + 15) / 16 * 16;
+  const int end = p.multiplied_tokens();
   uint32_t ids[kIdWords] = {};
 #pragma unroll
   for (int word = 0; word < kIdWords; ++word) {
     const int at = threadIdx.x + word * kThreads;
-    if (4 * at < padded) ids[word] = load_coherent(reinterpret_cast<uint32_t*>(problem.ids) + at);
+    if (4 * at < end) ids[word] = load_coherent(reinterpret_cast<uint32_t*>(problem.ids) + at);
   }
   __syncthreads();
   if (threadIdx.x < kMaxPatterns) shared.count[threadIdx.x] = 0;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void count_members(MoveShared& shared, const MiningPa
 #pragma unroll
   for (int i = 0; i < 4 * kIdWords; ++i) {
     const int token = 4 * (threadIdx.x + i / 4 * kThreads) + i % 4;
-    if (token >= padded) continue;
+    if (token >= end) continue;
     const int id = token < p.n ? ids[i / 4] >> i % 4 * 8 & 0xff : kMaxPatterns;
     shared.ids[token] = kIdBits + id;
     if (token < p.n) atomicAdd(&shared.count[id], 1);
@@ -92,9 +92,9 @@ struct Split {
 __device__ __forceinline__ void copy_tokens(MoveShared& shared, const MiningParams& p,
                                             const Problem& problem, int slice) {
   const __half* rows = problem.rows + int64_t{p.sinks} * HEAD_DIM + slice * kSlice;
-  const int padded = (p.n + 15) / 16 * 16;
+  const int end = p.multiplied_tokens() * kSliceChunks;
 #pragma unroll 8
-  for (int at = threadIdx.x; at < padded * kSliceChunks; at += kThreads) {
+  for (int at = threadIdx.x; at < end; at += kThreads) {
     const int token = at / kSliceChunks, chunk = at % kSliceChunks;
     // The last one stands in for those beyond it.
     const __half* row = rows + int64_t{min(token, p.n - 1)} * HEAD_DIM;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void sum_members(MoveShared& shared, const MiningPara
   }
   cp_async_wait<0>();
   __syncthreads();
-  const int end = own.tile < own.tiles ? (p.n + 15) / 16 * 16 : 0;
+  const int end = own.tile < own.tiles ? p.multiplied_tokens() : 0;
 #pragma unroll 4
   for (int k = 16 * own.split; k < end; k += 16 * own.splits) {
     const auto* ids = reinterpret_cast<const uint32_t*>(shared.ids + k);

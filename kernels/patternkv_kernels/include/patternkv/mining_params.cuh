@@ -84,6 +84,9 @@ struct MiningParams {
     group = of_group;
   }
 
+  // Tokens of the products that move centres, which take 16 at a time.
+  __device__ int multiplied_tokens() const { return (n + 15) / 16 * 16; }
+
   // Otherwise sinks and tokens are the patterns, as far as these reach.
   __host__ __device__ bool clusters() const { return num_centres > 0 && num_centres < n; }
   __host__ __device__ int num_outliers() const { return num_centres / kOutlierShare; }
