@@ -5,6 +5,7 @@
 // producers, up to 128 rows two of each.
 #pragma once
 
+#include "patternkv/decode_units.cuh"
 #include "patternkv/warpgroup_rows.cuh"
 #include "patternkv/warpgroup_tiles.cuh"
 

@@ -34,8 +34,8 @@ struct alignas(8) Source {
 };
 
 // What producers and consumers wait for: a tile's operands to be written, and to be read. A warp
-// arrives as one. Nobody falls a phase behind: consumers go through all tiles in order, and who
-// writes a tile has seen the one before in its place, or one after that, read.
+// arrives as one. Nobody waits for more than the next phase: consumers go through all tiles in
+// order, and so a producer that has seen one of them read knows it of all before.
 struct Handoff {
   static constexpr int kWriters = kGroupThreads / 32, kReaders = kMostConsumers * kWriters;
 

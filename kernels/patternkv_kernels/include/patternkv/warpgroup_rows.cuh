@@ -139,7 +139,7 @@ struct Rows {
   // others.
   static constexpr int kSteps = HEAD_DIM / 16, kHeld = 3;
   uint32_t held[kHeld][4];
-  uint32_t queries;
+  uint32_t queries;  // operand of all
   float query_scale[2];
   bool busy;  // else all rows of the warp are empty
   Softmax softmax;

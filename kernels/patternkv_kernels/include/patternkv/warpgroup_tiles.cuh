@@ -2,7 +2,7 @@
 // dequantize them to operands.
 #pragma once
 
-#include "patternkv/decode_units.cuh"
+#include "patternkv/decode_params.cuh"
 #include "patternkv/warpgroup_memory.cuh"
 
 namespace patternkv {
