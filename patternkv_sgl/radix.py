@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 
+from patternkv_sgl.checkpoint import IncrementalRadixCache
 from patternkv_sgl.requests import ATTRIBUTE, Extend, RequestTables
 from patternkv_sgl.tables import ZERO_TABLE, TableRefs, TableRuns
 
@@ -43,8 +44,8 @@ SHARED_TOKENS = 256
 than the wait."""
 
 
-class PatternRadixCache(RadixCache):  # type: ignore[misc]
-    """SGLang's ``RadixCache`` (mem_cache/radix_cache.py) whose nodes own pattern tables.
+class PatternRadixCache(IncrementalRadixCache):
+    """A radix tree whose nodes own pattern tables.
 
     Args:
         params: SGLang's tree parameters.
@@ -198,18 +199,6 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
             return found
         return super().match_prefix(replace(params, key=params.key[:keep]))
 
-    def path(self, node: TreeNode | None) -> list[tuple[int, int, TreeNode]]:
-        """``(start, end, node)`` of each node from the root down to ``node``, by position."""
-        nodes = []
-        while node is not None and node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        spans, end = [], 0
-        for node in reversed(nodes):
-            start, end = end, end + len(node.key)
-            spans.append((start, end, node))
-        return spans
-
     def _path_runs(self, node: TreeNode | None, own: TableRuns) -> TableRuns:
         """Tables from the tree as far as its path reaches, then ``own``."""
         path = self.path(node)
@@ -225,14 +214,14 @@ class PatternRadixCache(RadixCache):  # type: ignore[misc]
         priority: int = 0,
         inserted_len: int = 0,
     ) -> tuple[int, TreeNode]:
-        end = len(key)
         prefix_len, leaf = super()._insert_helper(node, key, value, priority, inserted_len)
         if not hasattr(leaf, "table_runs"):
             assert self._inserting is not None, (
                 f"a node of {len(leaf.key)} tokens was inserted outside checkpoint(): its tables "
                 "are unknown"
             )
-            leaf.table_runs = self._inserting.runs.slice(prefix_len, end)
+            start, end, _ = self.path(leaf)[-1]
+            leaf.table_runs = self._inserting.runs.slice(start, end)
             leaf.inherits = self._inserting.mined_end < end
             self.refs.acquire(leaf.table_runs.tables)
         return prefix_len, leaf

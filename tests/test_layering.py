@@ -51,6 +51,7 @@ LAYERS = [
     ["patternkv_sgl", "patternkv_sgl.hooks", "patternkv_sgl.platform"],
     [
         "patternkv_sgl.basis",
+        "patternkv_sgl.checkpoint",
         "patternkv_sgl.config",
         "patternkv_sgl.cpu_platform",
         "patternkv_sgl.tables",

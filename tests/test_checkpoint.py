@@ -1,0 +1,152 @@
+"""Checkpoints that go on from a request's node leave what stock's from the root leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+from sglang.srt.runtime_context import get_context
+
+from patternkv_sgl.checkpoint import MAX_PRIORITY, IncrementalRadixCache
+from patternkv_sgl.config import PatternKVConfig
+from tests.fakes import Scheduler
+
+CONFIG = PatternKVConfig(mine_tokens=16, window=4)
+SIZE = 384
+Step = tuple[Any, ...]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def published() -> Iterator[None]:
+    """SGLang's runtime context, which releasing a request reads."""
+    with get_context().override_server_args():
+        yield
+
+
+def tokens_to(node: TreeNode | None) -> tuple[int, ...]:
+    """What stands for a node: all tokens from the root to its end."""
+    found: list[int] = []
+    while node is not None:
+        found = [*node.key.raw_token_ids(), *found]
+        node = node.parent
+    return tuple(found)
+
+
+class Life:
+    """Plays steps on a scheduler and tells what they leave.
+
+    Args:
+        page_size: tokens per page.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.scheduler = Scheduler(CONFIG, size=SIZE, page_size=page_size, num_tables=4)
+        self.chunked: list[Req] = []
+
+    def play(self, step: Step) -> None:
+        scheduler = self.scheduler
+        kind, *numbers = step
+        if kind == "admit":
+            base, cut, tail, branch, chunk, priority = numbers
+            prompt = [1000 * base + i for i in range(cut)] + [5000 + branch] * tail
+            req = scheduler.admit(prompt)
+            req.priority = priority
+            self._extend(req, chunk)
+        elif kind == "chunk":
+            for req in list(self.chunked):
+                self.chunked.remove(req)
+                self._extend(req, numbers[0])
+        elif kind == "evict":
+            scheduler.evict(numbers[0])
+        else:
+            index, count = numbers
+            reqs = [req for req in scheduler.running if req not in self.chunked]
+            if not reqs:
+                return
+            req = reqs[index % len(reqs)]
+            for number in range(count):
+                scheduler.decode([req], [9000 + number])
+            if kind == "finish":
+                scheduler.finish(req)
+            elif kind == "retract":
+                scheduler.retract(req)
+                self._extend(scheduler.readmit(req), 200)
+
+    def _extend(self, req: Req, chunk: int) -> None:
+        if not self.scheduler.extend([req], [chunk]):
+            if req.kv.holds_kv:
+                self.scheduler.retract(req)
+            else:
+                self.scheduler.drop_waiting(req)
+            return
+        self.scheduler.checkpoint(req)
+        if req.extend_end < len(req.full_untruncated_fill_ids):
+            self.chunked.append(req)
+
+    def state(self) -> dict[str, Any]:
+        tree, scheduler = self.scheduler.tree, self.scheduler
+        tree.check_integrity(scheduler.slot_table)
+        return {
+            "nodes": {
+                tokens_to(node): (
+                    node.value.tolist(),
+                    (node.priority, node.hit_count, node.lock_ref),
+                    (node.table_runs, node.inherits),
+                )
+                for node in tree.nodes()
+            },
+            "requests": [
+                (
+                    scheduler.row(req).tolist(),
+                    (req.kv.cache_protected_len, req.kv.cache_inserted_len),
+                    (tokens_to(req.last_node), tokens_to(req.lock.node)),
+                )
+                for req in scheduler.running
+            ],
+            "sizes": (tree.evictable_size(), tree.protected_size()),
+            "free": sorted(scheduler.allocator.get_all_free_pages().tolist()),
+        }
+
+
+STEPS = st.one_of(
+    st.tuples(
+        st.just("admit"),
+        st.integers(0, 1),
+        st.integers(0, 60),
+        st.integers(1, 24),
+        st.integers(0, 2),
+        st.sampled_from([16, 40, 200]),
+        st.sampled_from([None, 3, MAX_PRIORITY]),
+    ),
+    st.tuples(st.just("chunk"), st.sampled_from([16, 200])),
+    st.tuples(
+        st.sampled_from(["decode", "finish", "retract"]),
+        st.integers(0, 7),
+        st.sampled_from([0, 1, 3, 40]),
+    ),
+    st.tuples(st.just("evict"), st.integers(1, 120)),
+)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(steps=st.lists(STEPS, min_size=4, max_size=24))
+def test_the_tree_is_stocks(page_size: int, steps: list[Step]) -> None:
+    ours, stocks = Life(page_size), Life(page_size)
+    for step in steps:
+        ours.play(step)
+        with patch.object(IncrementalRadixCache, "checkpoint", RadixCache.checkpoint):
+            stocks.play(step)
+        assert ours.state() == stocks.state(), step
