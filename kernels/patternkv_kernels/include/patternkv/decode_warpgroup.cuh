@@ -34,7 +34,7 @@ struct Turns {
     if (consumer > 0 && left > 0) block_barrier_arrive(kTurns, kThreads);
   }
   __device__ __forceinline__ void take() const {
-    if (left > 0) block_barrier_wait(kTurns + consumer, kThreads);
+    block_barrier_wait(kTurns + consumer, kThreads);
   }
   __device__ __forceinline__ void pass() {
     // After the last turn nobody takes one.
@@ -116,40 +116,30 @@ __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& i
   Rows rows(shared, consumer, shares.num_rows);
   const int tokens = item.end - item.start, tiles = num_tiles<kTile>(item);
   Turns turns(consumer, shares.consumers, tiles - 1);
-  float x[kTile / 2];
-  {
-    const Place first(first_tile);
-    auto& keys = shared.keys[first.stage];
-    keys.written.wait(first.phase);
-    rows.multiply_keys<kTile>(x, memory.operands[first.stage]);
-    rows.finish();
+  for (int tile = 0; tile < tiles; ++tile) {
+    const Place before(first_tile + tile - 1), place(first_tile + tile),
+        next(first_tile + tile + 1);
+    auto &keys = shared.keys[place.stage], &values = shared.values[place.stage];
+    keys.written.wait(place.phase);
+    float x[kTile / 2];
+    rows.multiply_keys<kTile>(x, memory.operands[place.stage]);
+    if (tile > 0) turns.pass();
+    rows.finish();  // the values of the tile before too
     settle(x);
     keys.have_read(shares.consumers);
-  }
-  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile > 0) shared.values[before.stage].have_read(shares.consumers);
     uint32_t weights[kTile / 16][4];
-    rows.weigh<kTile>(x, weights, tokens - tile * kTile, p.cap_log2);
-    const Place place(first_tile + tile), next(first_tile + tile + 1);
-    const bool more = tile + 1 < tiles;
-    auto& values = shared.values[place.stage];
-    auto& keys = shared.keys[next.stage];
+    rows.weigh<kTile>(x, weights, tokens - tile * kTile, p.cap_log2, tile == 0);
     values.written.wait(place.phase);
-    if (more && shares.consumers > 1) {
-      // A turn is for what is there.
-      keys.written.wait(next.phase);
+    if (tile + 1 < tiles && shares.consumers > 1) {
+      // A turn is for these values and the next keys: for what is there.
+      shared.keys[next.stage].written.wait(next.phase);
       turns.take();
     }
     rows.multiply_values<kTile>(weights, memory.operands[place.stage]);
-    if (more) {
-      keys.written.wait(next.phase);
-      rows.multiply_keys<kTile>(x, memory.operands[next.stage]);
-      turns.pass();
-    }
-    rows.finish();
-    settle(x);
-    values.have_read(shares.consumers);
-    if (more) keys.have_read(shares.consumers);
   }
+  rows.finish();
+  shared.values[Place(first_tile + tiles - 1).stage].have_read(shares.consumers);
   rows.add_mass();
   rows.store(p, item, head, consumer);
 }

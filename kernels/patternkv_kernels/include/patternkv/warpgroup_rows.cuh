@@ -74,28 +74,35 @@ struct Softmax {
   // looked for until then.
   template <int kCount, int kOut>
   __device__ __forceinline__ void apply(const float (&x)[kCount], const float (&factor)[2],
-                                        float (&out)[kOut], uint32_t (&weights)[kCount / 8][4]) {
+                                        float (&out)[kOut], uint32_t (&weights)[kCount / 8][4],
+                                        bool fresh) {
     float sums[2];
-    weigh(x, factor, weights, sums);
-    if (__any_sync(~0u, !(sums[0] <= kMostSum && sums[1] <= kMostSum))) {
+    // Once as a rule. A first tile raises its references without being weighed before.
+    bool raise = fresh;
+#pragma unroll 1
+    for (bool again = true; again;) {
+      if (raise) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float peak = x[2 * h];
+        for (int h = 0; h < 2; ++h) {
+          float peak = x[2 * h];
 #pragma unroll
-        for (int i = 1; i < kCount / 2; ++i) peak = fmaxf(peak, x[i / 2 * 4 + 2 * h + i % 2]);
-        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
-        const float raised = fmaxf(reference[h], peak * factor[h]);
-        const float scale = exp2_approx(reference[h] - raised);
-        reference[h] = raised;
-        mass[h] *= scale;
+          for (int i = 1; i < kCount / 2; ++i) peak = fmaxf(peak, x[i / 2 * 4 + 2 * h + i % 2]);
+          peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+          peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+          const float raised = fmaxf(reference[h], peak * factor[h]);
+          const float scale = exp2_approx(reference[h] - raised);
+          reference[h] = raised;
+          mass[h] *= scale;
 #pragma unroll
-        for (int i = 0; i < kOut / 4; ++i) {
-          out[4 * i + 2 * h] *= scale;
-          out[4 * i + 2 * h + 1] *= scale;
+          for (int i = 0; i < kOut / 4; ++i) {
+            out[4 * i + 2 * h] *= scale;
+            out[4 * i + 2 * h + 1] *= scale;
+          }
         }
       }
       weigh(x, factor, weights, sums);
+      again = !raise && __any_sync(~0u, !(sums[0] <= kMostSum && sums[1] <= kMostSum));
+      raise = true;
     }
     mass[0] += sums[0], mass[1] += sums[1];
   }
@@ -186,7 +193,7 @@ struct Rows {
   // Products of `valid` tokens to probabilities.
   template <int kTile>
   __device__ __forceinline__ void weigh(float (&x)[kTile / 2], uint32_t (&weights)[kTile / 16][4],
-                                        int valid, float cap_log2) {
+                                        int valid, float cap_log2, bool fresh) {
     if (!busy) {
       set_zero(weights);
       return;
@@ -204,7 +211,7 @@ struct Rows {
         if (i / 4 * 8 + 2 * t + i % 2 >= valid) x[i] = -INFINITY;
       }
     }
-    softmax.apply(x, factor, out, weights);
+    softmax.apply(x, factor, out, weights, fresh);
   }
 
   template <int kTile>
