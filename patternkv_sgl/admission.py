@@ -1,4 +1,5 @@
-"""Which waiting requests sit out a prefill batch: branches of a prompt that is being prefilled."""
+"""Which waiting requests are next: branches keep the place of the request that they are of, and sit
+out while their prompt is being prefilled."""
 
 from __future__ import annotations
 
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_policy import PrefillAdder
 
     from patternkv_sgl.radix import PatternRadixCache
+
+
+def branches_first(waiting: list[Req]) -> None:
+    """Put branches ahead of other waiting requests, in place and otherwise in order.
+
+    SGLang prefills the prompt of a request with ``n`` > 1 before it makes branches, which queue
+    behind all requests that have come meanwhile: under load prompt after prompt is prefilled while
+    no branch runs, and evicted again once branches do. As their own request was here first, nobody
+    waits longer for branches than it would have waited for a request with one answer.
+    """
+    waiting.sort(key=lambda req: not _is_branch(req))
 
 
 class Admission:
@@ -46,6 +58,13 @@ class Admission:
         if tokens is None or tokens not in self._taken:
             return False
         return _may_reuse(req, req.prefix_len + SHARED_TOKENS)
+
+
+def _is_branch(req: Req) -> bool:
+    """One of ``n`` answers, not the prefill ahead of them, which generates nothing
+    (managers/tokenizer_manager.py, ``_handle_batch_request``)."""
+    params = req.sampling_params
+    return bool(params.n > 1 and params.max_new_tokens > 0)
 
 
 def _may_reuse(req: Req, end: int) -> bool:

@@ -18,6 +18,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
 | `hooks.ADD_REQUEST` | branches wait for what prefills their prompt | each prefills it |
+| `hooks.ORDER_QUEUE` | branches keep their request's place | they queue behind prompts |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
 """
@@ -77,6 +78,7 @@ def load() -> None:
     HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
     HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
     HookRegistry.register(hooks.ADD_REQUEST, _add_request, HookType.AROUND)
+    HookRegistry.register(hooks.ORDER_QUEUE, _order_queue, HookType.BEFORE)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
 
@@ -233,6 +235,15 @@ def _add_request(original: Callable[..., Any], self: Any, req: Any, **kwargs: An
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     return AddReqResult.CONTINUE
+
+
+def _order_queue(self: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any) -> None:
+    # Other policies and priorities are what somebody asked for.
+    in_order = self.policy.value == "fcfs" and not self.enable_priority_scheduling
+    if _cache is not None and in_order and not _cache.tree.disable:
+        from patternkv_sgl.admission import branches_first
+
+        branches_first(waiting_queue)
 
 
 def _canary_walk(original: Callable[..., Any], *, radix_cache: Any, **kwargs: Any) -> Any:

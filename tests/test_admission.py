@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 from sglang.srt.runtime_context import get_context
+from sglang.srt.sampling.sampling_params import SamplingParams
 
-from patternkv_sgl.admission import Admission
+import patternkv_sgl.plugin as plugin
+from patternkv_sgl.admission import Admission, branches_first
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.radix import SHARED_TOKENS
 from tests.fakes import Scheduler
@@ -142,3 +147,49 @@ def test_who_brings_embeddings_waits_for_nobody(scheduler: Scheduler) -> None:
     assert batch.add(first)
     second.positional_embed_overrides = object()
     assert batch.add(second)
+
+
+def waiting(name: str, n: int, max_new_tokens: int) -> Req:
+    params = SamplingParams(n=n, max_new_tokens=max_new_tokens)
+    return Req(name, "", array("q", [1]), params)
+
+
+def test_branches_come_before_prompts_that_came_before_them() -> None:
+    queue = [
+        waiting("prompt 2", 8, 0),
+        waiting("single 1", 1, 16),
+        waiting("prompt 3", 2, 0),
+        waiting("branch 1a", 4, 16),
+        waiting("single 2", 1, 0),
+        waiting("branch 1b", 4, 1),
+    ]
+    branches_first(queue)
+    order = "branch 1a, branch 1b, prompt 2, single 1, prompt 3, single 2"
+    assert ", ".join(req.rid for req in queue) == order
+
+
+@pytest.mark.parametrize(
+    ("policy", "priorities", "disable", "ordered"),
+    [
+        ("fcfs", False, False, True),
+        ("fcfs", True, False, False),
+        ("lof", False, False, False),
+        ("fcfs", False, True, False),
+    ],
+)
+def test_only_first_come_first_served_is_reordered(
+    policy: str,
+    priorities: bool,
+    disable: bool,
+    ordered: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = Scheduler(CONFIG, disable=disable).tree
+    monkeypatch.setattr(plugin, "_cache", SimpleNamespace(tree=tree))
+    queue = [waiting("prompt", 2, 0), waiting("branch", 2, 8)]
+    before = list(queue)
+    chosen = SimpleNamespace(
+        policy=CacheAgnosticPolicy(policy), enable_priority_scheduling=priorities
+    )
+    plugin._order_queue(chosen, queue, None, processed_tokens=0)
+    assert queue == (before[::-1] if ordered else before)
