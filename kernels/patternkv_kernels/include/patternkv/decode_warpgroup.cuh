@@ -33,9 +33,7 @@ struct Turns {
       : consumer(consumer), left(consumers > 1 ? count : 0) {
     if (consumer > 0 && left > 0) block_barrier_arrive(kTurns, kThreads);
   }
-  __device__ __forceinline__ void take() const {
-    block_barrier_wait(kTurns + consumer, kThreads);
-  }
+  __device__ __forceinline__ void take() const { block_barrier_wait(kTurns + consumer, kThreads); }
   __device__ __forceinline__ void pass() {
     // After the last turn nobody takes one.
     if (left > consumer) block_barrier_arrive(kTurns + 1 - consumer, kThreads);
@@ -141,7 +139,7 @@ __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& i
   rows.finish();
   shared.values[Place(first_tile + tiles - 1).stage].have_read(shares.consumers);
   rows.add_mass();
-  rows.store(p, item, head, consumer);
+  rows.store(p, item, head, consumer, shared);
 }
 
 // kTile is 64, or 32 where large tables leave no room.

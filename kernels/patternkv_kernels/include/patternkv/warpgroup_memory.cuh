@@ -24,8 +24,9 @@ constexpr int kStages = 3;      // tiles of operands
 constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
 
-// Named barriers: those of the producers come first (group_barrier), then the consumers' turns.
-constexpr int kTurns = 1 + kMostProducers;
+// Named barriers: those of the producers come first (group_barrier), then the consumers' turns and
+// the ends of their products.
+constexpr int kTurns = 1 + kMostProducers, kEnds = kTurns + kMostConsumers;
 
 // Metadata of a token's K or V as its readers need it.
 struct alignas(8) Source {

@@ -57,6 +57,7 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkIt
           shared.queries[row / kGroupRows][dim / 64] + swizzled(row % kGroupRows, dim % 64 / 8),
           pairs);
     }
+    publish_operands();
   }
 }
 
@@ -123,22 +124,6 @@ struct Softmax {
     }
   }
 };
-
-// x[j] of thread t of four becomes x[t] of thread j.
-__device__ __forceinline__ void transpose_quad(float (&x)[4], int t) {
-#pragma unroll
-  for (int distance = 1; distance < 4; distance *= 2) {
-    const bool upper = t & distance;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
-      // Of the elements i and i + distance, the lower threads give the second, the upper the first.
-      float &low = x[i], &high = x[i + distance];
-      const float got = __shfl_xor_sync(~0u, upper ? low : high, distance);
-      (upper ? low : high) = got;
-    }
-  }
-}
 
 // 64 query rows and their running attention: the share of a thread.
 struct Rows {
@@ -239,27 +224,42 @@ struct Rows {
       softmax.mass[h] += __shfl_xor_sync(~0u, softmax.mass[h], 2);
     }
   }
+  // Leaves the rows' states. They pass through the shared memory of the queries, whose products are
+  // over, so that a warp stores whole rows.
   __device__ __forceinline__ void store(const DecodeParams& p, const WorkItem& item, int head,
-                                        int which) const {
-    const int t = threadIdx.x % 4, rows = item.num_branches * p.group;
+                                        int which, Shared& shared) const {
+    constexpr int kQuads = HEAD_DIM / 4;  // of a row, one for each lane
+    const int warp = threadIdx.x % kGroupThreads / 32, lane = threadIdx.x % 32;
+    const int g = lane / 4, t = lane % 4;
+    float* staged = reinterpret_cast<float*>(&shared.queries[which]) + warp * 8 * HEAD_DIM;
+    // Of 8 quads side by side, those of row r are permuted by exclusive or with r.
+    const auto quad = [&](int row, int i) {
+      return staged + (row * kQuads + i / 8 * 8 + (i % 8 ^ row)) * 4;
+    };
+    block_barrier_wait(kEnds + which, kGroupThreads);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = which * kGroupRows + first_row() + 8 * h;
-      const int64_t at = state_index(p, item, head, min(row, rows - 1));
-      if (t == 0 && row < rows)
-        p.state_sum[at] = make_float2(softmax.reference[h], softmax.mass[h]);
+      // The columns 2t and 2t + 1 of 8 are the dims t and t + 4.
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 16; ++i) {
-        // The columns 2t and 2t + 1 of 8 are the dims t and t + 4. Of 16 dims, the four threads of
-        // a row have four in turn.
-        float x[4] = {out[8 * i + 2 * h], out[8 * i + 2 * h + 1], out[8 * i + 4 + 2 * h],
-                      out[8 * i + 4 + 2 * h + 1]};
-        transpose_quad(x, t);
-        if (row < rows) {
-          *reinterpret_cast<float4*>(p.state_out + at * HEAD_DIM + 16 * i + 4 * t) =
-              make_float4(x[0], x[1], x[2], x[3]);
-        }
+      for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        quad(g, 2 * i)[t] = out[4 * i + 2 * h];
+        quad(g, 2 * i + 1)[t] = out[4 * i + 2 * h + 1];
       }
+      const int first = which * kGroupRows + warp * 16 + h * 8;
+      const int end = item.num_branches * p.group - first;  // of the rows there are
+      const int64_t own = state_index(p, item, head, first + g);
+      if (t == 0 && g < end) {
+        p.state_sum[own] = make_float2(softmax.reference[h], softmax.mass[h]);
+      }
+      const auto own_quads = static_cast<uint32_t>(own * kQuads);  // 2^32 of them are 64 GiB
+      __syncwarp();
+#pragma unroll
+      for (int row = 0; row < 8; ++row) {
+        const uint32_t quads = __shfl_sync(~0u, own_quads, row * 4);
+        const float4 x = *reinterpret_cast<const float4*>(quad(row, min(lane, kQuads - 1)));
+        if (row < end && lane < kQuads) reinterpret_cast<float4*>(p.state_out)[quads + lane] = x;
+      }
+      __syncwarp();
     }
   }
 };
