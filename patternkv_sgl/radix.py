@@ -71,6 +71,11 @@ class PatternRadixCache(IncrementalRadixCache):
         self.root_table, self.root_tokens = ZERO_TABLE, 0
         self.refs.acquire([ZERO_TABLE])
         self.version += 1
+        if hasattr(self, "root_node"):
+            # Parents and children refer to each other: what stock drops keeps its slots, which are
+            # device memory, until Python looks for cycles.
+            for node in [self.root_node, *self.nodes()]:
+                node.children.clear()
         super().reset()
         self.root_node.table_runs = TableRuns()
 

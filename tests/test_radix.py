@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -366,6 +368,20 @@ def test_flush_drops_every_table_and_the_root_inherits_zero_again(scheduler: Sch
     assert scheduler.refs.refs == {ZERO_TABLE: 1}
     assert not list(scheduler.tree.nodes())
     assert scheduler.extend([scheduler.admit(tokens(0, MINE - 1))])[0].table == ZERO_TABLE
+
+
+def test_flush_lets_go_of_the_memory_of_nodes(scheduler: Scheduler) -> None:
+    prompt = tokens(0, 2 * MINE)
+    for req in scheduler.prefill(prompt, prompt[:MINE] + tokens(900, MINE)):
+        scheduler.finish(req)
+    values = [weakref.ref(node.value) for node in scheduler.tree.nodes()]
+    del req
+    gc.disable()
+    try:
+        scheduler.flush()
+        assert [value() for value in values] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_eviction_frees_the_tables_of_evicted_nodes_only(scheduler: Scheduler) -> None:
