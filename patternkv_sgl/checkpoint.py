@@ -1,4 +1,4 @@
-"""A radix tree in which a checkpoint costs what it adds."""
+"""A radix tree that goes over a long prompt as seldom as it can."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ MAX_PRIORITY = sys.maxsize
 
 
 class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
-    """SGLang's ``RadixCache`` (mem_cache/radix_cache.py), whose ``checkpoint`` goes on from where
-    the request stands in the tree.
+    """SGLang's ``RadixCache`` (mem_cache/radix_cache.py) at less cost for branches of long prompts.
 
-    Stock's compares and copies a sequence from its first token on, three times, and each branch of
-    a prompt has two checkpoints. The tree, the row and the lock that this one leaves are the same.
+    What it leaves in the tree, in the row and of locks is what stock's leaves.
     """
 
     def checkpoint(self, req: Req, *, up_to: int) -> None:
+        """Stock's, from where the request stands in the tree. Stock's own compares and copies the
+        sequence from its first token on, three times, and each branch of a prompt has two
+        checkpoints."""
         if self.disable:
             return
         kv, start = req.kv, req.kv.cache_protected_len
-        end = up_to // self.page_size * self.page_size
+        token_ids = req.full_untruncated_fill_ids
+        end = min(up_to, len(token_ids)) // self.page_size * self.page_size
         prompt_len = len(req.origin_input_ids) // self.page_size * self.page_size
         # Behind its prompt a request marks the prompt's end, by a node of a higher priority, so
         # that its answer can be evicted alone.
@@ -44,9 +46,7 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
             if depth > kv.cache_inserted_len:
                 self._inc_hit_count(node)
 
-        key = RadixKey(
-            req.full_untruncated_fill_ids[depth:end], req.extra_key, cache_salt=req.cache_salt
-        )
+        key = RadixKey(token_ids[depth:end], req.extra_key, cache_salt=req.cache_salt)
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
         slots = row[depth:end].to(torch.int64, copy=True)
         inserted = kv.cache_inserted_len - depth
@@ -62,6 +62,28 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
         kv.cache_protected_len = end
         self.unlock(req.lock)
         req.lock, req.last_node = self.lock(leaf), leaf
+
+    def _match_prefix_helper(
+        self, node: TreeNode, key: RadixKey
+    ) -> tuple[list[torch.Tensor], TreeNode]:
+        """Stock's, which copies the rest of ``key`` at every node: of a chunked prompt, at every
+        chunk."""
+        now = time.monotonic()
+        node.last_access_time = now
+        values: list[torch.Tensor] = []
+        depth = 0
+        while depth < len(key):
+            child = node.children.get(key.child_key_at(depth, self.page_size))
+            if child is None:
+                break
+            child.last_access_time = now
+            length = child.key.match_at(key, depth, self.page_size)
+            node = child
+            if length < len(child.key):
+                node = self._split_node(child.key, child, length)
+            values.append(node.value)
+            depth += length
+        return values, node
 
     def path(self, node: TreeNode | None) -> list[tuple[int, int, TreeNode]]:
         """``(start, end, node)`` of each node from the root down to ``node``, by position."""
