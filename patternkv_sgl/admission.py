@@ -1,11 +1,14 @@
 """Which waiting requests are next: branches keep the place of the request that they are of, and sit
-out while their prompt is being prefilled."""
+out while their prompt is being prefilled; a prompt that is stored has nothing to wait for."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 from weakref import ref
+
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from patternkv_sgl.radix import SHARED_TOKENS
 
@@ -45,6 +48,36 @@ class Admission:
         self._num_seen = 0  # requests of that adder's batch
         self._taken: set[Hashable | None] = set()  # what they and running requests prefill
 
+    def is_done(self, req: Req) -> bool:
+        """Whether ``req`` is the prefill ahead of branches and all that it would leave is in the
+        tree: the last answers to a prompt, or the search that expands it, have left it there.
+
+        It would take a forward of its own for one token that nobody reads.
+        """
+        if self._tree.disable or not _is_prefetch(req):
+            return False
+        asks = (
+            req.return_logprob,
+            req.return_hidden_states,
+            req.return_routed_experts,
+            req.return_indexer_topk,
+            req.return_sampling_mask,
+        )
+        # An error that must be told, and what ids alone do not tell.
+        has = (
+            req.to_finish,
+            req.session,
+            req.input_embeds,
+            req.positional_embed_overrides,
+            req.multimodal_inputs,
+        )
+        if any(asks) or any(part is not None for part in has):
+            return False
+        key = RadixKey(req.origin_input_ids, req.extra_key, cache_salt=req.cache_salt)
+        length = len(key.page_aligned(self._tree.page_size))
+        found = self._tree.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
+        return found == length > 0
+
     def holds(self, adder: PrefillAdder, req: Req) -> bool:
         """Whether ``req``, whose prefix was just matched, sits out the batch of ``adder``."""
         upcoming = self._tree.upcoming
@@ -61,10 +94,16 @@ class Admission:
 
 
 def _is_branch(req: Req) -> bool:
-    """One of ``n`` answers, not the prefill ahead of them, which generates nothing
-    (managers/tokenizer_manager.py, ``_handle_batch_request``)."""
+    """One of ``n`` answers."""
     params = req.sampling_params
     return bool(params.n > 1 and params.max_new_tokens > 0)
+
+
+def _is_prefetch(req: Req) -> bool:
+    """The prefill ahead of ``n`` branches, which generates nothing
+    (managers/tokenizer_manager.py, ``_handle_batch_request``)."""
+    params = req.sampling_params
+    return bool(params.n > 1 and params.max_new_tokens == 0)
 
 
 def _may_reuse(req: Req, end: int) -> bool:

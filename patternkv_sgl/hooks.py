@@ -22,6 +22,7 @@ CAN_RUN_GRAPH = (
 INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init"
 ADD_REQUEST = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
+ENQUEUE = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
 ORDER_QUEUE = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
 VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 
@@ -38,6 +39,7 @@ PARAMETERS = {
     INTERNAL_STATE: ("self", "recv_req"),
     BEAM_SEARCH: ("self", "req", "recv_req"),
     ADD_REQUEST: ("self", "req", "has_chunked_req", "truncation_align_size"),
+    ENQUEUE: ("self", "req", "is_retracted"),
     ORDER_QUEUE: ("self", "waiting_queue"),
     VALIDATE_REQUEST: ("self", "obj", "input_ids"),
     CANARY_WALK: ("radix_cache", "unlocked_only", "swa_resident_only"),

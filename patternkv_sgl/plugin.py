@@ -18,6 +18,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
 | `hooks.ADD_REQUEST` | branches wait for what prefills their prompt | each prefills it |
+| `hooks.ENQUEUE` | a stored prompt needs no prefill ahead of its branches | a forward each |
 | `hooks.ORDER_QUEUE` | branches keep their request's place | they queue behind prompts |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
@@ -78,6 +79,7 @@ def load() -> None:
     HookRegistry.register(hooks.INTERNAL_STATE, _internal_state, HookType.AFTER)
     HookRegistry.register(hooks.BEAM_SEARCH, _no_beam_search, HookType.AROUND)
     HookRegistry.register(hooks.ADD_REQUEST, _add_request, HookType.AROUND)
+    HookRegistry.register(hooks.ENQUEUE, _enqueue, HookType.AROUND)
     HookRegistry.register(hooks.ORDER_QUEUE, _order_queue, HookType.BEFORE)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
@@ -235,6 +237,22 @@ def _add_request(original: Callable[..., Any], self: Any, req: Any, **kwargs: An
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     return AddReqResult.CONTINUE
+
+
+def _enqueue(
+    original: Callable[..., None], self: Any, req: Any, is_retracted: bool = False
+) -> None:
+    # Behind others it keeps its branches' place in the queue.
+    if _cache is None or self.waiting_queue or not _cache.admission.is_done(req):
+        original(self, req, is_retracted)
+        return
+    from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+
+    req.finished_reason, req.finished_len = FINISH_LENGTH(length=0), 0
+    req.cached_tokens = len(req.origin_input_ids)
+    req.time_stats.set_wait_queue_entry_time()
+    req.time_stats.set_quick_finish_time()
+    self.output_streamer.stream_output([req], req.return_logprob)
 
 
 def _order_queue(self: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any) -> None:

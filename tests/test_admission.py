@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -149,9 +149,9 @@ def test_who_brings_embeddings_waits_for_nobody(scheduler: Scheduler) -> None:
     assert batch.add(second)
 
 
-def waiting(name: str, n: int, max_new_tokens: int) -> Req:
+def waiting(name: str, n: int, max_new_tokens: int, prompt: list[int] | None = None) -> Req:
     params = SamplingParams(n=n, max_new_tokens=max_new_tokens)
-    return Req(name, "", array("q", [1]), params)
+    return Req(name, "", array("q", prompt or [1]), params)
 
 
 def test_branches_come_before_prompts_that_came_before_them() -> None:
@@ -193,3 +193,70 @@ def test_only_first_come_first_served_is_reordered(
     )
     plugin._order_queue(chosen, queue, None, processed_tokens=0)
     assert queue == (before[::-1] if ordered else before)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_the_prefill_ahead_of_branches_is_done_where_the_tree_has_its_prompt(
+    page_size: int,
+) -> None:
+    scheduler = Scheduler(CONFIG, size=4096, page_size=page_size)
+    admission = Admission(scheduler.tree)
+    prompt = tokens(0, LONG)
+    req = waiting("prompt", 8, 0, prompt)
+    assert not admission.is_done(req)
+    (first,) = scheduler.prefill(prompt)
+    assert admission.is_done(req)
+    scheduler.finish(first)
+    assert admission.is_done(req)
+    assert admission.is_done(waiting("its beginning", 8, 0, prompt[: 2 * page_size + 1]))
+    assert not admission.is_done(waiting("longer", 8, 0, prompt + [7] * page_size))
+    assert not admission.is_done(waiting("other", 8, 0, tokens(1, LONG)))
+    assert not admission.is_done(waiting("nobody waits for it", 1, 0, prompt))
+    assert not admission.is_done(waiting("a branch", 8, 1, prompt))
+    scheduler.evict(LONG)
+    assert not admission.is_done(req)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("to_finish", FINISH_ABORT("no")),
+        ("return_logprob", True),
+        ("return_hidden_states", "last"),
+        ("return_sampling_mask", True),
+        ("session", object()),
+        ("input_embeds", []),
+        ("positional_embed_overrides", object()),
+        ("multimodal_inputs", object()),
+    ],
+)
+def test_what_more_is_asked_of_a_prefill_takes_a_forward(
+    scheduler: Scheduler, name: str, value: object
+) -> None:
+    prompt = tokens(0, LONG)
+    scheduler.prefill(prompt)
+    req = waiting("prompt", 8, 0, prompt)
+    assert Admission(scheduler.tree).is_done(req)
+    setattr(req, name, value)
+    assert not Admission(scheduler.tree).is_done(req)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_done_prefill_is_answered_unless_others_wait(
+    scheduler: Scheduler, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = tokens(0, LONG)
+    scheduler.prefill(prompt)
+    monkeypatch.setattr(plugin, "_cache", SimpleNamespace(admission=Admission(scheduler.tree)))
+    answered: list[Req] = []
+    host: Any = SimpleNamespace(
+        waiting_queue=[waiting("other", 1, 8)] * others,
+        output_streamer=SimpleNamespace(stream_output=lambda reqs, _: answered.extend(reqs)),
+    )
+    queued: list[Req] = []
+    req = waiting("prompt", 8, 0, prompt)
+    plugin._enqueue(lambda self, req, is_retracted: queued.append(req), host, req)
+    assert (answered, queued) == (([], [req]) if others else ([req], []))
+    assert req.finished() == (not others)
+    if not others:
+        assert (req.finished_len, req.cached_tokens, list(req.output_ids)) == (0, LONG, [])

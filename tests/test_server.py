@@ -111,6 +111,23 @@ def test_a_stored_prompt_is_joined_by_a_decode_step(server: Server, model: Model
     assert branches[0]["text"].startswith(joined["text"])
 
 
+def test_a_stored_prompt_needs_no_prefill_ahead_of_its_branches(
+    server: Server, model: Model
+) -> None:
+    text = model.prompt(PROMPT, 43)
+    server.generate(text, 8)
+    before = server.settle()
+    body = greedy(text, 8) | {"return_logprob": False, "top_logprobs_num": 0}
+    body["sampling_params"] |= {"n": 3}
+    branches = server.post("generate", body).json()
+    assert grown(before, server.settle())["tables_inherited"] == 3
+    assert [cached(branch) for branch in branches] == [PROMPT - 1] * 3
+    assert len({branch["text"] for branch in branches}) == 1
+    # Logprobs of the prompt are asked of the prefill, too.
+    server.generate(text, 8, n=3)
+    assert grown(before, server.settle())["tables_inherited"] == 3 + 4
+
+
 def test_the_first_mined_prompt_is_measured(server: Server, model: Model) -> None:
     server.generate(model.prompt(PROMPT, 4), 2)
     assert 0 < server.settle()["logit_error_percent"] < 20
