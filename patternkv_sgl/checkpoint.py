@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from sglang.srt.mem_cache.common import page_align_floor
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 if TYPE_CHECKING:
@@ -29,19 +30,19 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
             return
         kv, start = req.kv, req.kv.cache_protected_len
         token_ids = req.full_untruncated_fill_ids
-        end = min(up_to, len(token_ids)) // self.page_size * self.page_size
-        prompt_len = len(req.origin_input_ids) // self.page_size * self.page_size
+        end = page_align_floor(min(up_to, len(token_ids)), self.page_size)
+        prompt_len = page_align_floor(len(req.origin_input_ids), self.page_size)
         # Behind its prompt a request marks the prompt's end, by a node of a higher priority, so
         # that its answer can be evicted alone.
         marks, priority = prompt_len < end, req.priority or 0
         mark = min(priority + 1, MAX_PRIORITY)
 
-        node, depth = self.root_node, 0
+        node, depth, now = self.root_node, 0, time.monotonic()
         for _, stop, passed in self.path(req.last_node):
             if stop > prompt_len:
                 break
             node, depth = passed, stop
-            node.last_access_time = time.monotonic()
+            node.last_access_time = now
             node.priority = max(node.priority, mark if marks else priority)
             if depth > kv.cache_inserted_len:
                 self._inc_hit_count(node)
@@ -57,7 +58,8 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
         if (found := depth + num_found) > start:
             # The tree has these tokens of somebody else.
             self.token_to_kv_pool_allocator.free_segment(row[start:found], start_pos=start)
-            theirs = self.path_device_indices(leaf)[start:found]
+            values = [below.value for begin, _, below in self.path(leaf) if begin >= start]
+            theirs = torch.cat(values)[: found - start]
             self.req_to_token_pool.write((kv.req_pool_idx, slice(start, found)), theirs)
         kv.cache_protected_len = end
         self.unlock(req.lock)

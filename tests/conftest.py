@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -35,6 +35,15 @@ def seed() -> int:
     np.random.seed(SEED)
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture(scope="module")
+def published() -> Iterator[None]:
+    """SGLang's runtime context, which releasing a request reads."""
+    from sglang.srt.runtime_context import get_context  # takes seconds to import
+
+    with get_context().override_server_args():
+        yield
 
 
 @pytest.fixture

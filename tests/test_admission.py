@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
-from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 import patternkv_sgl.plugin as plugin
@@ -23,11 +21,7 @@ CONFIG = PatternKVConfig(patterns=4, sinks=2, window=4, mine_tokens=16, check=Tr
 LONG = SHARED_TOKENS + 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def published() -> Iterator[None]:
-    """SGLang's runtime context, which releasing a request reads."""
-    with get_context().override_server_args():
-        yield
+pytestmark = pytest.mark.usefixtures("published")
 
 
 @pytest.fixture

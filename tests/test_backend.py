@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,6 @@ import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
-from sglang.srt.runtime_context import get_context
 
 import patternkv_sgl.backend
 from patternkv_kernels import dequantize
@@ -31,10 +30,7 @@ SCALING = D**-0.5
 TIGHT = {"rtol": 2e-5, "atol": 2e-5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def published() -> Iterator[None]:
-    with get_context().override_server_args():
-        yield
+pytestmark = pytest.mark.usefixtures("published")
 
 
 def config(window: int = 0, **options: Any) -> PatternKVConfig:

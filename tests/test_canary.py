@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sglang.srt.runtime_context import get_context
 
 from patternkv_sgl.canary import attach, nbytes, walk
 from patternkv_sgl.config import PatternKVConfig
@@ -20,11 +18,7 @@ from tests.models import make_model
 from tests.servers import environment
 from tests.test_models import engine
 
-
-@pytest.fixture(scope="module", autouse=True)
-def published() -> Iterator[None]:
-    with get_context().override_server_args():
-        yield
+pytestmark = pytest.mark.usefixtures("published")
 
 
 CONFIG = PatternKVConfig(patterns=8, sinks=2, mine_tokens=32, window=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -11,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
-from sglang.srt.runtime_context import get_context
 
 from patternkv_sgl.checkpoint import MAX_PRIORITY, IncrementalRadixCache
 from patternkv_sgl.config import PatternKVConfig
@@ -22,11 +20,7 @@ SIZE = 384
 Step = tuple[Any, ...]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def published() -> Iterator[None]:
-    """SGLang's runtime context, which releasing a request reads."""
-    with get_context().override_server_args():
-        yield
+pytestmark = pytest.mark.usefixtures("published")
 
 
 def tokens_to(node: TreeNode | None) -> tuple[int, ...]:

@@ -24,7 +24,6 @@ from hypothesis.stateful import (
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
-from sglang.srt.runtime_context import get_context
 
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.radix import TAIL_TOKENS
@@ -37,11 +36,7 @@ CONFIG = PatternKVConfig(patterns=4, sinks=2, window=4, mine_tokens=MINE, check=
 PAGE_SIZES = (1, 4, 16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def published() -> Iterator[None]:
-    """SGLang's runtime context, which releasing a request reads."""
-    with get_context().override_server_args():
-        yield
+pytestmark = pytest.mark.usefixtures("published")
 
 
 def tokens(start: int, count: int) -> list[int]:
