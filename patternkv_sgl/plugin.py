@@ -21,16 +21,19 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.ENQUEUE` | a stored prompt needs no prefill ahead of its branches | a forward each |
 | `hooks.ORDER_QUEUE` | branches keep their request's place | they queue behind prompts |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
+| `hooks.HANDLE_BATCH`, `hooks.SEND_REQUEST` | branches reach the scheduler together | one by one |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from patternkv_sgl import hooks
+from patternkv_sgl.dispatch import BranchDispatch
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -49,6 +52,8 @@ _num_tables = 0
 _scratch: ScratchShape | None = None
 _scratch_bytes = 0
 _cache: PatternCache | None = None
+# A tokenizer's.
+_dispatch = BranchDispatch()
 
 
 def load() -> None:
@@ -82,6 +87,8 @@ def load() -> None:
     HookRegistry.register(hooks.ENQUEUE, _enqueue, HookType.AROUND)
     HookRegistry.register(hooks.ORDER_QUEUE, _order_queue, HookType.BEFORE)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
+    HookRegistry.register(hooks.HANDLE_BATCH, _handle_batch, HookType.AROUND)
+    HookRegistry.register(hooks.SEND_REQUEST, _send_request, HookType.AROUND)
     HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
 
 
@@ -279,6 +286,29 @@ def _no_beam_search(original: Callable[..., Any], self: Any, req: Any, recv_req:
             "--kv-quant patternkv; use n parallel samples instead."
         )
     return original(self, req, recv_req)
+
+
+def _handle_batch(
+    original: Callable[..., AsyncGenerator[Any]], self: Any, obj: Any, *args: Any, **kwargs: Any
+) -> AsyncGenerator[Any]:
+    num_branches = getattr(obj, "parallel_sample_num", 1)
+    answers = original(self, obj, *args, **kwargs)
+    return _handle_branches(answers, num_branches) if _enabled() and num_branches > 1 else answers
+
+
+async def _handle_branches(answers: AsyncGenerator[Any], num_branches: int) -> AsyncGenerator[Any]:
+    with _dispatch.handling(num_branches):
+        async with aclosing(answers):
+            async for answer in answers:
+                yield answer
+
+
+async def _send_request(original: Callable[..., Awaitable[None]], self: Any, obj: Any) -> None:
+    ready = _dispatch.ready(obj)
+    if len(ready) == 1:
+        await original(self, *ready)
+    elif ready:
+        await self._send_batch_request(ready)
 
 
 def _validate_prompt(self: Any, obj: Any, input_ids: Any) -> None:

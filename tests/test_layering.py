@@ -48,7 +48,12 @@ LAYERS = [
         "patternkv_kernels.store",
     ],
     ["patternkv_kernels"],
-    ["patternkv_sgl", "patternkv_sgl.hooks", "patternkv_sgl.platform"],
+    [
+        "patternkv_sgl",
+        "patternkv_sgl.dispatch",
+        "patternkv_sgl.hooks",
+        "patternkv_sgl.platform",
+    ],
     [
         "patternkv_sgl.basis",
         "patternkv_sgl.checkpoint",

@@ -1,0 +1,166 @@
+"""How branches leave the tokenizer, with SGLang's hooks around a stand-in for its manager."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+import patternkv_sgl.plugin as plugin
+from patternkv_sgl.dispatch import BranchDispatch
+
+
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_enabled", lambda: True)
+    monkeypatch.setattr(plugin, "_dispatch", BranchDispatch())
+
+
+class Manager:
+    """SGLang's tokenizer as far as it sends: a prefill ahead of each prompt's branches, then them.
+
+    Attributes:
+        sent: messages in order, of the names of what they bring.
+    """
+
+    def __init__(self) -> None:
+        self.sent: list[list[str]] = []
+
+    async def call(self, obj: Any, stop_at: str = "") -> list[str]:
+        handle = plugin._handle_batch(Manager._handle_batch_request, self, obj, None, stop_at)
+        return [answer async for answer in handle]
+
+    async def _handle_batch_request(
+        self, obj: Any, request: None, stop_at: str
+    ) -> AsyncGenerator[Any]:
+        for prompt in obj.prompts:
+            await self.send(f"{prompt} alone", obj.mm_inputs, max_new_tokens=0)
+        for prompt in obj.prompts:
+            for branch in range(obj.parallel_sample_num):
+                name = f"{prompt}{branch}"
+                if name == stop_at:
+                    raise ValueError(name)
+                await self.send(name, obj.mm_inputs, max_new_tokens=obj.max_new_tokens)
+                await asyncio.sleep(0)
+        yield "first"
+        yield "second"
+
+    async def send(self, name: str, mm_inputs: object = None, max_new_tokens: int = 4) -> None:
+        params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
+        obj = SimpleNamespace(name=name, sampling_params=params, mm_inputs=mm_inputs)
+        await plugin._send_request(Manager._send_one_request, self, obj)
+
+    async def _send_one_request(self, obj: Any) -> None:
+        self.sent.append([obj.name])
+
+    async def _send_batch_request(self, objs: list[Any]) -> None:
+        self.sent.append([obj.name for obj in objs])
+
+
+def request(*prompts: str, n: int = 3, **fields: Any) -> Any:
+    return SimpleNamespace(
+        prompts=prompts,
+        parallel_sample_num=n,
+        **{"max_new_tokens": 4, "mm_inputs": None} | fields,
+    )
+
+
+def test_the_branches_of_a_prompt_are_one_message() -> None:
+    manager = Manager()
+    assert asyncio.run(manager.call(request("a", "b"))) == ["first", "second"]
+    branches = [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
+    assert manager.sent == [["a alone"], ["b alone"], *branches]
+
+
+@pytest.mark.parametrize(
+    "one_by_one",
+    [
+        request("a", n=1),
+        request("a", max_new_tokens=0),
+        request("a", mm_inputs=object()),
+    ],
+)
+def test_what_is_no_branch_of_text_goes_at_once(one_by_one: Any) -> None:
+    manager = Manager()
+    asyncio.run(manager.call(one_by_one))
+    assert all(len(message) == 1 for message in manager.sent)
+    assert len(manager.sent) == 1 + one_by_one.parallel_sample_num
+
+
+def test_requests_at_once_hold_their_own_branches() -> None:
+    manager = Manager()
+
+    async def both() -> None:
+        await asyncio.gather(manager.call(request("a")), manager.call(request("b", n=2)))
+
+    asyncio.run(both())
+    assert sorted(message for message in manager.sent if len(message) > 1) == [
+        ["a0", "a1", "a2"],
+        ["b0", "b1"],
+    ]
+
+
+def test_a_request_that_failed_leaves_nothing_to_the_next_of_its_task() -> None:
+    manager = Manager()
+
+    async def one_after_the_other() -> None:
+        with pytest.raises(ValueError, match="a2"):
+            await manager.call(request("a"), stop_at="a2")
+        # A server may make n a default, which no request with a single answer asked for.
+        await manager.send("single")
+        await manager.call(request("b", n=2))
+
+    asyncio.run(one_after_the_other())
+    assert manager.sent == [["a alone"], ["single"], ["b alone"], ["b0", "b1"]]
+
+
+def test_a_reader_that_leaves_closes_the_request() -> None:
+    closed: list[str] = []
+
+    async def answers() -> AsyncGenerator[str]:
+        try:
+            yield "first"
+            yield "second"
+        finally:
+            closed.append("answers")
+
+    async def read_one() -> None:
+        handle = plugin._handle_batch(lambda *args: answers(), None, request("a"), None, {})
+        async for _ in handle:
+            break
+        await handle.aclose()
+
+    asyncio.run(read_one())
+    assert closed == ["answers"]
+    assert plugin._dispatch._calls == {}
+
+
+def test_without_the_cache_the_tokenizer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_enabled", lambda: False)
+    manager = Manager()
+    asyncio.run(manager.call(request("a")))
+    assert [len(message) for message in manager.sent] == [1] * 4
+
+
+def test_the_hooks_pass_on_what_sglang_gives() -> None:
+    def original(self: Any, obj: Any, request: Any, request_states: Any) -> Any:
+        return self, obj, request, request_states
+
+    handled: Callable[..., Any] = partial(plugin._handle_batch, original)
+    assert handled("self", request("a", n=1), "request", request_states={}) == (
+        "self",
+        request("a", n=1),
+        "request",
+        {},
+    )
+
+    async def sent(self: Any, obj: Any) -> None:
+        assert (self, obj) == ("self", "obj")
+
+    send: Callable[..., Awaitable[None]] = partial(plugin._send_request, sent)
+    asyncio.run(send("self", "obj"))
