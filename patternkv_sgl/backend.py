@@ -219,7 +219,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
         q, k = self._turned(q, k, layer)
-        window = self._window(index, plan)
+        window = self._window(index, plan, k, v)
         write = self._window_write(index, plan.window_index)
         self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables, write)
         out = tree_decode(
@@ -289,12 +289,14 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             window=window,
         )
 
-    def _window(self, index: int, plan: TreePlan) -> Window | None:
-        """Where decode reads the latest tokens exactly."""
+    def _window(
+        self, index: int, plan: TreePlan, k: torch.Tensor, v: torch.Tensor
+    ) -> Window | None:
+        """Where decode of the new tokens ``k``, ``v`` reads the latest ones exactly."""
         if not self.config.window:
             return None
-        k, v = self.pool.window_k[index], self.pool.window_v[index]
-        return Window(k, v, plan.ring, plan.window_start, plan.window_end)
+        rings = self.pool.window_k[index], self.pool.window_v[index]
+        return Window(*rings, plan.ring, plan.window_start, plan.window_end, k, v)
 
     def _window_write(self, index: int, entries: torch.Tensor | None) -> WindowWrite | None:
         """Where new tokens go to be read exactly later."""

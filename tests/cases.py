@@ -231,7 +231,7 @@ def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
 
 def random_window(case: DecodeCase, length: list[int], generator: torch.Generator) -> Window:
     """Rings in shuffled order, with row ``i`` reading between 0 and all of its ring, wrapped
-    around."""
+    around. Newest tokens are not in their ring yet."""
     b = len(length)
     shape = (b + 2, case.window, case.h_kv, case.d)
     k = torch.randn(shape, generator=generator)
@@ -241,10 +241,25 @@ def random_window(case: DecodeCase, length: list[int], generator: torch.Generato
     end = start + torch.tensor([(case.window * (i % 3)) // 2 for i in range(b)])
     valid = torch.zeros(shape[:2], dtype=torch.bool)
     for i in range(b):
-        valid[ring[i], torch.arange(int(start[i]), int(end[i])) % case.window] = True
+        older = torch.arange(int(start[i]), max(int(start[i]), int(end[i]) - 1))
+        valid[ring[i], older % case.window] = True
     k[~valid] = math.nan
     v[~valid] = math.nan
-    return Window(k.to(case.dtype), v.to(case.dtype), ring, start, end)
+    new_k, new_v = (torch.randn(b, case.h_kv, case.d, generator=generator) for _ in range(2))
+    for new in (new_k, new_v):
+        new[start == end] = math.nan
+    k, v, new_k, new_v = (x.to(case.dtype) for x in (k, v, new_k, new_v))
+    return Window(k, v, ring, start, end, new_k, new_v)
+
+
+def window_tokens(window: Window, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact K and V that ``row`` reads, ``[end - start, h_kv, d]`` each."""
+    start, end = int(window.start[row]), int(window.end[row])
+    older = torch.arange(start, max(start, end - 1)) % window.k.shape[1]
+    newest = slice(row, row + min(1, end - start))
+    rings = window.k[window.ring[row], older], window.v[window.ring[row], older]
+    new = window.new_k[newest], window.new_v[newest]
+    return torch.cat([rings[0], new[0]]), torch.cat([rings[1], new[1]])
 
 
 def dense_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,10 +279,9 @@ def dense_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
                 ks.append(k)
                 vs.append(v)
         if inputs.window is not None:
-            window = inputs.window
-            at = torch.arange(int(window.start[row]), int(window.end[row])) % case.window
-            ks.append(window.k[window.ring[row], at])
-            vs.append(window.v[window.ring[row], at])
+            k, v = window_tokens(inputs.window, row)
+            ks.append(k)
+            vs.append(v)
         if not sum(len(k) for k in ks):
             continue
         k = torch.cat([k.double() for k in ks]).repeat_interleave(case.group, dim=1)

@@ -25,6 +25,8 @@ _POINTERS = [
     "ring",
     "window_start",
     "window_end",
+    "new_k",
+    "new_v",
     "out",
     "lse",
 ]
@@ -103,6 +105,8 @@ def _decode(
             "ring": window.ring,
             "window_start": window.start,
             "window_end": window.end,
+            "new_k": window.new_k,
+            "new_v": window.new_v,
         }
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     arguments = Arguments(

@@ -26,6 +26,7 @@ from tests.cases import (
     balanced_tree,
     dense_decode,
     make_inputs,
+    window_tokens,
 )
 from tests.test_decode import to_device, ungrouped
 
@@ -121,10 +122,9 @@ def low_precision(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
         ks = [k for (k, _), segment in zip(dense, case.tree, strict=True) if row in segment.rows]
         vs = [v for (_, v), segment in zip(dense, case.tree, strict=True) if row in segment.rows]
         if inputs.window is not None:
-            window = inputs.window
-            at = torch.arange(int(window.start[row]), int(window.end[row])) % case.window
-            ks.append(window.k[window.ring[row], at])
-            vs.append(window.v[window.ring[row], at])
+            recent_k, recent_v = window_tokens(inputs.window, row)
+            ks.append(recent_k)
+            vs.append(recent_v)
         k, v = (torch.cat(x).repeat_interleave(case.group, dim=1) for x in (ks, vs))
         if len(k) == 0:
             continue

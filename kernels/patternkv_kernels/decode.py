@@ -70,13 +70,16 @@ def tree_decode_with_lse(
     Returns ``out [b, h_q, d]`` in ``q.dtype`` and ``lse [b, h_q]`` float32, natural logarithm. A
     row without any token has ``out = 0`` and ``lse = -inf``.
 
-    Raises ``ValueError`` for shapes that do not fit the format and a plan of more rows than ``q``.
+    Raises ``ValueError`` for shapes that do not fit the format or each other, and for a plan of
+    more rows than ``q``.
     """
     d, h_kv = fmt.head_dim, fmt.h_kv
     fmt.check(buffer)
     tables.check(h_kv, d)
     if q.dim() != 3 or q.shape[1] % h_kv or q.shape[2] != d:
         raise ValueError(f"q is {list(q.shape)}: needs head_dim={d} and a multiple of {h_kv} heads")
+    if window is not None:
+        window.check(q)
     arguments = (q, fmt, buffer, tables, plan, window, sm_scale, logit_cap)
     if use_cuda(impl, "decode", fmt, q.device, unsupported(q, fmt, window, plan)):
         return tree_decode_cuda(*arguments, workspace)

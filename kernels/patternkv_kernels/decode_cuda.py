@@ -176,9 +176,7 @@ def tree_decode_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`~patternkv_kernels.decode.tree_decode_with_lse` of arguments that it has checked."""
     b, h_q, d = q.shape
-    # The kernels load up to 16 bytes of a query at once.
-    aligned = q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0
-    q = q if aligned and q.stride()[1:] == (d, 1) else q.contiguous()
+    q = _aligned(q)
     out = torch.empty(b, h_q, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h_q, dtype=torch.float32, device=q.device)
     if b == 0:
@@ -188,9 +186,10 @@ def tree_decode_cuda(
         shape = DecodeShape(fmt, tables.num_patterns, h_q, b, nnz, b * context)
         workspace = DecodeWorkspace.allocate(shape, q.device)
         lower(plan, workspace, b)
-    exact: tuple[torch.Tensor | None, ...] = (None,) * 5
+    exact: tuple[torch.Tensor | None, ...] = (None,) * 7
     if window is not None and window.k.shape[1] > 0:
         exact = (window.k, window.v, window.ring, window.start, window.end)
+        exact += (_aligned(window.new_k), _aligned(window.new_v))
     jit.load("decode", fmt).decode(
         q,
         buffer,
@@ -210,3 +209,9 @@ def tree_decode_cuda(
         logit_cap,
     )
     return out, lse
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x [b, heads, d]`` as the kernels read it: whole rows, up to 16 bytes at once."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+    return x if aligned and x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

@@ -124,14 +124,18 @@ def _attend_window(q: torch.Tensor, window: Window, logit_cap: float) -> _State:
     index = (window.ring.unsqueeze(1) * size + position % size).flatten()
     unread = ~valid.view(-1, size, 1, 1)
 
-    def read(ring: torch.Tensor) -> torch.Tensor:
+    newest = (position == window.end.unsqueeze(1) - 1).view(-1, size, 1, 1)
+
+    def read(ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         entries = ring.flatten(0, 1).index_select(0, index).unflatten(0, (-1, size))
+        entries = torch.where(newest, new.unsqueeze(1), entries)
         # Entries outside [start, end) may hold anything, NaN included, and 0 * NaN is NaN.
         entries = entries.masked_fill_(unread, 0.0).transpose(1, 2)
         return entries.to(torch.float32, memory_format=torch.contiguous_format)
 
     mask = valid.view(-1, 1, 1, size)
-    return _attend(q.unsqueeze(2), read(window.k), read(window.v), mask, logit_cap)
+    k, v = read(window.k, window.new_k), read(window.v, window.new_v)
+    return _attend(q.unsqueeze(2), k, v, mask, logit_cap)
 
 
 def _empty_state(h_q: int, d: int, device: torch.device) -> _State:

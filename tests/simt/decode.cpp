@@ -29,6 +29,8 @@ struct Arguments {
   const int64_t* ring;
   const int64_t* window_start;
   const int64_t* window_end;
+  const void* new_k;
+  const void* new_v;
   void* out;
   float* lse;
   int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
@@ -54,6 +56,9 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
   p.ring = a.ring;
   p.start = a.window_start;
   p.end = a.window_end;
+  p.new_k = static_cast<const T*>(a.new_k);
+  p.new_v = static_cast<const T*>(a.new_v);
+  p.new_k_stride = p.new_v_stride = a.h_kv * HEAD_DIM;
   p.window = a.window;
   p.h_kv = a.h_kv;
   p.group = params.group;

@@ -197,7 +197,8 @@ void launch(Kernel kernel, dim3 grid, int threads, int bytes, cudaStream_t strea
 
 // {items that the planner may make of each kind beyond one per segment and tile of branches, and
 // beyond one per kMaxChunk tokens; most branches of such an item}: narrow, then wide. Behind them,
-// the most rows of an item in each kernel: libraries that agree in these can read each other's plans.
+// the most rows of an item in each kernel: libraries that agree in these can read each other's
+// plans.
 ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, int64_t device) {
   ffi::CUDADeviceGuard guard(device);
   const LaunchConfig& c = launch_config(num_patterns, group, device);
@@ -266,7 +267,8 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
                   int64_t max_wide, TensorView states, int64_t max_states, TensorView out,
                   TensorView lse, ffi::Optional<TensorView> window_k,
                   ffi::Optional<TensorView> window_v, ffi::Optional<TensorView> ring,
-                  ffi::Optional<TensorView> start, ffi::Optional<TensorView> end, double sm_scale,
+                  ffi::Optional<TensorView> start, ffi::Optional<TensorView> end,
+                  ffi::Optional<TensorView> new_k, ffi::Optional<TensorView> new_v, double sm_scale,
                   double logit_cap) {
   const int device = q.device().device_id;
   ffi::CUDADeviceGuard guard(device);
@@ -326,6 +328,10 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
       merged.ring = static_cast<const int64_t*>(ring.value().data_ptr());
       merged.start = static_cast<const int64_t*>(start.value().data_ptr());
       merged.end = static_cast<const int64_t*>(end.value().data_ptr());
+      merged.new_k = static_cast<const T*>(new_k.value().data_ptr());
+      merged.new_v = static_cast<const T*>(new_v.value().data_ptr());
+      merged.new_k_stride = new_k.value().stride(0);
+      merged.new_v_stride = new_v.value().stride(0);
       merged.window = window_k.value().size(1);
     }
     merged.h_kv = h_kv;

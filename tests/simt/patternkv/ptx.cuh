@@ -75,6 +75,8 @@ inline uint4 load_early(const uint4* x) { return *x; }
 inline uint2 load_early(const uint2* x) { return *x; }
 inline uint32_t load_early(const uint32_t* x) { return *x; }
 inline uint32_t load_early(const uint16_t* x) { return *x; }
+inline uint4 load_now(const uint4* x) { return *x; }
+inline int load_now(const int* x) { return *x; }
 inline void prefetch(const void*) {}
 inline void store_streaming(uint4* at, uint4 x) { *at = x; }
 

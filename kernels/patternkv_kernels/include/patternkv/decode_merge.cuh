@@ -1,10 +1,10 @@
 // The end of a decode layer: attention over each row's exact window, then the merge of its states.
-// A block has a batch row and one or several query heads of a KV head. It starts while the attention
-// kernels still run, and the store may run; for their states, and for the newest token, it waits only
-// once the rest of the window is done.
+// A block has a batch row and one or several query heads of a KV head. It starts while the
+// attention kernels still run, and the store may run; for their states it waits only once the
+// window is done, whose newest token it has from where the store has it.
 //
-// Either way a warp takes a few entries, tokens or states, at a time: one lane per entry and head has
-// its logit, all lanes together a vector, kPerLane dims each.
+// Either way a warp takes a few entries, tokens or states, at a time: one lane per entry and head
+// has its logit, all lanes together a vector, kPerLane dims each.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -30,13 +30,17 @@ struct MergeParams {
   const int64_t* ring;
   const int64_t* start;
   const int64_t* end;
+  // The last of them: [b, h_kv, d], whose rows are some elements apart.
+  const T* new_k;
+  const T* new_v;
+  int64_t new_k_stride, new_v_stride;
   int window;  // 0: none
   int h_kv, group;
   float scale_log2, cap_log2;
 };
 
-// A warp's attention for kHeads query heads: dims kPerLane * lane .. of the unnormalised outputs, and
-// the reference logit and mass of the head that the lane is among kLanes to count for.
+// A warp's attention for kHeads query heads: dims kPerLane * lane .. of the unnormalised outputs,
+// and the reference logit and mass of the head that the lane is among kLanes to count for.
 template <int kHeads>
 struct Partial {
   static constexpr int kLanes = 32 / kHeads;
@@ -73,7 +77,7 @@ struct Partial {
 #pragma unroll
       for (int entry = 0; entry < kCount; ++entry) {
         const float own = __shfl_sync(~0u, weight, h * kLanes + entry * kSame);
-        const float(&x)[kPerLane] = value(entry, h);
+        const float (&x)[kPerLane] = value(entry, h);
 #pragma unroll
         for (int d = 0; d < kPerLane; ++d) out[h][d] = fmaf(own, x[d], out[h][d]);
       }
@@ -129,27 +133,30 @@ struct Heads {
   }
 };
 
-// Adds the positions [first, end) of the row's window, every kWarps-th kTokens of them, which a warp
-// takes at a time.
+// Adds the row's window, of which a warp takes every kWarps-th kTokens at a time.
 template <int kWarps, int kTokens, typename T, int kHeads>
 __device__ __forceinline__ void attend_window(const MergeParams<T>& p, Partial<kHeads>& partial,
-                                              int row, const Heads& heads, int first, int end) {
+                                              int row, const Heads& heads) {
   constexpr int kSame = Partial<kHeads>::kLanes / kTokens;
-  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t ring = p.ring[row] * p.window;
+  const int end = p.end[row];
+  const T* new_k = p.new_k + row * p.new_k_stride + heads.kv_head * HEAD_DIM;
+  const T* new_v = p.new_v + row * p.new_v_stride + heads.kv_head * HEAD_DIM;
   float q[kHeads][kPerLane];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
     load_dims(q[h], p.q + row * p.q_stride + heads.q_head(p, h) * HEAD_DIM, lane);
   }
-  for (; first < end; first += kWarps * kTokens) {
+  for (int first = p.start[row] + warp * kTokens; first < end; first += kWarps * kTokens) {
     float k[kTokens][kPerLane], v[kTokens][kPerLane], dots[kHeads * kTokens] = {};
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const int position = min(first + i, end - 1);
       const int64_t at = ((ring + position % p.window) * p.h_kv + heads.kv_head) * HEAD_DIM;
-      load_dims(k[i], p.window_k + at, lane);
-      load_dims(v[i], p.window_v + at, lane);
+      const bool is_new = position == end - 1;
+      load_dims(k[i], is_new ? new_k : p.window_k + at, lane);
+      load_dims(v[i], is_new ? new_v : p.window_v + at, lane);
     }
 #pragma unroll
     for (int i = 0; i < kHeads * kTokens; ++i) {
@@ -162,7 +169,7 @@ __device__ __forceinline__ void attend_window(const MergeParams<T>& p, Partial<k
     if (p.cap_log2 > 0) logit = p.cap_log2 * tanhf(logit / p.cap_log2);
     if (first + lane / kSame % kTokens >= end) logit = -INFINITY;
     partial.template add<kTokens>(
-        logit, 1.0f, [&](int token, int) -> const float(&)[kPerLane] { return v[token]; });
+        logit, 1.0f, [&](int token, int) -> const float (&)[kPerLane] { return v[token]; });
   }
 }
 
@@ -196,37 +203,53 @@ struct Runs {
   }
 };
 
-template <typename T, int kHeads, int kWarps>
-__device__ __forceinline__ void merge_states(const MergeParams<T>& p, Partial<kHeads>& partial,
-                                             const Runs& runs, const Heads& heads) {
-  constexpr int kCount = 8 / kHeads;  // states in flight
-  constexpr int kLanes = Partial<kHeads>::kLanes, kSame = kLanes / kCount;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
-  for (int first = warp * kCount; first < runs.total; first += kWarps * kCount) {
-    const int index = first + lane / kSame % kCount;
-    const int state = runs.find(min(index, runs.total - 1));
+// The states of runs, of which a warp takes every kWarps-th kStates at a time.
+template <int kHeads, int kWarps, int kStates>
+struct States {
+  static constexpr int kLanes = Partial<kHeads>::kLanes, kSame = kLanes / kStates;
+
+  Runs runs;
+  int index;  // of the lane's next state among those of the runs
+  int state;  // which that is
+
+  __device__ __forceinline__ States(const WorkList& work, int first, int last)
+      : runs(work, first, last),
+        index(threadIdx.x / 32 * kStates + threadIdx.x % 32 / kSame % kStates),
+        state(runs.find(min(index, runs.total - 1))) {}
+
+  template <typename T>
+  __device__ __forceinline__ void merge(const MergeParams<T>& p, Partial<kHeads>& partial,
+                                        const Heads& heads) {
+    const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
     const int own = heads.q_head(p, lane / kLanes);
-    const float2 sums = p.state_sum[static_cast<int64_t>(state) * h_q + own];
-    float values[kCount][kHeads][kPerLane];
+    while (__any_sync(~0u, index < runs.total)) {
+      const float2 sums = p.state_sum[static_cast<int64_t>(state) * h_q + own];
+      float values[kStates][kHeads][kPerLane];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t at = static_cast<int64_t>(__shfl_sync(~0u, state, i * kSame)) * h_q;
+      for (int i = 0; i < kStates; ++i) {
+        const int64_t at = static_cast<int64_t>(__shfl_sync(~0u, state, i * kSame)) * h_q;
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        load_dims(values[i][h], p.state_out + (at + heads.q_head(p, h)) * HEAD_DIM, lane);
+        for (int h = 0; h < kHeads; ++h) {
+          load_dims(values[i][h], p.state_out + (at + heads.q_head(p, h)) * HEAD_DIM, lane);
+        }
       }
+      partial.template add<kStates>(
+          index < runs.total ? sums.x : -INFINITY, sums.y,
+          [&](int i, int h) -> const float (&)[kPerLane] { return values[i][h]; });
+      index += kWarps * kStates;
+      state = runs.find(min(index, runs.total - 1));
     }
-    partial.template add<kCount>(
-        index < runs.total ? sums.x : -INFINITY, sums.y,
-        [&](int i, int h) -> const float(&)[kPerLane] { return values[i][h]; });
   }
+};
+
+// Blocks of a multiprocessor, by the registers that they need for vectors in flight.
+constexpr int blocks_per_sm(int warps, int vectors) {
+  return (vectors > 8 ? 16 : 24) / (HEAD_DIM <= 128 ? 1 : 2) / warps;
 }
 
-// Blocks of a multiprocessor, by the registers that they need.
-constexpr int blocks_per_sm(int warps) { return (HEAD_DIM <= 128 ? 24 : 12) / warps; }
-
-template <typename T, int kHeads, int kWarps, bool kWindow>
-__global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps))
+// kStates: of a warp at a time.
+template <typename T, int kHeads, int kWarps, int kStates, bool kWindow>
+__global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps, kHeads* kStates))
     merge_kernel(const __grid_constant__ MergeParams<T> p) {
   __shared__ __align__(16) float outs[kWarps][kHeads][HEAD_DIM];
   __shared__ float2 sums[kWarps][kHeads];
@@ -236,23 +259,16 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps))
   const Heads heads = {kv_head, static_cast<int>(blockIdx.y - kv_head * tiles) * kHeads};
   int first_run = p.work.run_indptr[row];
   const int last_run = p.work.run_indptr[row + 1];
-  const Runs first_runs(p.work, first_run, last_run);
+  using States = merge::States<kHeads, kWarps, kStates>;
+  // As many as registers allow without spills.
+  constexpr int kTokens = kHeads * kStates == 8 && kHeads > 1 ? 2 : 4;
+  States states(p.work, first_run, last_run);
   Partial<kHeads> partial;
-  if constexpr (kWindow) {
-    constexpr int kTokens = 4;
-    const int start = p.start[row], newest = p.end[row] - 1;
-    attend_window<kWarps, kTokens>(p, partial, row, heads, start + warp * kTokens, newest);
-    wait_for_previous_kernel();
-    // By the warp with the fewest states.
-    if (warp == kWarps - 1 && start <= newest) {
-      attend_window<1, 1>(p, partial, row, heads, newest, newest + 1);
-    }
-  } else {
-    wait_for_previous_kernel();
-  }
-  merge_states<T, kHeads, kWarps>(p, partial, first_runs, heads);
+  if constexpr (kWindow) attend_window<kWarps, kTokens>(p, partial, row, heads);
+  wait_for_previous_kernel();
+  states.merge(p, partial, heads);
   while ((first_run += 32) < last_run) {
-    merge_states<T, kHeads, kWarps>(p, partial, Runs(p.work, first_run, last_run), heads);
+    States(p.work, first_run, last_run).merge(p, partial, heads);
   }
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
@@ -301,17 +317,21 @@ template <typename T, typename Launch>
 void choose_merge(int64_t b, int64_t h_kv, int64_t group, bool has_window, int sms, Launch launch) {
   constexpr int kMostHeads = 4;
   const auto grid = [&](int heads) {
-    return dim3(static_cast<unsigned>(b), static_cast<unsigned>(h_kv * ((group + heads - 1) / heads)));
+    return dim3(static_cast<unsigned>(b),
+                static_cast<unsigned>(h_kv * ((group + heads - 1) / heads)));
   };
   const auto choose = [&](auto window) {
     constexpr bool kWindow = decltype(window)::value;
+    const dim3 shared = grid(kMostHeads);
+    const int64_t blocks = int64_t{shared.x} * shared.y;
     if (group == 1 || b * h_kv * group <= 4 * sms) {
-      launch(merge_kernel<T, 1, 8, kWindow>, grid(1), 256);
-    } else if (grid(kMostHeads).x * grid(kMostHeads).y <=
-               static_cast<unsigned>(blocks_per_sm(8) * sms)) {
-      launch(merge_kernel<T, kMostHeads, 8, kWindow>, grid(kMostHeads), 256);
+      launch(merge_kernel<T, 1, 8, 8, kWindow>, grid(1), 256);
+    } else if (blocks <= blocks_per_sm(8, 4 * kMostHeads) * sms) {
+      launch(merge_kernel<T, kMostHeads, 8, 4, kWindow>, shared, 256);
+    } else if (blocks <= blocks_per_sm(4, 4 * kMostHeads) * sms) {
+      launch(merge_kernel<T, kMostHeads, 4, 4, kWindow>, shared, 128);
     } else {
-      launch(merge_kernel<T, kMostHeads, 4, kWindow>, grid(kMostHeads), 128);
+      launch(merge_kernel<T, kMostHeads, 4, 2, kWindow>, shared, 128);
     }
   };
   if (has_window) {

@@ -6,8 +6,8 @@
 // With 4, the lanes of the idle columns take over the softmax of every other 16 tokens.
 #pragma once
 
-#include "patternkv/decode_queries.cuh"
 #include "patternkv/decode_units.cuh"
+#include "patternkv/narrow_queries.cuh"
 
 namespace patternkv {
 namespace narrow {
@@ -20,8 +20,6 @@ constexpr int kDims = D / 8;                      // of V and the output, per la
 constexpr int kUnits = kDims / VCodes::kPerHalf;  // 16-bit units of V codes per lane and token
 
 struct Shared {
-  QueryTile<kRows> queries;
-  RawQueries<kRows> raw_queries;
   float reference[kWarps][kRows];
 };
 
@@ -67,7 +65,7 @@ struct ValuePair {
 struct State {
   // [pair of dims i][n-tile]: dims 2i, 2i, 2i+1, 2i+1 of the two columns, sums of masked codes.
   float out[kDims / 2][1][4] = {};
-  float weights[4] = {};  // their sums, of the two columns twice
+  float weights[4] = {};                        // their sums, of the two columns twice
   float reference[2] = {-INFINITY, -INFINITY};  // whole numbers (log2)
 };
 
@@ -92,8 +90,7 @@ struct Token {
 
   __device__ __forceinline__ Token(const RawToken& raw, const Lane& own)
       : k_scale(raw.k_scale_float() * own.code_scale),
-        v_scale(as_u32(
-            __float2half2_rn(fminf(raw.v_scale_float() * own.value_scale, 4096.0f)))),
+        v_scale(as_u32(__float2half2_rn(fminf(raw.v_scale_float() * own.value_scale, 4096.0f)))),
         pattern_ids(raw.pattern_ids) {
     compute_now(k_scale), compute_now(v_scale), compute_now(pattern_ids);
   }
@@ -245,8 +242,11 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   }
 }
 
+// The unit at hand. Asks for the next as soon as its own tiles are done.
 template <int kLive>
-__device__ void attend(const DecodeParams& p, const WorkItem item, int head, uint8_t* memory) {
+__device__ void attend(const DecodeParams& p, Units& units, uint8_t* memory) {
+  const WorkItem item = units.item;
+  const int head = units.head();
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const int words = table_words(p.num_patterns, kLive);
   auto* table = reinterpret_cast<float*>(memory + table_start());
@@ -263,39 +263,48 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   // Tile n of this warp starts at position first + n * kWarps * kTile; lanes own its tokens. Lanes
   // beyond the end repeat the last token, so that no byte outside the segment is read.
   const int first = item.start + warp * kTile;
-  const auto load_slot = [&](int n) {
-    return slots[min(first + n * kWarps * kTile + lane, item.end - 1)];
+  const auto slot_of = [&](int n) {
+    return slots + min(first + n * kWarps * kTile + lane, item.end - 1);
   };
+  const auto load_slot = [&](int n) { return *slot_of(n); };
   const HeadPool pool(p.pool, head);
   const auto issue = [&](int n, int slot) {
-    const uint32_t units = pool.row_units(p.pool, slot);
+    const uint32_t row = pool.row_units(p.pool, slot);
     copy_rows<kTile, 32, kKStride, kVStride, true>(
         p.copy16, shared_address(ring) + n % 2 * kTileBytes, pool.codes, lane,
-        [&](int token) { return __shfl_sync(~0u, units, token); });
+        [&](int token) { return __shfl_sync(~0u, row, token); });
     cp_async_commit();
     return load_token(pool.metadata_words(p.pool, slot));
   };
+  // Whatever can be asked for is, ahead of what waits for it: codes, which are farthest, first.
   RawToken even = {}, odd = {};  // of the tiles in flight
-  const int first_slot = load_slot(0);
+  const int first_slot = load_now(slot_of(0));
   int odd_slot = load_slot(1), even_slot = load_slot(2);
+  const int row = min(g, num_rows - 1), batch_row = p.rows[item.first_entry + p.branch_of(row)];
+  OwnDims key_channels, loaded_queries;
+  key_channels.load(table_channels(p, item.table, 0, head));
   if (own_tiles > 0) even = issue(0, first_slot);
+  const int64_t query = batch_row * p.q_stride + (head * p.group + p.member_of(row)) * HEAD_DIM;
+  loaded_queries.load(static_cast<const __half*>(p.q) + query);
+  KeyPatterns key_patterns;
+  key_patterns.load(p, item, head, warp * 16);
 
   Lane own;
   own.words = words;
   own.histogram = histograms + warp * words;
   for (int e = lane; e < words; e += 32) own.histogram[e] = 0;
-  const QueryScales scales = load_queries<kLive>(p, item, head, shared.queries, shared.raw_queries);
-  fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
-                    [&](int pattern, int row, float value) {
-                      if (row < kLive) table[pattern * kLive + row] = value;
-                    });
-#pragma unroll
-  for (int i = 0; i < D / 32; ++i) {
-    reinterpret_cast<uint4&>(own.q[4 * i]) =
-        reinterpret_cast<const uint4*>(shared.queries.fragments)[i * 32 + lane];
+  const Queries queries(p, loaded_queries, g < num_rows, key_channels);
+#pragma unroll 1
+  for (int begin = warp * 16; begin < p.num_patterns; begin += kWarps * 16) {
+    if (begin > warp * 16) key_patterns.load(p, item, head, begin);
+    queries.meet(key_patterns, begin, p.num_patterns, [&](int pattern, int row, float value) {
+      if (row < kLive) table[pattern * kLive + row] = value;
+    });
   }
-  code_bias<1>(shared.queries.fragments, own.bias);
-  own.code_scale = scales.codes;
+#pragma unroll
+  for (int i = 0; i < D / 8; ++i) own.q[i] = queries.codes[i];
+  queries.code_bias(own.bias);
+  own.code_scale = queries.to_logits;
   own.table = table + 2 * t % kLive;
   own.bins = shared_address(own.histogram) + 2 * t % kLive * 4;
   // The first tile's scales set a power of two that keeps p * v_scale away from fp16's limits.
@@ -327,7 +336,15 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     if (n + 1 < own_tiles) step(n + 1, odd, even, even_slot);
   }
 
-  // Add up the warps.
+  // Add up the warps, with what that takes on its way already.
+  units.claim();
+  const __half* values = table_rows(p, item.table, 1, head);
+  const __half* channels = table_channels(p, item.table, 1, head);
+  const int first_dim = g * kDims;
+  ValuePatterns<kDims> value_patterns;
+  value_patterns.load(p, values, warp * 16, first_dim);
+  uint32_t channel_words[kDims / 2] = {};
+  if (first_dim < HEAD_DIM) load_early(channel_words, channels + first_dim);
   if (g == 0) {
     shared.reference[warp][2 * t] = state.reference[0];
     shared.reference[warp][2 * t + 1] = state.reference[1];
@@ -357,7 +374,8 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     table[e] = sum * (1.0f / 16);
   }
   // ... while outputs go from code units to those of V / 16.
-  const __half* channels = table_channels(p, item.table, 1, head);
+  float channel_scales[kDims];
+  to_floats<__half>(channel_scales, channel_words);
   float row_weight[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -366,18 +384,16 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
   }
 #pragma unroll
   for (int d = 0; d < kDims; ++d) {
-    const int dim = g * kDims + d;
-    const float channel = dim < HEAD_DIM ? __half2float(channels[dim]) : 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float& x = state.out[d / 2][0][d % 2 * 2 + i];
       const float codes = x * (kMaskedUnit / VCodes::masked_step(d % VCodes::kPerHalf));
-      x = (codes - VCodes::kCentre * state.weights[i]) * (channel * row_weight[i]);
+      x = (codes - VCodes::kCentre * state.weights[i]) * (channel_scales[d] * row_weight[i]);
     }
   }
   __syncthreads();
   add_patterns<1, kDims>(
-      p, table_rows(p, item.table, 1, head), g * kDims, state.out, warp, kWarps,
+      p, values, first_dim, state.out, value_patterns, warp * 16, kWarps,
       [&](int pattern, int row) { return table[pattern * kLive + row % kLive]; });
 
   // The rings take each warp's output, [warp][row][dim].
@@ -394,16 +410,19 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
     }
   }
   __syncthreads();
+  units.advance();
+#pragma unroll 1
   for (int e = threadIdx.x; e < num_rows * (HEAD_DIM / 4); e += kThreads) {
     const int row = e / (HEAD_DIM / 4), dim = e % (HEAD_DIM / 4) * 4;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float4 part = *reinterpret_cast<const float4*>(outputs + (w * kLive + row) * D + dim);
-      sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
-    reinterpret_cast<float4&>(p.state_out[state_index(p, item, head, row) * HEAD_DIM + dim]) =
-        make_float4(sum.x * 16, sum.y * 16, sum.z * 16, sum.w * 16);
+    sum.x *= 16, sum.y *= 16, sum.z *= 16, sum.w *= 16;
+    float* to = p.state_out + state_index(p, item, head, row) * HEAD_DIM + dim;
+    *reinterpret_cast<float4*>(to) = sum;
   }
   // Every probability is in one bin, so a row's softmax mass is the sum of its bins.
   for (int row = warp; row < num_rows; row += kWarps) {
@@ -431,9 +450,9 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
   // only where no window has them for the merge.
   if (p.reads_new_tokens) wait_for_previous_kernel();
   launch_dependents();
-  for_each_unit(p.work.narrow(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
-    attend<kLive>(p, item, head, memory);
-  });
+  for (Units units(p.work.narrow(), p.pool.h_kv, next_unit); units.any(); __syncthreads()) {
+    attend<kLive>(p, units, memory);
+  }
   if (!p.reads_new_tokens) end_after_previous_kernel();
 }
 

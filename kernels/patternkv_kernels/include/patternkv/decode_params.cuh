@@ -23,7 +23,7 @@ constexpr int kMaxChunk = 8192;
 constexpr float kSlack = 3.0f;
 
 // Chunk of a segment for a tile of the branches that read it; every KV head makes one work unit.
-struct WorkItem {
+struct alignas(16) WorkItem {
   int req;         // row of req_to_token
   int start, end;  // positions
   int table;
@@ -77,7 +77,7 @@ struct DecodeParams {
   int64_t q_stride;  // elements between rows
   bool q_is_bf16;
   SlotPool pool;
-  bool copy16;  // every code row is 16-byte aligned, else 8
+  bool copy16;            // every code row is 16-byte aligned, else 8
   bool reads_new_tokens;  // slots that the layer itself stores are read: there is no window
   const int* req_to_token;
   int64_t req_stride;

@@ -206,28 +206,42 @@ __device__ __forceinline__ void fill_table(const DecodeParams& p, const WorkItem
   }
 }
 
-// Adds the V patterns, weighted by `weight(pattern, row)` (at most 4096, 0 beyond num_patterns), to
-// accumulators of the lane's kDims dims from `dim`; the products come in units of 1. Weights are
-// split into two fp16 parts, so that they count with 22 bits. Steps of 16 patterns from `first`.
-template <int kTiles, int kDims, typename Weight>
-__device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half* patterns, int dim,
-                                             float (&out)[kDims / 2][kTiles][4], int first,
-                                             int stride, Weight weight) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  constexpr int kWords = kDims / 2;
-  for (int base = first * 16; base < p.num_patterns; base += stride * 16) {
-    uint32_t rows[4][kWords];
+// What a lane takes of 16 V patterns: kDims dims of four.
+template <int kDims>
+struct ValuePatterns {
+  uint32_t rows[4][kDims / 2];
+
+  // Of the patterns from `first` on, dims from `dim` on.
+  __device__ __forceinline__ void load(const DecodeParams& p, const __half* patterns, int first,
+                                       int dim) {
+    const int t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int pattern = min(base + 2 * t + i % 2 + i / 2 * 8, p.num_patterns - 1);
-      const auto* row = reinterpret_cast<const uint8_t*>(patterns + pattern * HEAD_DIM + dim);
+      const int pattern = min(first + 2 * t + i % 2 + i / 2 * 8, p.num_patterns - 1);
       if (dim < HEAD_DIM) {
-        load_words(rows[i], row);
+        load_early(rows[i], patterns + pattern * HEAD_DIM + dim);
       } else {
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) rows[i][w] = 0;
+        for (uint32_t& word : rows[i]) word = 0;
       }
     }
+  }
+};
+
+// Adds the V patterns, weighted by `weight(pattern, row)` (at most 4096, 0 beyond num_patterns), to
+// accumulators of the lane's kDims dims from `dim`; the products come in units of 1. Weights are
+// split into two fp16 parts, so that they count with 22 bits. Every stride-th 16 patterns from
+// `first` on, which are loaded already.
+template <int kTiles, int kDims, typename Weight>
+__device__ __forceinline__ void add_patterns(const DecodeParams& p, const __half* patterns, int dim,
+                                             float (&out)[kDims / 2][kTiles][4],
+                                             ValuePatterns<kDims>& loaded, int first, int stride,
+                                             Weight weight) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  constexpr int kWords = kDims / 2;
+  const uint32_t (&rows)[4][kWords] = loaded.rows;
+  for (int base = first; base < p.num_patterns; base += stride * 16) {
+    if (base > first) loaded.load(p, patterns, base, dim);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       uint32_t upper[2], lower[2];

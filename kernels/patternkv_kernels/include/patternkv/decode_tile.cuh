@@ -1,5 +1,5 @@
-// The code rows of a tile of tokens: how they are laid out in shared memory and get there, and words
-// and metadata on their way to registers.
+// The code rows of a tile of tokens: how they are laid out in shared memory and get there, and
+// words and metadata on their way to registers.
 //
 // Tensor-core operands: codes are A (tokens on M for q.k, head dims on M for p.v), queries and
 // probabilities are B. Lane l of a warp has g = l / 4 and t = l % 4.
@@ -84,9 +84,8 @@ __device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* cod
     const bool is_key = part < KParts::value;
     const uint32_t to = shared + part * kBytes + (is_key ? 0 : kTokens * kKeyStride - K_ROW_BYTES);
     const int stride = is_key ? kKeyStride : kValueStride;
-    copy(AllParts{}, [&](int token, int, const uint8_t* row) {
-      cp_async<kBytes>(to + token * stride, row);
-    });
+    copy(AllParts{},
+         [&](int token, int, const uint8_t* row) { cp_async<kBytes>(to + token * stride, row); });
   } else if constexpr (K_ROW_BYTES == V_ROW_BYTES) {
     copy(KParts{}, [&](int token, int byte, const uint8_t* row) {
       copy_k(token, byte, row);
@@ -146,11 +145,15 @@ __device__ __forceinline__ void load_words(uint32_t (&out)[kWords], const uint8_
   }
 }
 
-// The same of global memory; the load stays where it is written, ahead of what waits for its values.
+// The same of global memory; the load stays where it is written, ahead of what waits for its
+// values.
 template <int kWords, typename T>
 __device__ __forceinline__ void load_early(uint32_t (&out)[kWords], const T* global) {
-  if constexpr (kWords == 4) {
-    reinterpret_cast<uint4&>(out[0]) = load_early(reinterpret_cast<const uint4*>(global));
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      reinterpret_cast<uint4&>(out[4 * i]) = load_early(reinterpret_cast<const uint4*>(global) + i);
+    }
   } else if constexpr (kWords == 2) {
     reinterpret_cast<uint2&>(out[0]) = load_early(reinterpret_cast<const uint2*>(global));
   } else {

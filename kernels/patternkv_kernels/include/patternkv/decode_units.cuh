@@ -3,6 +3,7 @@
 #pragma once
 
 #include "patternkv/decode_params.cuh"
+#include "patternkv/ptx.cuh"
 
 namespace patternkv {
 
@@ -34,30 +35,65 @@ struct FixedPoint {
 };
 
 // A grid whose blocks come here last ends after the one before it, and what waits for this grid
-// waits for both. The block that is the last to have work does so: to the others, even a wait for what
-// has long ended costs time, and they leave their multiprocessors to the next kernel.
+// waits for both. The block that is the last to have work does so: to the others, even a wait for
+// what has long ended costs time, and they leave their multiprocessors to the next kernel.
 __device__ __forceinline__ void end_after_previous_kernel() {
   if (blockIdx.x == gridDim.x - 1) wait_for_previous_kernel();
 }
 
-// Works through the units of a launch, an item and a KV head each, block by block: `attend(item,
-// head)` by whole blocks, whose threads may come here from several places. The first item is asked
-// for before it is known whether there is one, so that the answer costs no time. Units that no block
-// starts with go to those that are done first. `next` is in shared memory.
+// The units of a launch, an item and a KV head each, that a block works through. The first item is
+// asked for before it is known whether there is one, so that the answer costs no time. Units that
+// no block starts with go to those that are done first.
+class Units {
+ public:
+  WorkItem item;
+
+  // `next` is in shared memory.
+  __device__ __forceinline__ Units(WorkQueue queue, int h_kv, int& next)
+      : item(load(queue.items + blockIdx.x / h_kv)),
+        queue_(queue),
+        h_kv_(h_kv),
+        unit_(blockIdx.x),
+        num_units_(queue.sign * *queue.num_items * h_kv),
+        next_(next) {}
+
+  __device__ __forceinline__ bool any() const { return unit_ < num_units_; }
+  __device__ __forceinline__ int head() const { return unit_ % h_kv_; }
+  // By all threads: asks for the next unit, which is known behind a barrier.
+  __device__ __forceinline__ void claim() {
+    if (threadIdx.x == 0 && more()) next_ = gridDim.x + atomicAdd(queue_.taken, 1);
+  }
+  // Behind that barrier; one must follow before the next claim.
+  __device__ __forceinline__ void advance() {
+    unit_ = more() ? next_ : num_units_;
+    if (any()) item = load(queue_.items + unit_ / h_kv_);
+  }
+
+ private:
+  WorkQueue queue_;
+  int h_kv_, unit_, num_units_;
+  int& next_;
+
+  static __device__ __forceinline__ WorkItem load(const WorkItem* at) {
+    const auto* parts = reinterpret_cast<const uint4*>(at);
+    const uint4 words[] = {load_now(parts), load_now(parts + 1)};
+    static_assert(sizeof(words) == sizeof(WorkItem));
+    return reinterpret_cast<const WorkItem&>(words);
+  }
+  // Whether there are units that no block starts with.
+  __device__ __forceinline__ bool more() const { return num_units_ > static_cast<int>(gridDim.x); }
+};
+
+// `attend(item, head)` of every unit by whole blocks, whose threads may come here from several
+// places.
 template <typename AttendUnit>
 __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, int& next,
                                               AttendUnit attend) {
-  int unit = blockIdx.x;
-  WorkItem item = queue.items[unit / h_kv];
-  const int num_units = queue.sign * *queue.num_items * h_kv;
-  while (unit < num_units) {
-    attend(item, unit % h_kv);
-    if (num_units <= static_cast<int>(gridDim.x)) return;
+  for (Units units(queue, h_kv, next); units.any(); units.advance()) {
+    attend(units.item, units.head());
     __syncthreads();
-    if (threadIdx.x == 0) next = gridDim.x + atomicAdd(queue.taken, 1);
+    units.claim();
     __syncthreads();
-    unit = next;
-    if (unit < num_units) item = queue.items[unit / h_kv];
   }
 }
 

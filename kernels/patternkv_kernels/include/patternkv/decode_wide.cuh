@@ -422,10 +422,12 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
       out[d / 2][i][d % 2 * 2 + 1] *= unit;
     }
   }
-  add_patterns<kTiles, kDims>(
-      p, table_rows(p, item.table, 1, head), dim, out, 0, 1, [&](int pattern, int row) {
-        return static_cast<float>(Histogram::count(histogram, pattern, row)) * (1.0f / (1 << 20));
-      });
+  const __half* patterns = table_rows(p, item.table, 1, head);
+  ValuePatterns<kDims> loaded;
+  loaded.load(p, patterns, 0, dim);
+  add_patterns<kTiles, kDims>(p, patterns, dim, out, loaded, 0, 1, [&](int pattern, int row) {
+    return static_cast<float>(Histogram::count(histogram, pattern, row)) * (1.0f / (1 << 20));
+  });
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
     const int row = i / 2 * 8 + 2 * t + i % 2;

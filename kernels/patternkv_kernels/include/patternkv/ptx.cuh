@@ -99,6 +99,21 @@ __device__ __forceinline__ uint32_t load_early(const uint16_t* x) {
   return y;
 }
 
+// Loads that not even the assembler moves behind a branch that follows.
+__device__ __forceinline__ uint4 load_now(const uint4* x) {
+  uint4 y;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y.x), "=r"(y.y), "=r"(y.z), "=r"(y.w)
+               : "l"(x));
+  return y;
+}
+
+__device__ __forceinline__ int load_now(const int* x) {
+  int y;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(y) : "l"(x));
+  return y;
+}
+
 // Keeps the compiler from computing x later than here.
 __device__ __forceinline__ void compute_now(float& x) { asm volatile("" : "+f"(x)); }
 __device__ __forceinline__ void compute_now(uint32_t& x) { asm volatile("" : "+r"(x)); }
