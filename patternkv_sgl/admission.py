@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING
 from weakref import ref
 
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -91,6 +92,14 @@ class Admission:
         if tokens is None or tokens not in self._taken:
             return False
         return _may_reuse(req, req.prefix_len + SHARED_TOKENS)
+
+
+def finish_prefetch(req: Req) -> None:
+    """Make of ``req``, which `Admission.is_done` says is done, an answer without tokens."""
+    req.finished_reason, req.finished_len = FINISH_LENGTH(length=0), 0
+    req.cached_tokens = len(req.origin_input_ids)
+    req.time_stats.set_wait_queue_entry_time()
+    req.time_stats.set_quick_finish_time()
 
 
 def _is_branch(req: Req) -> bool:

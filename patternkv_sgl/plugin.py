@@ -253,12 +253,9 @@ def _enqueue(
     if _cache is None or self.waiting_queue or not _cache.admission.is_done(req):
         original(self, req, is_retracted)
         return
-    from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+    from patternkv_sgl.admission import finish_prefetch
 
-    req.finished_reason, req.finished_len = FINISH_LENGTH(length=0), 0
-    req.cached_tokens = len(req.origin_input_ids)
-    req.time_stats.set_wait_queue_entry_time()
-    req.time_stats.set_quick_finish_time()
+    finish_prefetch(req)
     self.output_streamer.stream_output([req], req.return_logprob)
 
 
@@ -312,17 +309,10 @@ async def _send_request(original: Callable[..., Awaitable[None]], self: Any, obj
 
 
 def _validate_prompt(self: Any, obj: Any, input_ids: Any) -> None:
-    # SGLang lets both through to the model, where they end the scheduler process.
     if not _enabled() or input_ids is None or getattr(obj, "input_embeds", None) is not None:
         return
-    if len(input_ids) == 0:
-        raise ValueError("The prompt has no tokens: send at least one.")
-    if obj.input_ids is None:
-        return
-    vocab_size = self.model_config.vocab_size
-    low, high = min(input_ids), max(input_ids)
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"The prompt holds token id {low if low < 0 else high}: ids of this model are 0 to "
-            f"{vocab_size - 1}."
-        )
+    from patternkv_sgl.refusals import refuse_ids, refuse_no_tokens
+
+    refuse_no_tokens(input_ids)
+    if obj.input_ids is not None:
+        refuse_ids(input_ids, self.model_config.vocab_size)

@@ -1,7 +1,8 @@
-"""What ``--kv-quant patternkv`` refuses at start-up: each with value, limit and remedy.
+"""What ``--kv-quant patternkv`` refuses: each with value, limit and remedy.
 
 Options are checked when the ServerArgs record is built, the model's configuration before any
-process is launched, the loaded model's layers when the attention backend is made.
+process is launched, the loaded model's layers when the attention backend is made, a prompt when it
+arrives.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from patternkv_kernels.format import HEAD_DIMS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
 SGLANG_VERSION = "0.5.23"
@@ -203,6 +206,30 @@ def _refuse_heads(name: str, head_dim: int, v_head_dim: int) -> None:
         raise ValueError(
             f"{name} has head_dim {head_dim} and v_head_dim {v_head_dim}: --kv-quant patternkv "
             f"supports equal ones from {HEAD_DIMS}; serve this model without --kv-quant"
+        )
+
+
+def refuse_no_tokens(input_ids: Sequence[int]) -> None:
+    """Refuse an empty prompt. SGLang lets it through to the model, where it ends the scheduler.
+
+    Raises:
+        ValueError: says so.
+    """
+    if len(input_ids) == 0:
+        raise ValueError("The prompt has no tokens: send at least one.")
+
+
+def refuse_ids(input_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that the model has no embeddings for, which end a CPU scheduler.
+
+    Raises:
+        ValueError: names an id and the limits.
+    """
+    low, high = min(input_ids), max(input_ids)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"The prompt holds token id {low if low < 0 else high}: ids of this model are 0 to "
+            f"{vocab_size - 1}."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,17 @@ def test_a_stored_prompt_needs_no_prefill_ahead_of_its_branches(
     # Logprobs of the prompt are asked of the prefill, too.
     server.generate(text, 8, n=3)
     assert grown(before, server.settle())["tables_inherited"] == 3 + 4
+
+
+def test_branches_start_in_one_batch(server: Server, model: Model) -> None:
+    text = model.prompt(PROMPT, 44)
+    server.generate(text, 8)
+    server.settle()
+    before = len(server.text())
+    server.generate(text, 8, n=8, temperature=0.8)
+    server.settle()
+    batches = re.findall(r"Prefill batch.*#new-seq: (\d+)", server.text()[before:])
+    assert batches == ["1", "8"]  # the prefill ahead of branches, for logprobs, then they
 
 
 def test_the_first_mined_prompt_is_measured(server: Server, model: Model) -> None:

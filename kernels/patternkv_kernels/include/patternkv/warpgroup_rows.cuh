@@ -79,9 +79,8 @@ struct Softmax {
                                         bool fresh) {
     float sums[2];
     // Once as a rule. A first tile raises its references without being weighed before.
-    bool raise = fresh;
 #pragma unroll 1
-    for (bool again = true; again;) {
+    for (bool raise = fresh;; raise = true) {
       if (raise) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -102,8 +101,7 @@ struct Softmax {
         }
       }
       weigh(x, factor, weights, sums);
-      again = !raise && __any_sync(~0u, !(sums[0] <= kMostSum && sums[1] <= kMostSum));
-      raise = true;
+      if (raise || __all_sync(~0u, sums[0] <= kMostSum && sums[1] <= kMostSum)) break;
     }
     mass[0] += sums[0], mass[1] += sums[1];
   }
