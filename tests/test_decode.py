@@ -196,3 +196,33 @@ def test_plans_and_queries_that_do_not_fit_are_refused() -> None:
     narrow = replace(inputs, tables=random_tables(1, inputs.fmt.head_dim, seed=0))
     with pytest.raises(ValueError, match="do not fit 2 KV heads"):
         tree_decode(*narrow.args, **narrow.options)
+
+
+def test_new_tokens_must_fit_the_window() -> None:
+    inputs = make_inputs(DecodeCase("window", window=8))
+    window = inputs.window
+    assert window is not None
+
+    def decode(**changes: torch.Tensor) -> None:
+        changed = replace(inputs, window=replace(window, **changes))
+        tree_decode(*changed.args, **changed.options)
+
+    rows = f"{len(inputs.q)} rows with rings"
+    with pytest.raises(ValueError, match=rows):
+        decode(new_k=window.new_k[1:])
+    with pytest.raises(ValueError, match=rows):
+        decode(new_v=window.new_v[:, :1])
+    with pytest.raises(ValueError, match=r"new_v torch.float64: the rings are torch.float32"):
+        decode(new_v=window.new_v.double())
+
+
+def test_the_newest_token_need_not_be_contiguous() -> None:
+    """Serving hands over slices of a fused projection."""
+    inputs = make_inputs(DecodeCase("window", window=8))
+    window = inputs.window
+    assert window is not None
+    fused = torch.stack((window.new_k, window.new_v), dim=1).flatten(1, 2)
+    heads = window.new_k.shape[1]
+    sliced = replace(inputs, window=replace(window, new_k=fused[:, :heads], new_v=fused[:, heads:]))
+    out, lse = tree_decode_with_lse(*sliced.args, **sliced.options)
+    assert_matches(inputs, out, lse)
