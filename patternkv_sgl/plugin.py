@@ -288,13 +288,18 @@ def _no_beam_search(original: Callable[..., Any], self: Any, req: Any, recv_req:
 def _handle_batch(
     original: Callable[..., AsyncGenerator[Any]], self: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any]:
-    num_branches = getattr(obj, "parallel_sample_num", 1)
     answers = original(self, obj, *args, **kwargs)
-    return _handle_branches(answers, num_branches) if _enabled() and num_branches > 1 else answers
+    num_branches = getattr(obj, "parallel_sample_num", 1)
+    # Images travel by ways of their own.
+    if num_branches == 1 or not _enabled() or obj.contains_mm_input():
+        return answers
+    return _handle_branches(answers, obj.batch_size, num_branches)
 
 
-async def _handle_branches(answers: AsyncGenerator[Any], num_branches: int) -> AsyncGenerator[Any]:
-    with _dispatch.handling(num_branches):
+async def _handle_branches(
+    answers: AsyncGenerator[Any], num_prompts: int, num_branches: int
+) -> AsyncGenerator[Any]:
+    with _dispatch.handling(num_prompts, num_branches):
         async with aclosing(answers):
             async for answer in answers:
                 yield answer

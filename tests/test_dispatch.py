@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 import patternkv_sgl.plugin as plugin
 from patternkv_sgl.dispatch import BranchDispatch
@@ -39,21 +38,19 @@ class Manager:
         self, obj: Any, request: None, stop_at: str
     ) -> AsyncGenerator[Any]:
         for prompt in obj.prompts:
-            await self.send(f"{prompt} alone", obj.mm_inputs, max_new_tokens=0)
+            await self.send(f"{prompt} alone")
         for prompt in obj.prompts:
             for branch in range(obj.parallel_sample_num):
                 name = f"{prompt}{branch}"
                 if name == stop_at:
                     raise ValueError(name)
-                await self.send(name, obj.mm_inputs, max_new_tokens=obj.max_new_tokens)
+                await self.send(name)
                 await asyncio.sleep(0)
         yield "first"
         yield "second"
 
-    async def send(self, name: str, mm_inputs: object = None, max_new_tokens: int = 4) -> None:
-        params = SamplingParams(n=2, max_new_tokens=max_new_tokens)
-        obj = SimpleNamespace(name=name, sampling_params=params, mm_inputs=mm_inputs)
-        await plugin._send_request(Manager._send_one_request, self, obj)
+    async def send(self, name: str) -> None:
+        await plugin._send_request(Manager._send_one_request, self, SimpleNamespace(name=name))
 
     async def _send_one_request(self, obj: Any) -> None:
         self.sent.append([obj.name])
@@ -62,11 +59,12 @@ class Manager:
         self.sent.append([obj.name for obj in objs])
 
 
-def request(*prompts: str, n: int = 3, **fields: Any) -> Any:
+def request(*prompts: str, n: int = 3, has_images: bool = False) -> Any:
     return SimpleNamespace(
         prompts=prompts,
+        batch_size=len(prompts),
         parallel_sample_num=n,
-        **{"max_new_tokens": 4, "mm_inputs": None} | fields,
+        contains_mm_input=lambda: has_images,
     )
 
 
@@ -77,19 +75,11 @@ def test_the_branches_of_a_prompt_are_one_message() -> None:
     assert manager.sent == [["a alone"], ["b alone"], *branches]
 
 
-@pytest.mark.parametrize(
-    "one_by_one",
-    [
-        request("a", n=1),
-        request("a", max_new_tokens=0),
-        request("a", mm_inputs=object()),
-    ],
-)
-def test_what_is_no_branch_of_text_goes_at_once(one_by_one: Any) -> None:
+@pytest.mark.parametrize("one_by_one", [request("a", n=1), request("a", has_images=True)])
+def test_single_answers_and_images_go_at_once(one_by_one: Any) -> None:
     manager = Manager()
     asyncio.run(manager.call(one_by_one))
-    assert all(len(message) == 1 for message in manager.sent)
-    assert len(manager.sent) == 1 + one_by_one.parallel_sample_num
+    assert [len(message) for message in manager.sent] == [1] * (1 + one_by_one.parallel_sample_num)
 
 
 def test_requests_at_once_hold_their_own_branches() -> None:
@@ -111,7 +101,6 @@ def test_a_request_that_failed_leaves_nothing_to_the_next_of_its_task() -> None:
     async def one_after_the_other() -> None:
         with pytest.raises(ValueError, match="a2"):
             await manager.call(request("a"), stop_at="a2")
-        # A server may make n a default, which no request with a single answer asked for.
         await manager.send("single")
         await manager.call(request("b", n=2))
 
@@ -151,16 +140,10 @@ def test_the_hooks_pass_on_what_sglang_gives() -> None:
     def original(self: Any, obj: Any, request: Any, request_states: Any) -> Any:
         return self, obj, request, request_states
 
-    handled: Callable[..., Any] = partial(plugin._handle_batch, original)
-    assert handled("self", request("a", n=1), "request", request_states={}) == (
-        "self",
-        request("a", n=1),
-        "request",
-        {},
-    )
+    single, handled = request("a", n=1), partial(plugin._handle_batch, original)  # type: ignore[arg-type]
+    assert handled("self", single, "request", request_states={}) == ("self", single, "request", {})
 
     async def sent(self: Any, obj: Any) -> None:
         assert (self, obj) == ("self", "obj")
 
-    send: Callable[..., Awaitable[None]] = partial(plugin._send_request, sent)
-    asyncio.run(send("self", "obj"))
+    asyncio.run(plugin._send_request(sent, "self", "obj"))
