@@ -1,5 +1,5 @@
-// The queries of a work item as MMA operands, and what they meet besides codes: the table of
-// query-pattern products, and the patterns of V.
+// The queries of a work item as MMA operands in shared memory, and what they meet besides codes: the
+// table of query-pattern products, and the patterns of V.
 #pragma once
 
 #include "patternkv/decode_tile.cuh"
@@ -55,13 +55,13 @@ __device__ __forceinline__ int code_step(int dim) {
   return KCodes::step(dim % KCodes::kPerWord % KCodes::kPerHalf);
 }
 
-// Fills the rows below kLive of `tile` and `raw` with the queries of the item's rows, which are no
-// more; rows that the item does not have are zero. Ends with a barrier.
-template <int kLive, int kRows>
+// Fills `tile` and `raw` with the queries of the item's rows, which are no more; rows that the item
+// does not have are zero. Ends with a barrier.
+template <int kRows>
 __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item, int head,
                                     QueryTile<kRows>& tile, RawQueries<kRows>& raw) {
   constexpr int kPerLane = D / 32;
-  constexpr int kRowsPerWarp = kLive / kWarps;
+  constexpr int kRowsPerWarp = kRows / kWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int num_rows = item.num_branches * p.group;
   const __half* channels = table_channels(p, item.table, 0, head);

@@ -152,7 +152,7 @@ __device__ void attend(const DecodeParams& p, const WorkItem item, int head, uin
 
   for (int e = thread; e < Config::table_words(p.num_patterns); e += kThreads) histogram[e] = 0;
   if (thread < kRows) shared.mass[thread] = 0, shared.peak[thread] = INT_MIN;
-  const QueryScales scales = load_queries<kRows>(p, item, head, shared.queries, shared.raw_queries);
+  const QueryScales scales = load_queries(p, item, head, shared.queries, shared.raw_queries);
   fill_table<kRows>(p, item, head, shared.raw_queries, scales.table,
                     [&](int pattern, int row, float value) {
                       const uint32_t at = Table::pattern_offset(pattern) ^ Table::row_offset(row);
