@@ -11,6 +11,7 @@ import patternkv_kernels.jit as jit
 from patternkv_kernels.dispatch import missing
 from patternkv_kernels.format import SlotFormat
 from patternkv_kernels.plan import DecodePlan, Window
+from patternkv_kernels.store_cuda import aligned
 from patternkv_kernels.tables import LayerTables
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -176,7 +177,7 @@ def tree_decode_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`~patternkv_kernels.decode.tree_decode_with_lse` of arguments that it has checked."""
     b, h_q, d = q.shape
-    q = _aligned(q)
+    q = _rows(q)
     out = torch.empty(b, h_q, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h_q, dtype=torch.float32, device=q.device)
     if b == 0:
@@ -189,7 +190,7 @@ def tree_decode_cuda(
     exact: tuple[torch.Tensor | None, ...] = (None,) * 7
     if window is not None and window.k.shape[1] > 0:
         exact = (window.k, window.v, window.ring, window.start, window.end)
-        exact += (_aligned(window.new_k), _aligned(window.new_v))
+        exact += (_rows(window.new_k), _rows(window.new_v))
     jit.load("decode", fmt).decode(
         q,
         buffer,
@@ -211,7 +212,6 @@ def tree_decode_cuda(
     return out, lse
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x [b, heads, d]`` as the kernels read it: whole rows, up to 16 bytes at once."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
-    return x if aligned and x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``x [b, heads, d]`` as the kernels read it: a row's heads side by side, 16 bytes at once."""
+    return aligned(x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous())

@@ -123,7 +123,6 @@ def _attend_window(q: torch.Tensor, window: Window, logit_cap: float) -> _State:
     valid = position < window.end.unsqueeze(1)
     index = (window.ring.unsqueeze(1) * size + position % size).flatten()
     unread = ~valid.view(-1, size, 1, 1)
-
     newest = (position == window.end.unsqueeze(1) - 1).view(-1, size, 1, 1)
 
     def read(ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

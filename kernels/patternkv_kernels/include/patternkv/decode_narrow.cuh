@@ -72,7 +72,7 @@ struct State {
 // What a lane keeps of its item through all tiles.
 struct Lane {
   uint32_t q[D / 8];
-  float bias[1][2];
+  float bias[2];
   float code_scale, value_scale;
   FixedPoint fixed;
   const float* table;   // at row 2t
@@ -140,8 +140,8 @@ __device__ __forceinline__ void attend_tile(const DecodeParams& p, State& state,
   float x[2][4];  // [slice]: columns 2t and 2t + 1 of token g, then of token g + 8
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    x[s][0] = x[s][2] = -own.bias[0][0];
-    x[s][1] = x[s][3] = -own.bias[0][1];
+    x[s][0] = x[s][2] = -own.bias[0];
+    x[s][1] = x[s][3] = -own.bias[1];
 #pragma unroll
     for (int w = 0; w < KeyWords::kCount; ++w) {
       uint32_t low[KCodes::kPerHalf], high[KCodes::kPerHalf];

@@ -148,6 +148,17 @@ __device__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
   return {p.scale_log2 / raw_scale, p.scale_log2 / code_scale};
 }
 
+// A step of products of centre codes, those of the slots `slot` and the next, with q'.
+__device__ __forceinline__ void multiply_centres(float (&sums)[4], int slot, uint32_t first,
+                                                 uint32_t second) {
+  uint32_t a[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    a[i] = as_u32(__float2half2_rn(KCodes::bias((slot + i) % KCodes::kPerHalf)));
+  }
+  mma_m16n8k16(sums, a[0], a[0], a[1], a[1], first, second);
+}
+
 // What the bias of expanded codes and their centre add to the products of the rows 8n + 2t and the
 // next: an MMA over a token of centre codes. Its rounding is that of the products themselves.
 template <int kTiles>
@@ -159,13 +170,8 @@ __device__ __forceinline__ void code_bias(const uint32_t* fragments, float (&bia
     for (int i = 0; i < D / 32; ++i) {
       const uint4 q =
           reinterpret_cast<const uint4*>(fragments)[(n * (D / 32) + i) * 32 + threadIdx.x % 32];
-      uint32_t a[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        a[j] = as_u32(__float2half2_rn(KCodes::bias((4 * i + j) % KCodes::kPerHalf)));
-      }
-      mma_m16n8k16(sums, a[0], a[0], a[1], a[1], q.x, q.y);
-      mma_m16n8k16(sums, a[2], a[2], a[3], a[3], q.z, q.w);
+      multiply_centres(sums, 4 * i, q.x, q.y);
+      multiply_centres(sums, 4 * i + 2, q.z, q.w);
     }
     bias[n][0] = sums[0], bias[n][1] = sums[1];
   }

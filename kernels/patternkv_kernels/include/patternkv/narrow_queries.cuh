@@ -97,18 +97,11 @@ struct Queries {
 
   // What the bias of expanded codes and their centre add to the products of the rows 2t and 2t + 1,
   // see `code_bias`.
-  __device__ __forceinline__ void code_bias(float (&bias)[1][2]) const {
+  __device__ __forceinline__ void code_bias(float (&bias)[2]) const {
     float sums[4] = {};
 #pragma unroll
-    for (int i = 0; i < kOwnDims / 2; i += 2) {
-      uint32_t a[2];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        a[j] = as_u32(__float2half2_rn(KCodes::bias((i + j) % KCodes::kPerHalf)));
-      }
-      mma_m16n8k16(sums, a[0], a[0], a[1], a[1], codes[i], codes[i + 1]);
-    }
-    bias[0][0] = sums[0], bias[0][1] = sums[1];
+    for (int i = 0; i < kOwnDims / 2; i += 2) multiply_centres(sums, i, codes[i], codes[i + 1]);
+    bias[0] = sums[0], bias[1] = sums[1];
   }
 
   // Products with the patterns from `first` on, in logits: `store(pattern, row, value)` for each of
