@@ -129,8 +129,9 @@ struct PhaseBarrier {
     missing = arrivals;
     ++phases;
   }
-  void wait(int phase) {
-    while (phases % 2 == phase % 2) simt::yield();
+  bool test(int phase) const { return phases % 2 != phase % 2; }
+  void wait(int phase) const {
+    while (!test(phase)) simt::yield();
   }
 };
 

@@ -66,11 +66,9 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
   first_k.load(from[0], 0);
   first_v.load(from[1], 0);
   Feed<kTile> feed(p, item, head, memory, producer, shares.producers);
-  feed.start(producer);
-  if (thread < 2 * HEAD_DIM) {
-    const int side = thread / HEAD_DIM, dim = thread % HEAD_DIM;
-    shared.channels[side][place_of(dim)] = table_channels(p, item.table, side, head)[dim];
-  }
+  const __half* channels[2] = {table_channels(p, item.table, 0, head),
+                               table_channels(p, item.table, 1, head)};
+  feed.start(channels, producer);
   first_k.store(k_patterns, 0);
   first_v.store(v_patterns, 0);
   const int batch = PatternBatch::kBatch * threads;
@@ -91,11 +89,11 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
     Pieces pieces;
     pieces.load<K_BITS>(keys, 0);
     if (place.phase > 0) shared.keys[place.stage].read.wait(place.phase - 1);
-    dequantize<K_BITS>(operands.keys, shared.channels[0], keys, pieces,
+    dequantize<K_BITS>(operands.keys, keys, pieces,
                        [&](Pieces& next) { next.load<V_BITS>(values, 0); });
     shared.keys[place.stage].have_written();
     if (place.phase > 0) shared.values[place.stage].read.wait(place.phase - 1);
-    dequantize<V_BITS>(operands.values, shared.channels[1], values, pieces, [](Pieces&) {});
+    dequantize<V_BITS>(operands.values, values, pieces, [](Pieces&) {});
     feed.receive(n);
     shared.values[place.stage].have_written();
     group_barrier(producer);
@@ -111,14 +109,15 @@ __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& i
   load_queries(p, item, head, shares.consumers * kGroupRows, shared);
   __syncthreads();
 
-  Rows rows(shared, consumer, shares.num_rows);
+  Rows rows(shared, consumer);
   const int tokens = item.end - item.start, tiles = num_tiles<kTile>(item);
   Turns turns(consumer, shares.consumers, tiles - 1);
+  bool keys_there = false;
   for (int tile = 0; tile < tiles; ++tile) {
     const Place before(first_tile + tile - 1), place(first_tile + tile),
         next(first_tile + tile + 1);
     auto &keys = shared.keys[place.stage], &values = shared.values[place.stage];
-    keys.written.wait(place.phase);
+    if (!keys_there) keys.written.wait(place.phase);
     float x[kTile / 2];
     rows.multiply_keys<kTile>(x, memory.operands[place.stage]);
     if (tile > 0) turns.pass();
@@ -126,12 +125,17 @@ __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& i
     settle(x);
     keys.have_read(shares.consumers);
     if (tile > 0) shared.values[before.stage].have_read(shares.consumers);
+    // Asked before the softmax, the answers cost no time.
+    const bool values_there = values.written.test(place.phase);
+    const bool more = tile + 1 < tiles;
+    keys_there = more && shared.keys[next.stage].written.test(next.phase);
     uint32_t weights[kTile / 16][4];
     rows.weigh<kTile>(x, weights, tokens - tile * kTile, p.cap_log2, tile == 0);
-    values.written.wait(place.phase);
-    if (tile + 1 < tiles && shares.consumers > 1) {
+    if (!values_there) values.written.wait(place.phase);
+    if (more && shares.consumers > 1) {
       // A turn is for these values and the next keys: for what is there.
-      shared.keys[next.stage].written.wait(next.phase);
+      if (!keys_there) shared.keys[next.stage].written.wait(next.phase);
+      keys_there = true;
       turns.take();
     }
     rows.multiply_values<kTile>(weights, memory.operands[place.stage]);

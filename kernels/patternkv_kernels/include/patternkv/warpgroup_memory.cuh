@@ -22,16 +22,30 @@ constexpr int kMostConsumers = 2, kMostProducers = 3;
 constexpr int kConsumerRegisters = 152, kProducerRegisters = 104;
 constexpr int kStages = 3;      // tiles of operands
 constexpr int kTiles = D / 64;  // operand tiles side by side
-constexpr int kPieces = 8;      // 16-byte pieces of a tile's row
+constexpr int kPieces = 8;      // 16-byte pieces of a tile's row, 8 dims each
+constexpr int kUsedPieces = HEAD_DIM / 8 / kTiles;
 
 // Named barriers: those of the producers come first (group_barrier), then the consumers' turns and
 // the ends of their products.
 constexpr int kTurns = 1 + kMostProducers, kEnds = kTurns + kMostConsumers;
 
+// Where things are in a row of operands, patterns or channel scales. Neighbouring pieces lie in
+// different tiles, so that a thread that has a piece of each tile has neighbouring codes. Inside a
+// piece the order is 0, 4, 1, 5, 2, 6, 3, 7, in which codes come out of their words without being
+// moved one by one.
+__device__ __forceinline__ int tile_of(int piece) { return piece % kTiles; }
+__device__ __forceinline__ int slot_of(int piece) { return piece / kTiles; }
+__device__ __forceinline__ int place_of_piece(int piece) {
+  return tile_of(piece) * kUsedPieces + slot_of(piece);
+}
+__device__ __forceinline__ int place_of(int dim) {
+  return place_of_piece(dim / 8) * 8 + dim % 4 * 2 + dim / 4 % 2;
+}
+
 // Metadata of a token's K or V as its readers need it.
 struct alignas(8) Source {
   uint32_t pattern;  // bytes to the pattern in its table
-  uint32_t scale;    // half2, scaled like those of the tokens around it
+  uint32_t scale;    // half2, in units that the channel scales make up for
 };
 
 // What producers and consumers wait for: a tile's operands to be written, and to be read. A warp
@@ -66,7 +80,6 @@ struct Shared {
   // queries.
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
-  __half channels[2][D];         // channel scales
   Handoff keys[kStages], values[kStages];
 };
 
@@ -82,9 +95,10 @@ template <int kTile>
 using IncomingCodes = uint8_t[2][kTile * CODE_BYTES];
 template <int kTile>
 struct alignas(128) Incoming {
-  Source sources[2][2][kTile];       // K's and V's
-  uint32_t steps[2][2][kTile / 32];  // half2: scales of 32 tokens count in these
-  uint32_t units[2][kTile];          // offsets of code rows
+  Source sources[2][2][kTile];   // K's and V's
+  __half channels[2][HEAD_DIM];  // channel scales, in the units that tokens' scales leave
+  uint32_t units[2][kTile];      // offsets of code rows
+  uint32_t largest[3][kWarps];   // half bits: of each warp's tokens, and of channel scales
 };
 
 // In front of K's and V's patterns, from an address aligned to kAlign.
@@ -108,10 +122,6 @@ template <int kTile>
 __host__ __device__ __forceinline__ int shared_bytes(int num_patterns) {
   return kAlign - kLeastAlign + sizeof(Memory<kTile>) + 2 * num_patterns * HEAD_DIM * 2;
 }
-
-// Inside a group of 8 dims everything here has the order 0, 4, 1, 5, 2, 6, 3, 7, in which codes
-// come out of their words without being moved one by one.
-__device__ __forceinline__ int place_of(int dim) { return dim / 8 * 8 + dim % 4 * 2 + dim / 4 % 2; }
 
 }  // namespace warpgroup
 }  // namespace patternkv

@@ -53,9 +53,9 @@ __device__ __forceinline__ void load_queries(const DecodeParams& p, const WorkIt
       for (int j = 0; j < 4; ++j) {
         pairs[j] = as_u32(__floats2half2_rn(q[i][j] * scale, q[i][j + 4] * scale));
       }
-      store_words(
-          shared.queries[row / kGroupRows][dim / 64] + swizzled(row % kGroupRows, dim % 64 / 8),
-          pairs);
+      store_words(shared.queries[row / kGroupRows][tile_of(dim / 8)] +
+                      swizzled(row % kGroupRows, slot_of(dim / 8)),
+                  pairs);
     }
     publish_operands();
   }
@@ -127,24 +127,23 @@ struct Softmax {
 struct Rows {
   // The queries' operands of the first steps are held in registers, which leaves shared memory to
   // others.
-  static constexpr int kSteps = HEAD_DIM / 16, kHeld = 3;
+  static constexpr int kSteps = HEAD_DIM / 16, kTileSteps = kSteps / kTiles, kHeld = 3;
   uint32_t held[kHeld][4];
   uint32_t queries;  // operand of all
   float query_scale[2];
-  bool busy;  // else all rows of the warp are empty
   Softmax softmax;
   float out[D / 2] = {};
 
-  __device__ __forceinline__ Rows(const Shared& shared, int which, int num_rows) {
+  __device__ __forceinline__ Rows(const Shared& shared, int which) {
     const int row = first_row();
     queries = operand(shared_address(shared.queries[which]));
 #pragma unroll
     for (int i = 0; i < 4 * kHeld; ++i) {
-      const int place = row + i % 2 * 8, piece = i / 4 * 2 + i / 2 % 2;
-      held[i / 4][i % 4] = *reinterpret_cast<const uint32_t*>(
-          shared.queries[which][piece / 8] + swizzled(place, piece % 8) + threadIdx.x % 4 * 4);
+      const int step = i / 4, slot = step % kTileSteps * 2 + i / 2 % 2;
+      held[step][i % 4] =
+          *reinterpret_cast<const uint32_t*>(shared.queries[which][step / kTileSteps] +
+                                             swizzled(row + i % 2 * 8, slot) + threadIdx.x % 4 * 4);
     }
-    busy = row / 16 * 16 < num_rows - which * kGroupRows;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       query_scale[h] = shared.query_scale[which * kGroupRows + row + 8 * h];
@@ -162,7 +161,7 @@ struct Rows {
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int tile = step / 4, piece = step % 4 * 2;
+      const int tile = step / kTileSteps, piece = step % kTileSteps * 2;
       const uint32_t b = keys + tile * (kTile * kSwizzledRow / 16) + piece;
       if (step < kHeld) {
         wgmma_by_rows(x, held[step], b, step > 0);
@@ -173,14 +172,10 @@ struct Rows {
     wgmma_commit();
   }
 
-  // Products of `valid` tokens to probabilities.
+  // Products of `valid` tokens to probabilities. Rows that are empty have queries of zero.
   template <int kTile>
   __device__ __forceinline__ void weigh(float (&x)[kTile / 2], uint32_t (&weights)[kTile / 16][4],
                                         int valid, float cap_log2, bool fresh) {
-    if (!busy) {
-      set_zero(weights);
-      return;
-    }
     float factor[2] = {query_scale[0], query_scale[1]};
     if (cap_log2 > 0) {
 #pragma unroll
@@ -237,11 +232,12 @@ struct Rows {
     block_barrier_wait(kEnds + which, kGroupThreads);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      // The columns 2t and 2t + 1 of 8 are the dims t and t + 4.
+      // The columns 2t and 2t + 1 of a piece are its dims t and t + 4.
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 8; ++i) {
-        quad(g, 2 * i)[t] = out[4 * i + 2 * h];
-        quad(g, 2 * i + 1)[t] = out[4 * i + 2 * h + 1];
+      for (int piece = 0; piece < HEAD_DIM / 8; ++piece) {
+        const int i = tile_of(piece) * kPieces + slot_of(piece);
+        quad(g, 2 * piece)[t] = out[4 * i + 2 * h];
+        quad(g, 2 * piece + 1)[t] = out[4 * i + 2 * h + 1];
       }
       const int first = which * kGroupRows + warp * 16 + h * 8;
       const int end = item.num_branches * p.group - first;  // of the rows there are

@@ -8,12 +8,16 @@
 namespace patternkv {
 namespace warpgroup {
 
+// A thread's codes of a token, a piece for each tile.
 template <int kBits>
-__device__ __forceinline__ uint32_t load_codes(const uint8_t* codes) {
+__device__ __forceinline__ void load_codes(uint32_t (&codes)[kTiles], const uint8_t* from) {
   if constexpr (kBits == 4) {
-    return *reinterpret_cast<const uint32_t*>(codes);
+    load_words(codes, from);
+  } else if constexpr (kTiles == 2) {
+    const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
+    codes[0] = both & 0xffff, codes[1] = both >> 16;
   } else {
-    return *reinterpret_cast<const uint16_t*>(codes);
+    codes[0] = *reinterpret_cast<const uint16_t*>(from);
   }
 }
 
@@ -39,7 +43,7 @@ struct Packed {
   const uint8_t* codes;
   const uint8_t* patterns;
   const Source (&sources)[kTile];
-  const uint32_t (&steps)[kTile / 32];
+  const __half* channels;
 };
 
 // What a producer thread reads of one side of 32 tokens: of every kTokenStep-th, a piece of each
@@ -53,16 +57,17 @@ struct Pieces {
 
   template <int kBits, int kTile>
   __device__ __forceinline__ void load(const Packed<kTile>& from, int first) {
-    const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
+    const int thread = threadIdx.x % kGroupThreads;
+    const int slot = min(thread % kPieces, kUsedPieces - 1);
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) {
       const int token = first + n * kTokenStep + thread / kPieces;
       sources[n] = from.sources[token];
+      load_codes<kBits>(codes[n], from.codes + (token * HEAD_DIM + slot * kTiles * 8) * kBits / 8);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        const int dim = min(i * 64 + piece * 8, HEAD_DIM - 8);
-        codes[n][i] = load_codes<kBits>(from.codes + (token * HEAD_DIM + dim) * kBits / 8);
-        load_words(patterns[n][i], from.patterns + sources[n].pattern + dim * 2);
+        load_words(patterns[n][i],
+                   from.patterns + sources[n].pattern + (i * kUsedPieces + slot) * 16);
       }
     }
   }
@@ -74,23 +79,19 @@ struct Pieces {
 // takes for possible sources of theirs.
 template <int kBits, int kTile, typename LoadFollowing>
 __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwizzledRow],
-                                           const __half* channels, const Packed<kTile>& from,
-                                           Pieces& now, LoadFollowing load_following) {
-  const int thread = threadIdx.x % kGroupThreads, piece = thread % kPieces;
+                                           const Packed<kTile>& from, Pieces& now,
+                                           LoadFollowing load_following) {
+  const int thread = threadIdx.x % kGroupThreads, slot = thread % kPieces;
+  const bool used = kUsedPieces == kPieces || slot < kUsedPieces;
   const __half2 centre = __float2half2_rn(-Codes<kBits>::kCentre / (1 << 20));
+  uint32_t scales[kTiles][4];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const int place = i * kUsedPieces + min(slot, kUsedPieces - 1);
+    load_words(scales[i], reinterpret_cast<const uint8_t*>(from.channels + place * 8));
+  }
 #pragma unroll
   for (int first = 0; first < kTile; first += 32) {
-    // From shared memory each time: registers are what is scarce.
-    uint32_t scales[kTiles][4];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      load_words(scales[i], reinterpret_cast<const uint8_t*>(channels + i * 64 + piece * 8));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const __half2 scale = __hmul2(as_half2(scales[i][j]), as_half2(from.steps[first / 32]));
-        scales[i][j] = as_u32(__hmin2(scale, __float2half2_rn(65504.0f)));
-      }
-    }
     Pieces next;
     if (first + 32 < kTile) {
       next.load<kBits>(from, first + 32);
@@ -103,7 +104,6 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
       const __half2 offset = __hmul2(own, centre);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        if (i * 64 + piece * 8 >= HEAD_DIM) continue;
         uint32_t pairs[4];
         expand_pairs<kBits>(now.codes[n][i], pairs);
 #pragma unroll
@@ -119,8 +119,7 @@ __device__ __forceinline__ void dequantize(uint8_t (&tiles)[kTiles][kTile * kSwi
       const int token = first + n * Pieces::kTokenStep + thread / kPieces;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        if (i * 64 + piece * 8 >= HEAD_DIM) continue;
-        store_words(tiles[i] + swizzled(token, piece), now.patterns[n][i]);
+        if (used) store_words(tiles[i] + swizzled(token, slot), now.patterns[n][i]);
       }
     }
     now = next;
@@ -151,14 +150,15 @@ struct PatternBatch {
       const uint32_t out[4] = {__byte_perm(in[0], in[2], 0x5410), __byte_perm(in[0], in[2], 0x7632),
                                __byte_perm(in[1], in[3], 0x5410),
                                __byte_perm(in[1], in[3], 0x7632)};
-      store_words(to + place(first, i) * 16, out);
+      const int from = place(first, i), row = from / (HEAD_DIM / 8) * (HEAD_DIM / 8);
+      store_words(to + (row + place_of_piece(from - row)) * 16, out);
     }
   }
 };
 
 // Brings a producer its tiles, of which it has every `producers`-th: tile n starts at position
-// first + n * stride. Threads below kTile own a token each; tokens beyond the end repeat the last
-// one, so that no byte outside the segment is read.
+// first + n * stride. Every token has two threads, for the metadata of its K and of its V. Tokens
+// beyond the end repeat the last one, so that no byte outside the segment is read.
 template <int kTile>
 struct Feed {
   const DecodeParams& p;
@@ -170,8 +170,10 @@ struct Feed {
   int first, last;  // positions
   int count;        // of tiles
   int next_slot, later_slot, fresh_slot;
-  RawToken raw;
+  uint32_t ids, scale;  // of the tile after the present one, as loaded: unpacking waits for them
+  float up;             // scales count in units of 1 / up
   const int thread = threadIdx.x % kGroupThreads;
+  const int token = thread % kTile, side = thread / kTile;
 
   __device__ __forceinline__ Feed(const DecodeParams& p, const WorkItem& item, int head,
                                   Memory<kTile>& memory, int producer, int producers)
@@ -186,28 +188,54 @@ struct Feed {
         count((item.end - first + stride - 1) / stride) {}
 
   __device__ __forceinline__ int load_slot(int n) const {
-    return slots[min(first + n * stride + thread, last)];
+    return slots[min(first + n * stride + token, last)];
   }
   __device__ __forceinline__ void put_units(int n, int slot) {
-    if (thread < kTile) incoming.units[n % 2][thread] = pool.row_units(p.pool, slot);
+    if (side == 0) incoming.units[n % 2][token] = pool.row_units(p.pool, slot);
+  }
+  __device__ __forceinline__ void load_metadata(int slot) {
+    const uint16_t* words = pool.metadata_words(p.pool, slot);
+    ids = words[0], scale = words[1 + min(side, 1)];
   }
   __device__ __forceinline__ void put_sources(int n) {
-    if (thread >= kTile) return;
+    if (side > 1) return;
+    const uint32_t pattern = side == 0 ? ids & 0xff : ids >> 8;
+    const float scaled = fminf(half_bits_to_float(scale) * up, 65504.0f);
+    incoming.sources[n % 2][side][token] = {pattern * (HEAD_DIM * 2),
+                                            as_u32(__float2half2_rn(scaled))};
+  }
+  // Chooses the units of scales. The largest of the first tile gets to 2^8, with room for larger
+  // ones and precision for smaller ones; units of large scales are as far above as leaves fp16 to
+  // channel scales.
+  __device__ __forceinline__ void put_channels(const __half* (&channels)[2], int producer) {
+    const int dim = min(thread, HEAD_DIM - 1), warp = thread / 32;
+    const __half own[2] = {channels[0][dim], channels[1][dim]};
+    const uint32_t largest[] = {scale, __half_as_ushort(own[0]), __half_as_ushort(own[1])};
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const uint32_t bits = side == 0 ? raw.k_scale : raw.v_scale;
-      const uint32_t pattern = side == 0 ? raw.pattern_ids & 0xff : raw.pattern_ids >> 8;
-      // The largest of a warp's scales gets to 2^10, so that what is far below it keeps its
-      // precision; beyond 32, as far above as leaves the steps to fp16.
-      const float largest = half_bits_to_float(__reduce_max_sync(~0u, bits & 0x7fff));
-      const float up = fmaxf(power_of_two_scale(largest, 10), 32.0f);
-      const float scale = fminf(half_bits_to_float(bits) * up, 65504.0f);
-      incoming.sources[n % 2][side][thread] = {pattern * (HEAD_DIM * 2),
-                                               as_u32(__float2half2_rn(scale))};
-      if (thread % 32 == 0) {
-        incoming.steps[n % 2][side][thread / 32] = as_u32(__float2half2_rn((1 << 20) / up));
-      }
+    for (int i = 0; i < 3; ++i) {
+      const uint32_t of_warp = __reduce_max_sync(~0u, largest[i] & 0x7fff);
+      if (thread % 32 == 0) incoming.largest[i][warp] = of_warp;
     }
+    group_barrier(producer);
+    float ups[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t scales[kTile / 32], factors[kWarps];
+      load_words(scales, reinterpret_cast<const uint8_t*>(&incoming.largest[0][i * kTile / 32]));
+      load_words(factors, reinterpret_cast<const uint8_t*>(incoming.largest[1 + i]));
+      const float least = 32.0f / power_of_two_scale(half_bits_to_float(highest(factors)), 0);
+      ups[i] = fmaxf(power_of_two_scale(half_bits_to_float(highest(scales)), 8), least);
+      const float factor = __half2float(own[i]) * ((1 << 20) / ups[i]);
+      if (thread < HEAD_DIM) incoming.channels[i][place_of(thread)] = __float2half_rn(factor);
+    }
+    up = side == 0 ? ups[0] : ups[1];
+  }
+  template <int kCount>
+  static __device__ __forceinline__ uint32_t highest(const uint32_t (&x)[kCount]) {
+    uint32_t most = x[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) most = max(most, x[i]);
+    return most;
   }
   __device__ __forceinline__ void issue(int n) {
     copy_rows<kTile, kGroupThreads, K_ROW_BYTES, V_ROW_BYTES>(
@@ -217,21 +245,22 @@ struct Feed {
   }
 
   // The first tile, but for a wait for copies and a barrier.
-  __device__ __forceinline__ void start(int producer) {
+  __device__ __forceinline__ void start(const __half* (&channels)[2], int producer) {
     const int slot = load_slot(0);
     next_slot = load_slot(1), later_slot = load_slot(2);
-    raw = load_token(pool.metadata_words(p.pool, slot));
+    load_metadata(slot);
     put_units(0, slot);
     put_units(1, next_slot);
     group_barrier(producer);
     issue(0);
+    put_channels(channels, producer);
     put_sources(0);
   }
   // Before work on tile n: asks for the next.
   __device__ __forceinline__ void ask(int n) {
     if (n + 1 >= count) return;
     issue(n + 1);
-    raw = load_token(pool.metadata_words(p.pool, next_slot));
+    load_metadata(next_slot);
     fresh_slot = load_slot(n + 3);
   }
   // After work on tile n: the next is there, once a barrier follows.
@@ -247,11 +276,11 @@ struct Feed {
 
   // A side of tile n.
   __device__ __forceinline__ Packed<kTile> keys(int n, const uint8_t* patterns) const {
-    return {codes[n % 2], patterns, incoming.sources[n % 2][0], incoming.steps[n % 2][0]};
+    return {codes[n % 2], patterns, incoming.sources[n % 2][0], incoming.channels[0]};
   }
   __device__ __forceinline__ Packed<kTile> values(int n, const uint8_t* patterns) const {
     return {codes[n % 2] + kTile * K_ROW_BYTES, patterns, incoming.sources[n % 2][1],
-            incoming.steps[n % 2][1]};
+            incoming.channels[1]};
   }
 };
 

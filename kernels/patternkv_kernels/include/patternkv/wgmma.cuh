@@ -198,7 +198,20 @@ struct PhaseBarrier {
                  : "memory");
 #endif
   }
-  // Waits for the end of a phase, counted from 0, of which the one before has ended.
+  // Whether a phase has ended, counted from 0, of which the one before has.
+  __device__ __forceinline__ bool test(int phase) const {
+    uint32_t ended = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred ended; mbarrier.test_wait.parity.shared::cta.b64 ended, [%1], %2; "
+        "selp.u32 %0, 1, 0, ended; }"
+        : "=r"(ended)
+        : "r"(shared_address(&state)), "r"(phase % 2)
+        : "memory");
+#endif
+    return ended != 0;
+  }
+  // Waits for the end of such a phase.
   __device__ __forceinline__ void wait(int phase) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
