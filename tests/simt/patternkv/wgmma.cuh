@@ -119,21 +119,36 @@ inline void block_barrier_arrive(int barrier, int threads) {
   simt::arrive(simt::named[barrier], threads, [] {});
 }
 
+struct PhaseBarrierAddress {
+  uint32_t address;
+
+  void arrive(int times = 1) const;
+  bool test(int phase) const;
+  void wait(int phase) const {
+    while (!test(phase)) simt::yield();
+  }
+};
+
 struct PhaseBarrier {
   int16_t arrivals, missing;
   int phases;  // that have ended
 
   void init(int count) { arrivals = missing = count, phases = 0; }
-  void arrive(int times = 1) {
-    if ((missing -= times) > 0) return;
-    missing = arrivals;
-    ++phases;
-  }
-  bool test(int phase) const { return phases % 2 != phase % 2; }
-  void wait(int phase) const {
-    while (!test(phase)) simt::yield();
+  PhaseBarrierAddress at() const { return {shared_address(this)}; }
+  static PhaseBarrier& of(uint32_t address) {
+    return *reinterpret_cast<PhaseBarrier*>(simt::memory.data() + address);
   }
 };
+
+inline void PhaseBarrierAddress::arrive(int times) const {
+  PhaseBarrier& barrier = PhaseBarrier::of(address);
+  if ((barrier.missing -= times) > 0) return;
+  barrier.missing = barrier.arrivals;
+  ++barrier.phases;
+}
+inline bool PhaseBarrierAddress::test(int phase) const {
+  return PhaseBarrier::of(address).phases % 2 != phase % 2;
+}
 
 inline void group_barrier(int) {
   simt::group_exchange(nullptr, [](const void* const*) {});

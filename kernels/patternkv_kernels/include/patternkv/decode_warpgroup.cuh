@@ -88,11 +88,11 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
     feed.ask(n);
     Pieces pieces;
     pieces.load<K_BITS>(keys, 0);
-    if (place.phase > 0) shared.keys[place.stage].read.wait(place.phase - 1);
+    if (place.phase > 0) shared.keys[place.stage].read.at().wait(place.phase - 1);
     dequantize<K_BITS>(operands.keys, keys, pieces,
                        [&](Pieces& next) { next.load<V_BITS>(values, 0); });
     shared.keys[place.stage].have_written();
-    if (place.phase > 0) shared.values[place.stage].read.wait(place.phase - 1);
+    if (place.phase > 0) shared.values[place.stage].read.at().wait(place.phase - 1);
     dequantize<V_BITS>(operands.values, values, pieces, [](Pieces&) {});
     feed.receive(n);
     shared.values[place.stage].have_written();
@@ -109,39 +109,42 @@ __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& i
   load_queries(p, item, head, shares.consumers * kGroupRows, shared);
   __syncthreads();
 
-  Rows rows(shared, consumer);
+  Rows rows(shared, consumer, p.cap_log2 > 0);
   const int tokens = item.end - item.start, tiles = num_tiles<kTile>(item);
+  const int plain_tiles = p.cap_log2 > 0 ? 0 : tokens / kTile;
   Turns turns(consumer, shares.consumers, tiles - 1);
+  TileAddress<kTile> now(shared, memory.operands, first_tile), before = now;
   bool keys_there = false;
   for (int tile = 0; tile < tiles; ++tile) {
-    const Place before(first_tile + tile - 1), place(first_tile + tile),
-        next(first_tile + tile + 1);
-    auto &keys = shared.keys[place.stage], &values = shared.values[place.stage];
-    if (!keys_there) keys.written.wait(place.phase);
+    const TileAddress<kTile> next = now.next();
+    if (!keys_there) now.keys_written().wait(now.phase);
     float x[kTile / 2];
-    rows.multiply_keys<kTile>(x, memory.operands[place.stage]);
+    rows.multiply_keys<kTile>(x, now.keys);
     if (tile > 0) turns.pass();
     rows.finish();  // the values of the tile before too
     settle(x);
-    keys.have_read(shares.consumers);
-    if (tile > 0) shared.values[before.stage].have_read(shares.consumers);
+    now.have_read_keys(shares.consumers);
+    if (tile > 0) before.have_read_values(shares.consumers);
     // Asked before the softmax, the answers cost no time.
-    const bool values_there = values.written.test(place.phase);
-    const bool more = tile + 1 < tiles;
-    keys_there = more && shared.keys[next.stage].written.test(next.phase);
+    const bool values_there = now.values_written().test(now.phase), more = tile + 1 < tiles;
+    keys_there = more && next.keys_written().test(next.phase);
+    if (__builtin_expect(tile >= plain_tiles, false)) {
+      rows.prepare<kTile>(x, tokens - tile * kTile, p.cap_log2, shared.query_scale);
+    }
     uint32_t weights[kTile / 16][4];
-    rows.weigh<kTile>(x, weights, tokens - tile * kTile, p.cap_log2, tile == 0);
-    if (!values_there) values.written.wait(place.phase);
+    rows.weigh(x, weights, tile == 0);
+    if (!values_there) now.values_written().wait(now.phase);
     if (more && shares.consumers > 1) {
       // A turn is for these values and the next keys: for what is there.
-      if (!keys_there) shared.keys[next.stage].written.wait(next.phase);
+      if (!keys_there) next.keys_written().wait(next.phase);
       keys_there = true;
       turns.take();
     }
-    rows.multiply_values<kTile>(weights, memory.operands[place.stage]);
+    rows.multiply_values(weights, now.values());
+    before = now, now = next;
   }
   rows.finish();
-  shared.values[Place(first_tile + tiles - 1).stage].have_read(shares.consumers);
+  before.have_read_values(shares.consumers);
   rows.add_mass();
   rows.store(p, item, head, consumer, shared);
 }

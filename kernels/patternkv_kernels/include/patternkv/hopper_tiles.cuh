@@ -34,12 +34,6 @@ __device__ __forceinline__ int first_dim(int warp, int g) {
 // registers that all lanes share.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-// Keeps the compiler from computing what depends on x ahead of a loop: registers are scarce there.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // A token's metadata as its readers need it.
 struct alignas(16) Token {
   float k_scale;          // products of codes to logits

@@ -118,6 +118,13 @@ __device__ __forceinline__ int load_now(const int* x) {
 __device__ __forceinline__ void compute_now(float& x) { asm volatile("" : "+f"(x)); }
 __device__ __forceinline__ void compute_now(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
+// Hides from the compiler what x is, so that it neither computes what depends on x ahead of a loop,
+// where registers are scarce, nor keeps it in registers that all lanes share.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Brings the line of an address to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* x) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(x));

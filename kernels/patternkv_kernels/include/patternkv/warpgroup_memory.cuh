@@ -60,11 +60,7 @@ struct Handoff {
   __device__ __forceinline__ void have_written() {
     publish_operands();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) written.arrive();
-  }
-  // By each of `consumers`.
-  __device__ __forceinline__ void have_read(int consumers) {
-    if (threadIdx.x % 32 == 0) read.arrive(kMostConsumers / consumers);
+    if (threadIdx.x % 32 == 0) written.at().arrive();
   }
 };
 
@@ -88,6 +84,58 @@ template <int kTile>
 struct alignas(1024) Operands {
   uint8_t keys[kTiles][kTile * kSwizzledRow];
   uint8_t values[kTiles][kTile * kSwizzledRow];
+};
+
+// What consumers know of a tile: where its operands and handoffs are. Carried from one tile to the
+// next, since addresses that all threads share are slow to compute.
+template <int kTile>
+struct TileAddress {
+  int stage, phase;
+  uint32_t handoff;  // of the keys
+  uint32_t keys;     // operand
+
+  // Of the n-th tile of a block.
+  __device__ __forceinline__ TileAddress(const Shared& shared,
+                                         const Operands<kTile> (&operands)[kStages], int n) {
+    const Place place(n);
+    stage = place.stage, phase = place.phase;
+    handoff = shared_address(&shared.keys[stage]);
+    keys = operand(shared_address(&operands[stage]));
+  }
+  __device__ __forceinline__ TileAddress next() const {
+    constexpr uint32_t kBytes = sizeof(Operands<kTile>);
+    TileAddress next = *this;
+    ++next.stage, next.handoff += sizeof(Handoff), next.keys += kBytes / 16;
+    if (next.stage == kStages) {
+      next.stage = 0, next.phase ^= 1;
+      next.handoff -= kStages * sizeof(Handoff), next.keys -= kStages * kBytes / 16;
+    }
+    return next;
+  }
+  __device__ __forceinline__ uint32_t values() const {
+    return keys + operand(sizeof(Operands<kTile>::keys), kTile * kSwizzledRow) - operand(0);
+  }
+  __device__ __forceinline__ PhaseBarrierAddress keys_written() const { return {handoff}; }
+  __device__ __forceinline__ PhaseBarrierAddress values_written() const {
+    return {handoff + kFromKeysToValues};
+  }
+  // By each of `consumers`.
+  __device__ __forceinline__ void have_read_keys(int consumers) const {
+    have_read(handoff, consumers);
+  }
+  __device__ __forceinline__ void have_read_values(int consumers) const {
+    have_read(handoff + kFromKeysToValues, consumers);
+  }
+
+ private:
+  static constexpr uint32_t kFromKeysToValues = offsetof(Shared, values) - offsetof(Shared, keys);
+  static_assert(offsetof(Handoff, written) == 0);
+
+  static __device__ __forceinline__ void have_read(uint32_t handoff, int consumers) {
+    if (threadIdx.x % 32 > 0) return;
+    constexpr uint32_t kRead = offsetof(Handoff, read);
+    PhaseBarrierAddress{handoff + kRead}.arrive(kMostConsumers / consumers);
+  }
 };
 
 // The tiles on their way to one producer: code rows, K's and then V's, and what is known of tokens.

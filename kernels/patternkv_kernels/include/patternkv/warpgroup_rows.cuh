@@ -130,13 +130,15 @@ struct Rows {
   static constexpr int kSteps = HEAD_DIM / 16, kTileSteps = kSteps / kTiles, kHeld = 3;
   uint32_t held[kHeld][4];
   uint32_t queries;  // operand of all
-  float query_scale[2];
+  int which;
+  float factor[2];  // of products, or of capped logits, to logits
   Softmax softmax;
   float out[D / 2] = {};
 
-  __device__ __forceinline__ Rows(const Shared& shared, int which) {
+  __device__ __forceinline__ Rows(const Shared& shared, int which, bool capped)
+      : which(which) {
     const int row = first_row();
-    queries = operand(shared_address(shared.queries[which]));
+    queries = opaque(operand(shared_address(shared.queries[which])));
 #pragma unroll
     for (int i = 0; i < 4 * kHeld; ++i) {
       const int step = i / 4, slot = step % kTileSteps * 2 + i / 2 % 2;
@@ -146,7 +148,7 @@ struct Rows {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      query_scale[h] = shared.query_scale[which * kGroupRows + row + 8 * h];
+      factor[h] = capped ? 1.0f : shared.query_scale[which * kGroupRows + row + 8 * h];
     }
   }
   // The thread's rows are this and 8 further.
@@ -155,9 +157,7 @@ struct Rows {
   }
 
   template <int kTile>
-  __device__ __forceinline__ void multiply_keys(float (&x)[kTile / 2],
-                                                const Operands<kTile>& operands) const {
-    const uint32_t keys = operand(shared_address(operands.keys));
+  __device__ __forceinline__ void multiply_keys(float (&x)[kTile / 2], uint32_t keys) const {
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -172,15 +172,14 @@ struct Rows {
     wgmma_commit();
   }
 
-  // Products of `valid` tokens to probabilities. Rows that are empty have queries of zero.
+  // Of products: soft caps, and nothing of tokens beyond `valid`.
   template <int kTile>
-  __device__ __forceinline__ void weigh(float (&x)[kTile / 2], uint32_t (&weights)[kTile / 16][4],
-                                        int valid, float cap_log2, bool fresh) {
-    float factor[2] = {query_scale[0], query_scale[1]};
+  __device__ __forceinline__ void prepare(float (&x)[kTile / 2], int valid, float cap_log2,
+                                          const float (&query_scale)[kMostRows]) const {
     if (cap_log2 > 0) {
+      const float* scale = query_scale + which * kGroupRows + first_row();
 #pragma unroll
-      for (int i = 0; i < kTile / 2; ++i) x[i] = soft_cap(x[i] * factor[i / 2 % 2], cap_log2);
-      factor[0] = factor[1] = 1;
+      for (int i = 0; i < kTile / 2; ++i) x[i] = soft_cap(x[i] * scale[i / 2 % 2 * 8], cap_log2);
     }
     if (valid < kTile) {
       const int t = threadIdx.x % 4;
@@ -189,16 +188,21 @@ struct Rows {
         if (i / 4 * 8 + 2 * t + i % 2 >= valid) x[i] = -INFINITY;
       }
     }
+  }
+
+  // Products to probabilities. Rows that are empty have queries of zero.
+  template <int kCount>
+  __device__ __forceinline__ void weigh(const float (&x)[kCount],
+                                        uint32_t (&weights)[kCount / 8][4], bool fresh) {
     softmax.apply(x, factor, out, weights, fresh);
   }
 
-  template <int kTile>
-  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kTile / 16][4],
-                                                  const Operands<kTile>& operands) {
-    const uint32_t values = operand(shared_address(operands.values), kTile * kSwizzledRow);
+  template <int kSteps>
+  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[kSteps][4],
+                                                  uint32_t values) {
     wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < kTile / 16; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       wgmma_by_columns(out, weights[step], values + step * (16 * kSwizzledRow / 16));
     }
     wgmma_commit();

@@ -180,21 +180,14 @@ __device__ __forceinline__ void block_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// A barrier in shared memory, whose phases end with their last arrival. Unlike at a named barrier,
-// who waits is not counted, so that several who wait do not wait for each other.
-struct PhaseBarrier {
-  uint64_t state;
+// A barrier in shared memory, whose phases end with their last arrival, by its address. Unlike at a
+// named barrier, who waits is not counted, so that several who wait do not wait for each other.
+struct PhaseBarrierAddress {
+  uint32_t address;
 
-  // By one thread, before a barrier of the block.
-  __device__ __forceinline__ void init(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
-                 "r"(arrivals)
-                 : "memory");
-  }
-  __device__ __forceinline__ void arrive(int times = 1) {
+  __device__ __forceinline__ void arrive(int times = 1) const {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
-                 "r"(times)
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(times)
                  : "memory");
 #endif
   }
@@ -206,21 +199,33 @@ struct PhaseBarrier {
         "{ .reg .pred ended; mbarrier.test_wait.parity.shared::cta.b64 ended, [%1], %2; "
         "selp.u32 %0, 1, 0, ended; }"
         : "=r"(ended)
-        : "r"(shared_address(&state)), "r"(phase % 2)
+        : "r"(address), "r"(phase & 1)
         : "memory");
 #endif
     return ended != 0;
   }
   // Waits for the end of such a phase.
-  __device__ __forceinline__ void wait(int phase) {
+  __device__ __forceinline__ void wait(int phase) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
-        "@!done bra again; }" ::"r"(shared_address(&state)),
-        "r"(phase % 2)
+        "@!done bra again; }" ::"r"(address),
+        "r"(phase & 1)
         : "memory");
 #endif
   }
+};
+
+struct PhaseBarrier {
+  uint64_t state;
+
+  // By one thread, before a barrier of the block.
+  __device__ __forceinline__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
+                 "r"(arrivals)
+                 : "memory");
+  }
+  __device__ __forceinline__ PhaseBarrierAddress at() const { return {shared_address(&state)}; }
 };
 
 // Registers of each thread of a warpgroup from here on, more or less than the launch gave it.
