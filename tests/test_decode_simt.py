@@ -100,6 +100,25 @@ def test_values_dequantized_far_from_one(bits: tuple[int, int], factor: float) -
     assert (out.double() - expected).norm() / expected.norm() < 2.0**-7
 
 
+@pytest.mark.parametrize("step", [0.25, 24.0])
+def test_keys_far_larger_than_those_before(step: float) -> None:
+    """Logits rise from tile to tile, by less and by more than powers of two in float32 reach."""
+    tokens = 1600
+    inputs = make_inputs(
+        DecodeCase(
+            "rising", d=128, group=4, h_kv=1, dtype=BF16, tree=[Segment(tokens, tuple(range(16)))]
+        )
+    )
+    scale = inputs.fmt.views(inputs.buffer).k_scale
+    for tile, token in enumerate(range(30, tokens, 64)):
+        page, offset = divmod(int(inputs.segment_slots[0][token]), inputs.fmt.page_size)
+        scale[page, :, offset] *= 1 + step * tile
+    out, lse = simt_decode(inputs, hopper=True)
+    expected, expected_lse = dense_decode(inputs)
+    assert (out.double() - expected).norm() / expected.norm() < 2.0**-7
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2.0**-7, atol=2.0**-7)
+
+
 @pytest.mark.parametrize(("lengths", "by_many"), [((900, 100), True), ((100, 900), False)])
 def test_the_planner_weighs_rows(lengths: tuple[int, int], by_many: bool) -> None:
     """A segment of 40 rows and one of 32: the costlier decides for both."""

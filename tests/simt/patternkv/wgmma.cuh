@@ -24,7 +24,8 @@ void lower_registers() {}
 inline void publish_operands() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}
-inline void wgmma_wait() {}
+template <int kPending = 0>
+void wgmma_wait() {}
 
 template <int kCount>
 void settle(float (&)[kCount]) {}

@@ -55,17 +55,24 @@ __device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* cod
                                              UnitsOf units_of) {
   const auto copy = [&](auto parts_constant, auto&& each) {
     constexpr int kParts = decltype(parts_constant)::value, kTotal = kTokens * kParts;
+    constexpr int kCopies = (kTotal + kThreadsUsed - 1) / kThreadsUsed;
+    int token[kCopies], part[kCopies];
+    bool inside[kCopies];
+    uint64_t units[kCopies];
 #pragma unroll
-    for (int first = 0; first < kTotal; first += kThreadsUsed) {
-      int token, part;
+    for (int i = 0; i < kCopies; ++i) {
+      const int first = i * kThreadsUsed;
       if constexpr (kThreadsUsed % kParts == 0) {
-        token = first / kParts + thread / kParts, part = thread % kParts;
+        token[i] = first / kParts + thread / kParts, part[i] = thread % kParts;
       } else {
-        token = (first + thread) / kParts, part = (first + thread) % kParts;
+        token[i] = (first + thread) / kParts, part[i] = (first + thread) % kParts;
       }
-      const bool inside = kTotal % kThreadsUsed == 0 || first + thread < kTotal;
-      const uint64_t units = units_of(inside ? token : 0);
-      if (inside) each(token, part * kBytes, codes + units * 8 + part * kBytes);
+      inside[i] = kTotal % kThreadsUsed == 0 || first + thread < kTotal;
+      units[i] = units_of(inside[i] ? token[i] : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (inside[i]) each(token[i], part[i] * kBytes, codes + units[i] * 8 + part[i] * kBytes);
     }
   };
   const auto copy_k = [&](int token, int byte, const uint8_t* row) {

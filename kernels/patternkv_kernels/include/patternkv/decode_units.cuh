@@ -55,7 +55,9 @@ class Units {
         h_kv_(h_kv),
         unit_(blockIdx.x),
         num_units_(queue.sign * *queue.num_items * h_kv),
-        next_(next) {}
+        next_(next) {
+    if (threadIdx.x == 0) next_ = unit_;
+  }
 
   __device__ __forceinline__ bool any() const { return unit_ < num_units_; }
   __device__ __forceinline__ int head() const { return unit_ % h_kv_; }
@@ -63,9 +65,10 @@ class Units {
   __device__ __forceinline__ void claim() {
     if (threadIdx.x == 0 && more()) next_ = gridDim.x + atomicAdd(queue_.taken, 1);
   }
-  // Behind that barrier; one must follow before the next claim.
-  __device__ __forceinline__ void advance() {
-    unit_ = more() ? next_ : num_units_;
+  // Behind that barrier; one must follow before the next claim. `again`: without a claim, to the
+  // same unit.
+  __device__ __forceinline__ void advance(bool again = false) {
+    unit_ = more() || again ? next_ : num_units_;
     if (any()) item = load(queue_.items + unit_ / h_kv_);
   }
 

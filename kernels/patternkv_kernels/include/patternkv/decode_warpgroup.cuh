@@ -23,27 +23,6 @@ struct Shares {
         producers(kGroups - consumers) {}
 };
 
-// Two consumers take turns at the tensor cores, so that one multiplies while the other has its
-// softmax.
-struct Turns {
-  int consumer, left;
-
-  // `count` of each, of nobody where there is one consumer.
-  __device__ __forceinline__ Turns(int consumer, int consumers, int count)
-      : consumer(consumer), left(consumers > 1 ? count : 0) {
-    if (consumer > 0 && left > 0) block_barrier_arrive(kTurns, kThreads);
-  }
-  __device__ __forceinline__ void take() const { block_barrier_wait(kTurns + consumer, kThreads); }
-  __device__ __forceinline__ void pass() {
-    // After the last turn nobody takes one.
-    if (left > consumer) block_barrier_arrive(kTurns + 1 - consumer, kThreads);
-    --left;
-  }
-
- private:
-  static constexpr int kThreads = kMostConsumers * kGroupThreads;
-};
-
 template <int kTile>
 __device__ __forceinline__ int num_tiles(const WorkItem& item) {
   return (item.end - item.start + kTile - 1) / kTile;
@@ -91,8 +70,9 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
     if (place.phase > 0) shared.keys[place.stage].read.at().wait(place.phase - 1);
     dequantize<K_BITS>(operands.keys, keys, pieces,
                        [&](Pieces& next) { next.load<V_BITS>(values, 0); });
-    shared.keys[place.stage].have_written();
     if (place.phase > 0) shared.values[place.stage].read.at().wait(place.phase - 1);
+    // Only now, when stores to shared memory have had time to end.
+    shared.keys[place.stage].have_written();
     dequantize<V_BITS>(operands.values, values, pieces, [](Pieces&) {});
     feed.receive(n);
     shared.values[place.stage].have_written();
@@ -103,7 +83,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const WorkItem& i
 template <int kTile>
 __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& item, int head,
                                         uint8_t* bytes, const Shares& shares, int consumer,
-                                        int first_tile) {
+                                        int first_tile, bool careful) {
   auto& memory = *reinterpret_cast<Memory<kTile>*>(bytes);
   auto& shared = memory.shared;
   load_queries(p, item, head, shares.consumers * kGroupRows, shared);
@@ -112,39 +92,62 @@ __device__ __forceinline__ void consume(const DecodeParams& p, const WorkItem& i
   Rows rows(shared, consumer, p.cap_log2 > 0);
   const int tokens = item.end - item.start, tiles = num_tiles<kTile>(item);
   const int plain_tiles = p.cap_log2 > 0 ? 0 : tokens / kTile;
-  Turns turns(consumer, shares.consumers, tiles - 1);
-  TileAddress<kTile> now(shared, memory.operands, first_tile), before = now;
-  bool keys_there = false;
-  for (int tile = 0; tile < tiles; ++tile) {
-    const TileAddress<kTile> next = now.next();
-    if (!keys_there) now.keys_written().wait(now.phase);
-    float x[kTile / 2];
-    rows.multiply_keys<kTile>(x, now.keys);
-    if (tile > 0) turns.pass();
-    rows.finish();  // the values of the tile before too
-    settle(x);
-    now.have_read_keys(shares.consumers);
-    if (tile > 0) before.have_read_values(shares.consumers);
-    // Asked before the softmax, the answers cost no time.
-    const bool values_there = now.values_written().test(now.phase), more = tile + 1 < tiles;
-    keys_there = more && next.keys_written().test(next.phase);
+  TileAddress<kTile> now(shared, memory.operands, first_tile);
+  float x[kTile / 2];
+  uint32_t weights[kTile / 16][4];
+  const auto weigh = [&](int tile, bool peaks) {
     if (__builtin_expect(tile >= plain_tiles, false)) {
       rows.prepare<kTile>(x, tokens - tile * kTile, p.cap_log2, shared.query_scale);
     }
-    uint32_t weights[kTile / 16][4];
-    rows.weigh(x, weights, tile == 0);
-    if (!values_there) now.values_written().wait(now.phase);
-    if (more && shares.consumers > 1) {
-      // A turn is for these values and the next keys: for what is there.
-      if (!keys_there) next.keys_written().wait(next.phase);
-      keys_there = true;
-      turns.take();
-    }
+    rows.weigh(x, peaks, shared.lost);
+  };
+  const auto begin = [&](int tile) {
+    now.keys_written().wait(now.phase);
+    rows.multiply_keys<kTile>(x, now.keys);
+    rows.finish();
+    settle(x);
+    now.have_read_keys(shares.consumers);
+    weigh(tile, true);
+    rows.pack(weights, x);
+  };
+  const auto end = [&] {
+    now.values_written().wait(now.phase);
     rows.multiply_values(weights, now.values());
-    before = now, now = next;
+    rows.finish();
+    now.have_read_values(shares.consumers);
+  };
+  begin(0);
+  int tile = 1;
+  if (careful) {
+    for (; tile < tiles; ++tile) {
+      end();
+      now = now.next();
+      begin(tile);
+    }
   }
-  rows.finish();
-  before.have_read_values(shares.consumers);
+  // The next keys are multiplied ahead of a tile's values, whose products then run beside the
+  // softmax of these keys. Without branches among products: they would wait for each other.
+  bool values_there = false, keys_there = false;
+  for (; tile < tiles; ++tile) {
+    const TileAddress<kTile> next = now.next();
+    if (!keys_there) next.keys_written().wait(next.phase);
+    rows.multiply_keys<kTile>(x, next.keys);
+    if (!values_there) now.values_written().wait(now.phase);
+    rows.multiply_values(weights, now.values());
+    wgmma_wait<1>();
+    settle(x);
+    next.have_read_keys(shares.consumers);
+    // Asked before the softmax, the answers cost no time.
+    const TileAddress<kTile> later = next.next();
+    values_there = next.values_written().test(next.phase);
+    keys_there = tile + 1 < tiles && later.keys_written().test(later.phase);
+    weigh(tile, false);
+    rows.finish();
+    now.have_read_values(shares.consumers);
+    rows.pack(weights, x);
+    now = next;
+  }
+  end();
   rows.add_mass();
   rows.store(p, item, head, consumer, shared);
 }
@@ -161,26 +164,35 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   auto& shared = reinterpret_cast<Memory<kTile>*>(aligned)->shared;
   if (threadIdx.x < kStages) shared.keys[threadIdx.x].init(), shared.values[threadIdx.x].init();
+  if (threadIdx.x == 0) shared.lost = false;
   __syncthreads();
   int tiles = 0;  // of the items before
   const auto for_each = [&](auto work) {
-    for_each_unit(p.work.many(), p.pool.h_kv, next_unit, [&](const WorkItem& item, int head) {
-      work(item, head, Shares(p, item));
-      tiles += num_tiles<kTile>(item);
-    });
+    bool careful = false;
+    for (Units units(p.work.many(), p.pool.h_kv, next_unit); units.any();) {
+      work(units.item, units.head(), Shares(p, units.item), careful);
+      tiles += num_tiles<kTile>(units.item);
+      __syncthreads();
+      // Never but where a logit is 2^7 above the largest before.
+      careful = shared.lost && !careful;
+      if (!careful) units.claim();
+      __syncthreads();
+      units.advance(careful);
+      if (threadIdx.x == 0) shared.lost = false;
+    }
   };
   if (group < kMostConsumers) {
     raise_registers<kConsumerRegisters>();
-    for_each([&](const WorkItem& item, int head, const Shares& shares) {
+    for_each([&](const WorkItem& item, int head, const Shares& shares, bool careful) {
       if (group < shares.consumers) {
-        consume<kTile>(p, item, head, aligned, shares, group, tiles);
+        consume<kTile>(p, item, head, aligned, shares, group, tiles, careful);
       } else {
         produce<kTile>(p, item, head, aligned, shares, group - shares.consumers, tiles);
       }
     });
   } else {
     lower_registers<kProducerRegisters>();
-    for_each([&](const WorkItem& item, int head, const Shares& shares) {
+    for_each([&](const WorkItem& item, int head, const Shares& shares, bool) {
       produce<kTile>(p, item, head, aligned, shares, group - shares.consumers, tiles);
     });
   }

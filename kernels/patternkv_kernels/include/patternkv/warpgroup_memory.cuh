@@ -25,9 +25,8 @@ constexpr int kTiles = D / 64;  // operand tiles side by side
 constexpr int kPieces = 8;      // 16-byte pieces of a tile's row, 8 dims each
 constexpr int kUsedPieces = HEAD_DIM / 8 / kTiles;
 
-// Named barriers: those of the producers come first (group_barrier), then the consumers' turns and
-// the ends of their products.
-constexpr int kTurns = 1 + kMostProducers, kEnds = kTurns + kMostConsumers;
+// Named barriers: those of the producers come first (group_barrier), then the consumers' ends.
+constexpr int kEnds = 1 + kMostProducers;
 
 // Where things are in a row of operands, patterns or channel scales. Neighbouring pieces lie in
 // different tiles, so that a thread that has a piece of each tile has neighbouring codes. Inside a
@@ -76,6 +75,7 @@ struct Shared {
   // queries.
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
+  bool lost;                     // whether the item must be done again, with care
   Handoff keys[kStages], values[kStages];
 };
 

@@ -70,56 +70,64 @@ struct Softmax {
   float reference[2] = {-INFINITY, -INFINITY};
   float mass[2] = {};  // of the thread's columns
 
-  // Logits (products, to be multiplied by `factor` > 0) to probabilities, as operands of the next
-  // product. Rescales `out` where a reference rises, which is seen of the sums alone: no peak is
-  // looked for until then.
+  // Turns logits (products, to be multiplied by `factor` > 0) into probabilities. Rescales `out`
+  // where a reference rises. With `peaks` it does so by the logits, else once sums of probabilities
+  // are large: as a rule nobody looks for a peak. Sets `lost` where a logit is too far above its
+  // reference to be told from others.
   template <int kCount, int kOut>
-  __device__ __forceinline__ void apply(const float (&x)[kCount], const float (&factor)[2],
-                                        float (&out)[kOut], uint32_t (&weights)[kCount / 8][4],
-                                        bool fresh) {
-    float sums[2];
-    // Once as a rule. A first tile raises its references without being weighed before.
-#pragma unroll 1
-    for (bool raise = fresh;; raise = true) {
-      if (raise) {
+  __device__ __forceinline__ void apply(float (&x)[kCount], const float (&factor)[2],
+                                        float (&out)[kOut], bool peaks, bool& lost) {
+    if (peaks) {
+      wgmma_wait();
+      settle(out);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float peak = x[2 * h];
-#pragma unroll
-          for (int i = 1; i < kCount / 2; ++i) peak = fmaxf(peak, x[i / 2 * 4 + 2 * h + i % 2]);
-          peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-          peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
-          const float raised = fmaxf(reference[h], peak * factor[h]);
-          const float scale = exp2_approx(reference[h] - raised);
-          reference[h] = raised;
-          mass[h] *= scale;
-#pragma unroll
-          for (int i = 0; i < kOut / 4; ++i) {
-            out[4 * i + 2 * h] *= scale;
-            out[4 * i + 2 * h + 1] *= scale;
-          }
-        }
+      for (int h = 0; h < 2; ++h) {
+        const float raised = fmaxf(reference[h], peak_of(x, h) * factor[h]);
+        rescale(h, exp2_approx(reference[h] - raised), out);
+        reference[h] = raised;
       }
-      weigh(x, factor, weights, sums);
-      if (raise || __all_sync(~0u, sums[0] <= kMostSum && sums[1] <= kMostSum)) break;
+    }
+    float sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const int h = i % 2;
+      x[2 * i] = exp2_approx(fmaf(x[2 * i], factor[h], -reference[h]));
+      x[2 * i + 1] = exp2_approx(fmaf(x[2 * i + 1], factor[h], -reference[h]));
+      sums[h] += x[2 * i] + x[2 * i + 1];
+    }
+    if (!__all_sync(~0u, sums[0] <= kMostSum && sums[1] <= kMostSum)) {
+      wgmma_wait();
+      settle(out);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float peak = peak_of(x, h);
+        if (!(peak < INFINITY)) lost = true;
+        const float scale = fminf(power_of_two_scale(peak, 0), 1.0f);
+        reference[h] += 127 - (__float_as_int(scale) >> 23);
+        rescale(h, scale, out);
+        sums[h] *= scale;
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) x[i / 2 * 4 + 2 * h + i % 2] *= scale;
+      }
     }
     mass[0] += sums[0], mass[1] += sums[1];
   }
 
-  // Probabilities against the references as they are, and the thread's sums of them.
+ private:
+  // The largest element of row h, in all lanes that have a part of it.
   template <int kCount>
-  __device__ __forceinline__ void weigh(const float (&x)[kCount], const float (&factor)[2],
-                                        uint32_t (&weights)[kCount / 8][4],
-                                        float (&sums)[2]) const {
-    sums[0] = sums[1] = 0;
+  static __device__ __forceinline__ float peak_of(const float (&x)[kCount], int h) {
+    float peak = x[2 * h];
 #pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      const int h = i % 2;
-      const float p0 = exp2_approx(fmaf(x[2 * i], factor[h], -reference[h]));
-      const float p1 = exp2_approx(fmaf(x[2 * i + 1], factor[h], -reference[h]));
-      sums[h] += p0 + p1;
-      weights[i / 4][i % 4] = as_u32(__floats2half2_rn(p0, p1));
-    }
+    for (int i = 1; i < kCount / 2; ++i) peak = fmaxf(peak, x[i / 2 * 4 + 2 * h + i % 2]);
+    peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+    return fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+  }
+  template <int kOut>
+  __device__ __forceinline__ void rescale(int h, float scale, float (&out)[kOut]) {
+    mass[h] *= scale;
+#pragma unroll
+    for (int i = 0; i < kOut / 2; ++i) out[i / 2 * 4 + 2 * h + i % 2] *= scale;
   }
 };
 
@@ -135,8 +143,7 @@ struct Rows {
   Softmax softmax;
   float out[D / 2] = {};
 
-  __device__ __forceinline__ Rows(const Shared& shared, int which, bool capped)
-      : which(which) {
+  __device__ __forceinline__ Rows(const Shared& shared, int which, bool capped) : which(which) {
     const int row = first_row();
     queries = opaque(operand(shared_address(shared.queries[which])));
 #pragma unroll
@@ -192,9 +199,17 @@ struct Rows {
 
   // Products to probabilities. Rows that are empty have queries of zero.
   template <int kCount>
-  __device__ __forceinline__ void weigh(const float (&x)[kCount],
-                                        uint32_t (&weights)[kCount / 8][4], bool fresh) {
-    softmax.apply(x, factor, out, weights, fresh);
+  __device__ __forceinline__ void weigh(float (&x)[kCount], bool peaks, bool& lost) {
+    softmax.apply(x, factor, out, peaks, lost);
+  }
+  // Probabilities as operands of the next product.
+  template <int kCount>
+  static __device__ __forceinline__ void pack(uint32_t (&weights)[kCount / 8][4],
+                                              const float (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      weights[i / 4][i % 4] = as_u32(__floats2half2_rn(x[2 * i], x[2 * i + 1]));
+    }
   }
 
   template <int kSteps>

@@ -47,10 +47,12 @@ __device__ __forceinline__ void wgmma_commit() {
 #endif
 }
 
-// Waits for every product. Name the accumulators with `settle` before they are used.
+// Waits for every product but those of the last kPending commits. Name the accumulators with
+// `settle` before they are used.
+template <int kPending = 0>
 __device__ __forceinline__ void wgmma_wait() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #endif
 }
 
