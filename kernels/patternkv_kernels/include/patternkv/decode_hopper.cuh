@@ -56,19 +56,22 @@ struct Attention {
   // Probabilities times V scales, of the thread's tokens: element 2 j + e.
   float scaled[kRows / 4] = {};
   const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  // What products with codes start from, element 2 j + e. In registers: loads of it would be ones
+  // too many in flight at the beginning of a tile, where others would wait for the metadata of a
+  // later tile.
+  float start[kRows / 4];
 
   __device__ __forceinline__ Attention(Memory& memory, int thread, float cap_log2)
-      : memory(memory), thread(thread), cap_log2(cap_log2) {}
+      : memory(memory), thread(thread), cap_log2(cap_log2) {
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) start[i] = -memory.bias[i / 2 * 8 + 2 * t + i % 2];
+  }
 
   // Products of queries and K codes of the tile, and their sums with the table: logits of the
   // tokens 16 w + g + 8 h, relative to the references.
   __device__ __forceinline__ void multiply_keys(float (&x)[kRows / 2], int stage) {
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const float2 bias = *reinterpret_cast<const float2*>(&memory.bias[8 * j + 2 * t]);
-      x[4 * j] = x[4 * j + 2] = -bias.x;
-      x[4 * j + 1] = x[4 * j + 3] = -bias.y;
-    }
+    for (int i = 0; i < kRows / 2; ++i) x[i] = start[i / 4 * 2 + i % 2];
     const KeyWords words = load_keys(memory.codes[stage], warp * 16 + g, t);
     uint32_t a[HEAD_DIM / 16][4];
 #pragma unroll
