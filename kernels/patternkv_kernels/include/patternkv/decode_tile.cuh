@@ -56,23 +56,35 @@ __device__ __forceinline__ void copy_rows_by(uint32_t shared, const uint8_t* cod
   const auto copy = [&](auto parts_constant, auto&& each) {
     constexpr int kParts = decltype(parts_constant)::value, kTotal = kTokens * kParts;
     constexpr int kCopies = (kTotal + kThreadsUsed - 1) / kThreadsUsed;
-    int token[kCopies], part[kCopies];
-    bool inside[kCopies];
-    uint64_t units[kCopies];
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int first = i * kThreadsUsed;
+    struct Copy {
+      int token, part;
+      bool inside;
+      uint64_t units;
+    };
+    const auto look_up = [&](int first) {
+      int token, part;
       if constexpr (kThreadsUsed % kParts == 0) {
-        token[i] = first / kParts + thread / kParts, part[i] = thread % kParts;
+        token = first / kParts + thread / kParts, part = thread % kParts;
       } else {
-        token[i] = (first + thread) / kParts, part[i] = (first + thread) % kParts;
+        token = (first + thread) / kParts, part = (first + thread) % kParts;
       }
-      inside[i] = kTotal % kThreadsUsed == 0 || first + thread < kTotal;
-      units[i] = units_of(inside[i] ? token[i] : 0);
-    }
+      const bool inside = kTotal % kThreadsUsed == 0 || first + thread < kTotal;
+      return Copy{token, part, inside, units_of(inside ? token : 0)};
+    };
+    const auto start = [&](const Copy& copy) {
+      const int byte = copy.part * kBytes;
+      if (copy.inside) each(copy.token, byte, codes + copy.units * 8 + byte);
+    };
+    if constexpr (kWhole) {
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      if (inside[i]) each(token[i], part[i] * kBytes, codes + units[i] * 8 + part[i] * kBytes);
+      for (int i = 0; i < kCopies; ++i) start(look_up(i * kThreadsUsed));
+    } else {
+      // All look-ups ahead of all copies: the compiler does not move them there.
+      Copy copies[kCopies];
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) copies[i] = look_up(i * kThreadsUsed);
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) start(copies[i]);
     }
   };
   const auto copy_k = [&](int token, int byte, const uint8_t* row) {

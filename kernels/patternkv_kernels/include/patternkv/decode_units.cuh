@@ -48,16 +48,14 @@ class Units {
  public:
   WorkItem item;
 
-  // `next` is in shared memory.
+  // `next` is in shared memory. Who takes units again has it begin with the block's first one.
   __device__ __forceinline__ Units(WorkQueue queue, int h_kv, int& next)
       : item(load(queue.items + blockIdx.x / h_kv)),
         queue_(queue),
         h_kv_(h_kv),
         unit_(blockIdx.x),
         num_units_(queue.sign * *queue.num_items * h_kv),
-        next_(next) {
-    if (threadIdx.x == 0) next_ = unit_;
-  }
+        next_(next) {}
 
   __device__ __forceinline__ bool any() const { return unit_ < num_units_; }
   __device__ __forceinline__ int head() const { return unit_ % h_kv_; }

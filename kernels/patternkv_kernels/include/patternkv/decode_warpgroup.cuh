@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   auto& shared = reinterpret_cast<Memory<kTile>*>(aligned)->shared;
   if (threadIdx.x < kStages) shared.keys[threadIdx.x].init(), shared.values[threadIdx.x].init();
-  if (threadIdx.x == 0) shared.lost = false;
+  if (threadIdx.x == 0) shared.lost = false, next_unit = blockIdx.x;
   __syncthreads();
   int tiles = 0;  // of the items before
   const auto for_each = [&](auto work) {
