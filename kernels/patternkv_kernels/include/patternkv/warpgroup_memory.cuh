@@ -75,7 +75,9 @@ struct Shared {
   // queries.
   uint8_t queries[kMostRows / kGroupRows][kTiles][kGroupRows * kSwizzledRow];
   float query_scale[kMostRows];  // of products to logits
-  bool lost;                     // whether the item must be done again, with care
+  // Of each producer: half bits of the largest scales of each warp's tokens, and of channel scales.
+  alignas(16) uint32_t largest[kMostProducers][3][kWarps];
+  bool lost;  // whether the item must be done again, with care
   Handoff keys[kStages], values[kStages];
 };
 
@@ -146,7 +148,6 @@ struct alignas(128) Incoming {
   Source sources[2][2][kTile];   // K's and V's
   __half channels[2][HEAD_DIM];  // channel scales, in the units that tokens' scales leave
   uint32_t units[2][kTile];      // offsets of code rows
-  uint32_t largest[3][kWarps];   // half bits: of each warp's tokens, and of channel scales
 };
 
 // In front of K's and V's patterns, from an address aligned to kAlign.

@@ -166,6 +166,7 @@ struct Feed {
   const int* slots;
   Incoming<kTile>& incoming;
   IncomingCodes<kTile>& codes;
+  uint32_t (&largest)[3][kWarps];
   int stride;
   int first, last;  // positions
   int count;        // of tiles
@@ -182,6 +183,7 @@ struct Feed {
         slots(p.req_to_token + item.req * p.req_stride),
         incoming(memory.incoming[producer]),
         codes(memory.codes_of(producer)),
+        largest(memory.shared.largest[producer]),
         stride(producers * kTile),
         first(item.start + producer * kTile),
         last(item.end - 1),
@@ -210,19 +212,19 @@ struct Feed {
   __device__ __forceinline__ void put_channels(const __half* (&channels)[2], int producer) {
     const int dim = min(thread, HEAD_DIM - 1), warp = thread / 32;
     const __half own[2] = {channels[0][dim], channels[1][dim]};
-    const uint32_t largest[] = {scale, __half_as_ushort(own[0]), __half_as_ushort(own[1])};
+    const uint32_t bits[] = {scale, __half_as_ushort(own[0]), __half_as_ushort(own[1])};
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      const uint32_t of_warp = __reduce_max_sync(~0u, largest[i] & 0x7fff);
-      if (thread % 32 == 0) incoming.largest[i][warp] = of_warp;
+      const uint32_t of_warp = __reduce_max_sync(~0u, bits[i] & 0x7fff);
+      if (thread % 32 == 0) largest[i][warp] = of_warp;
     }
     group_barrier(producer);
     float ups[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t scales[kTile / 32], factors[kWarps];
-      load_words(scales, reinterpret_cast<const uint8_t*>(&incoming.largest[0][i * kTile / 32]));
-      load_words(factors, reinterpret_cast<const uint8_t*>(incoming.largest[1 + i]));
+      load_words(scales, reinterpret_cast<const uint8_t*>(&largest[0][i * kTile / 32]));
+      load_words(factors, reinterpret_cast<const uint8_t*>(largest[1 + i]));
       const float least = 32.0f / power_of_two_scale(half_bits_to_float(highest(factors)), 0);
       ups[i] = fmaxf(power_of_two_scale(half_bits_to_float(highest(scales)), 8), least);
       const float factor = __half2float(own[i]) * ((1 << 20) / ups[i]);
