@@ -33,11 +33,6 @@ void settle(float (&)[kCount]) {}
 template <int kCount, int kWords>
 void settle(uint32_t (&)[kCount][kWords]) {}
 
-template <int kSteps>
-void set_zero(uint32_t (&a)[kSteps][4]) {
-  std::memset(a, 0, sizeof(a));
-}
-
 // Element `column` of row `row` of an operand that starts at an address inside a tile: the hardware
 // permutes pieces by the bits of their address that count rows.
 inline float operand_element(uint32_t operand, int row, int column) {
@@ -115,9 +110,6 @@ void wgmma_shared_by_rows(float (&c)[kCount], uint32_t a, uint32_t b) {
 
 inline void block_barrier_wait(int barrier, int threads) {
   simt::meet(simt::named[barrier], threads, [] {});
-}
-inline void block_barrier_arrive(int barrier, int threads) {
-  simt::arrive(simt::named[barrier], threads, [] {});
 }
 
 struct PhaseBarrierAddress {

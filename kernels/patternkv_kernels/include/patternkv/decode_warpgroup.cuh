@@ -14,12 +14,10 @@ namespace warpgroup {
 
 // How the warpgroups of a block share an item.
 struct Shares {
-  int num_rows;
   int consumers, producers;
 
   __device__ __forceinline__ Shares(const DecodeParams& p, const WorkItem& item)
-      : num_rows(item.num_branches * p.group),
-        consumers(num_rows <= kGroupRows ? 1 : kMostConsumers),
+      : consumers(item.num_branches * p.group <= kGroupRows ? 1 : kMostConsumers),
         producers(kGroups - consumers) {}
 };
 

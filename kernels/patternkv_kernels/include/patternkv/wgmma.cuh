@@ -72,13 +72,6 @@ __device__ __forceinline__ void settle(uint32_t (&x)[kCount][kWords]) {
   }
 }
 
-// Zeros that the compiler does not move up among running products, which would serialize them.
-template <int kSteps>
-__device__ __forceinline__ void set_zero(uint32_t (&a)[kSteps][4]) {
-#pragma unroll
-  for (int i = 0; i < 4 * kSteps; ++i) asm volatile("mov.b32 %0, 0;" : "=r"(a[i / 4][i % 4]));
-}
-
 #define PATTERNKV_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define PATTERNKV_8(c, i) PATTERNKV_4(c, i), PATTERNKV_4(c, i + 4)
 #define PATTERNKV_16(c, i) PATTERNKV_8(c, i), PATTERNKV_8(c, i + 8)
@@ -174,12 +167,9 @@ __device__ __forceinline__ void wgmma_shared_by_rows(float (&c)[kCount], uint32_
 #undef PATTERNKV_NAMES_64
 #undef PATTERNKV_WGMMA
 
-// Named barriers that `threads` threads of the block meet at; who arrives does not wait.
+// A named barrier that `threads` threads of the block meet at.
 __device__ __forceinline__ void block_barrier_wait(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void block_barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // A barrier in shared memory, whose phases end with their last arrival, by its address. Unlike at a
