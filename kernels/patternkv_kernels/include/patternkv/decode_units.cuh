@@ -86,16 +86,25 @@ class Units {
 };
 
 // `attend(item, head)` of every unit by whole blocks, whose threads may come here from several
-// places.
+// places. A unit of which `again()`, between two barriers, is true for all threads is taken once
+// more.
+template <typename AttendUnit, typename Again>
+__device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, int& next,
+                                              AttendUnit attend, Again again) {
+  for (Units units(queue, h_kv, next); units.any();) {
+    attend(units.item, units.head());
+    __syncthreads();
+    const bool same = again();
+    if (!same) units.claim();
+    __syncthreads();
+    units.advance(same);
+  }
+}
+
 template <typename AttendUnit>
 __device__ __forceinline__ void for_each_unit(WorkQueue queue, int h_kv, int& next,
                                               AttendUnit attend) {
-  for (Units units(queue, h_kv, next); units.any(); units.advance()) {
-    attend(units.item, units.head());
-    __syncthreads();
-    units.claim();
-    __syncthreads();
-  }
+  for_each_unit(queue, h_kv, next, attend, [] { return false; });
 }
 
 }  // namespace patternkv

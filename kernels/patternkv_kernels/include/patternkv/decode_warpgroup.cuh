@@ -162,22 +162,20 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const int group = __shfl_sync(~0u, threadIdx.x / kGroupThreads, 0);
   auto& shared = reinterpret_cast<Memory<kTile>*>(aligned)->shared;
   if (threadIdx.x < kStages) shared.keys[threadIdx.x].init(), shared.values[threadIdx.x].init();
-  if (threadIdx.x == 0) shared.lost = false, next_unit = blockIdx.x;
+  if (threadIdx.x == 0) next_unit = blockIdx.x;
   __syncthreads();
   int tiles = 0;  // of the items before
   const auto for_each = [&](auto work) {
     bool careful = false;
-    for (Units units(p.work.many(), p.pool.h_kv, next_unit); units.any();) {
-      work(units.item, units.head(), Shares(p, units.item), careful);
-      tiles += num_tiles<kTile>(units.item);
-      __syncthreads();
-      // Never but where a logit is 2^7 above the largest before.
-      careful = shared.lost && !careful;
-      if (!careful) units.claim();
-      __syncthreads();
-      units.advance(careful);
+    const auto attend = [&](const WorkItem& item, int head) {
+      // The work begins with a barrier.
       if (threadIdx.x == 0) shared.lost = false;
-    }
+      work(item, head, Shares(p, item), careful);
+      tiles += num_tiles<kTile>(item);
+    };
+    // Never but where a logit is 2^7 above the largest before.
+    const auto again = [&] { return careful = shared.lost && !careful; };
+    for_each_unit(p.work.many(), p.pool.h_kv, next_unit, attend, again);
   };
   if (group < kMostConsumers) {
     raise_registers<kConsumerRegisters>();

@@ -119,7 +119,7 @@ __device__ __forceinline__ void compute_now(float& x) { asm volatile("" : "+f"(x
 __device__ __forceinline__ void compute_now(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Hides from the compiler what x is, so that it neither computes what depends on x ahead of a loop,
-// where registers are scarce, nor keeps it in registers that all lanes share.
+// where registers are scarce, nor x itself anew wherever it is used.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
