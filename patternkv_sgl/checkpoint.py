@@ -1,12 +1,20 @@
-"""A radix tree that goes over a long prompt as seldom as it can."""
+"""A radix tree that goes over long prompts and paths of nodes as seldom as it can."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefParams,
+    DecLockRefResult,
+    IncLockRefResult,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.common import page_align_floor
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
@@ -14,6 +22,16 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 MAX_PRIORITY = sys.maxsize
+Span = tuple[int, int, TreeNode]
+"""``start, end, node``: the positions of a node's tokens."""
+
+
+class Known(NamedTuple):
+    """The last answer to a request that brought a prompt."""
+
+    prompt: object  # the ids, which branches of a request share
+    key: tuple[Hashable, ...]  # what else was asked
+    result: MatchResult
 
 
 class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
@@ -21,6 +39,95 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
 
     What it leaves in the tree, in the row and of locks is what stock's leaves.
     """
+
+    _known: Known | None = None
+    _indices: tuple[TreeNode, torch.Tensor] | None = None  # of the path to a node
+    # Advances when paths change.
+    num_splits = 0
+
+    def reset(self) -> None:
+        self._known = self._indices = None
+        super().reset()
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """`find_prefix`, but for branches of one request, which come one after the other, once."""
+        req, key = params.req, params.key
+        if req is None or req.output_ids:
+            return self.find_prefix(params)
+        prompt = req.origin_input_ids
+        asked = len(key), key.extra_key, key.cache_salt
+        known = self._known
+        if known is not None and known.prompt is prompt and known.key == asked:
+            now, node = time.monotonic(), known.result.last_device_node
+            while node is not None:
+                node.last_access_time = now
+                node = node.parent
+            return known.result
+        result = self.find_prefix(params)
+        self._known = Known(prompt, asked, result)
+        return result
+
+    def find_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """Stock's ``match_prefix``."""
+        return super().match_prefix(params)
+
+    def path_device_indices(self, node: TreeNode) -> torch.Tensor:
+        """Stock's, put together once for requests at one node."""
+        if self._indices is None or self._indices[0] is not node:
+            self._indices = node, super().path_device_indices(node)
+        return self._indices[1]
+
+    def _insert_helper(
+        self,
+        node: TreeNode,
+        key: RadixKey,
+        value: torch.Tensor,
+        priority: int = 0,
+        inserted_len: int = 0,
+    ) -> tuple[int, TreeNode]:
+        self._known = None
+        found: tuple[int, TreeNode] = super()._insert_helper(
+            node, key, value, priority, inserted_len
+        )
+        return found
+
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
+        self._known = None
+        self.num_splits += 1
+        return super()._split_node(key, child, split_len)
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        self._known = self._indices = None
+        super()._delete_leaf(node)
+
+    def inc_lock_ref(self, node: TreeNode) -> IncLockRefResult:
+        """Stock's, but what depends on whether a node is locked is looked at when that changes."""
+        delta = 0
+        while not self.disable and node is not self.root_node:
+            node.lock_ref += 1
+            if node.lock_ref == 1:
+                delta -= len(node.key)
+                self._update_leaf_status(node)
+            node = node.parent
+        self.evictable_size_ += delta
+        self.protected_size_ -= delta
+        return IncLockRefResult(delta=delta)
+
+    def dec_lock_ref(
+        self, node: TreeNode, params: DecLockRefParams | None = None
+    ) -> DecLockRefResult:
+        """As `inc_lock_ref`."""
+        delta = 0
+        while not self.disable and node is not self.root_node:
+            node.lock_ref -= 1
+            if node.lock_ref == 0:
+                delta += len(node.key)
+                self._update_leaf_status(node)
+            assert node.parent is not None, f"node {node.id} is of another tree"
+            node = node.parent
+        self.evictable_size_ += delta
+        self.protected_size_ -= delta
+        return DecLockRefResult(delta=delta)
 
     def checkpoint(self, req: Req, *, up_to: int) -> None:
         """Stock's, from where the request stands in the tree. Stock's own compares and copies the
@@ -87,14 +194,22 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
             depth += length
         return values, node
 
-    def path(self, node: TreeNode | None) -> list[tuple[int, int, TreeNode]]:
-        """``(start, end, node)`` of each node from the root down to ``node``, by position."""
-        nodes = []
+    def path(self, node: TreeNode | None) -> list[Span]:
+        """Each node from the root, which is none of them, down to ``node``."""
+        nodes: list[TreeNode] = []
+        above: list[Span] = []
         while node is not None and node.parent is not None:
             nodes.append(node)
+            # Without the node itself, which could not be freed if it referred to itself.
+            num_splits, known = getattr(node, "above", (-1, above))
+            if num_splits == self.num_splits:
+                above = known
+                break
             node = node.parent
-        spans, end = [], 0
-        for node in reversed(nodes):
-            start, end = end, end + len(node.key)
-            spans.append((start, end, node))
+        spans = [*above]
+        for passed in reversed(nodes):
+            if passed is nodes[0]:
+                passed.above = self.num_splits, [*spans]
+            start = spans[-1][1] if spans else 0
+            spans.append((start, start + len(passed.key), passed))
         return spans

@@ -21,7 +21,7 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 
-from patternkv_sgl.checkpoint import IncrementalRadixCache
+from patternkv_sgl.checkpoint import IncrementalRadixCache, Span
 from patternkv_sgl.requests import ATTRIBUTE, Extend, RequestTables
 from patternkv_sgl.tables import ZERO_TABLE, TableRefs, TableRuns
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from patternkv_sgl.stats import Stats
 
 
+NO_RUNS = TableRuns()
 MIN_ROOT_TOKENS = 16  # fewest tokens that give the root its first table
 TAIL_TOKENS = 16
 """Most tokens at the end of a prompt that are read exactly. A question about a stored context has
@@ -159,10 +160,12 @@ class PatternRadixCache(IncrementalRadixCache):
         return state
 
     def _own(self, state: RequestTables, runs: TableRuns) -> None:
+        self.version += 1
+        if runs == state.runs:
+            return
         self.refs.acquire(runs.tables)
         self.refs.release(state.runs.tables)
         state.runs = runs
-        self.version += 1
 
     def checkpoint(self, req: Req, *, up_to: int) -> None:
         state: RequestTables = getattr(req, ATTRIBUTE)
@@ -190,10 +193,10 @@ class PatternRadixCache(IncrementalRadixCache):
 
     # Nodes
 
-    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+    def find_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Stock's, but the last tokens of a request's prompt are left for it to prefill, unless
         all of it is stored with a table that was mined from it: see ``TAIL_TOKENS``."""
-        found = super().match_prefix(params)
+        found = super().find_prefix(params)
         if params.req is None:
             return found
         keep = max(0, len(params.key.token_ids) - self._tail_tokens)
@@ -202,14 +205,35 @@ class PatternRadixCache(IncrementalRadixCache):
         whole = found.device_prefix_len == len(params.key.page_aligned(self.page_size))
         if whole and not found.last_device_node.inherits:
             return found
-        return super().match_prefix(replace(params, key=params.key[:keep]))
+        return super().find_prefix(replace(params, key=params.key[:keep]))
 
     def _path_runs(self, node: TreeNode | None, own: TableRuns) -> TableRuns:
         """Tables from the tree as far as its path reaches, then ``own``."""
         path = self.path(node)
-        depth = path[-1][1] if path else 0
-        runs = [run for start, _, node in path for run in node.table_runs.shifted(start)]
-        return TableRuns(runs + [(max(start, depth), table) for start, table in own])
+        if not path:
+            return own
+        depth = path[-1][1]
+        return TableRuns(
+            [*self._runs_along(path), *((max(start, depth), table) for start, table in own)]
+        )
+
+    def _runs_along(self, path: list[Span]) -> TableRuns:
+        """Tables of a path's tokens, which its last node keeps: nodes below begin with them."""
+        count, runs = len(path), NO_RUNS
+        while count > 0:
+            num_splits, runs = getattr(path[count - 1][2], "path_runs", (-1, NO_RUNS))
+            if num_splits == self.num_splits:
+                break
+            count, runs = count - 1, NO_RUNS
+        if count < len(path):
+            below = (
+                (start + offset, table)
+                for offset, _, node in path[count:]
+                for start, table in node.table_runs
+            )
+            runs = TableRuns([*runs, *below])
+            path[-1][2].path_runs = self.num_splits, runs
+        return runs
 
     def _insert_helper(
         self,

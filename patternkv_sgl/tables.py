@@ -39,10 +39,6 @@ class TableRuns(tuple[tuple[int, int], ...]):
         """The table that further tokens inherit."""
         return self[-1][1]
 
-    def shifted(self, offset: int) -> TableRuns:
-        """The same runs ``offset`` positions later."""
-        return TableRuns((start + offset, table) for start, table in self)
-
     def slice(self, begin: int, end: int) -> TableRuns:
         """Runs of positions ``[begin, end)``, relative to ``begin``."""
         return TableRuns((lo - begin, table) for lo, _, table in self.spans(begin, end))

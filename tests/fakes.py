@@ -116,12 +116,11 @@ class Scheduler:
         return self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len].long()
 
     def admit(self, tokens: Sequence[int], extra_key: str | None = None) -> Req:
-        """A new request, matched against the tree and locked."""
+        """A new request, matched against the tree and locked. Branches share an array of tokens."""
         self._rids += 1
         params = SamplingParams(max_new_tokens=64)
-        return self.readmit(
-            Req(f"request {self._rids}", "", array("q", tokens), params, extra_key=extra_key)
-        )
+        prompt = tokens if isinstance(tokens, array) else array("q", tokens)
+        return self.readmit(Req(f"request {self._rids}", "", prompt, params, extra_key=extra_key))
 
     def readmit(self, req: Req) -> Req:
         req.init_next_round_input(self.tree)

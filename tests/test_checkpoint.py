@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 from unittest.mock import patch
 
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
-from patternkv_sgl.checkpoint import MAX_PRIORITY, IncrementalRadixCache
+from patternkv_sgl.checkpoint import MAX_PRIORITY, IncrementalRadixCache, Span
 from patternkv_sgl.config import PatternKVConfig
 from tests.fakes import Scheduler
 
@@ -32,6 +34,16 @@ def tokens_to(node: TreeNode | None) -> tuple[int, ...]:
     return tuple(found)
 
 
+def plain_path(node: TreeNode | None) -> list[Span]:
+    """`IncrementalRadixCache.path` that remembers nothing."""
+    spans: list[Span] = []
+    while node is not None and node.parent is not None:
+        end = len(tokens_to(node))
+        spans.insert(0, (end - len(node.key), end, node))
+        node = node.parent
+    return spans
+
+
 class Life:
     """Plays steps on a scheduler and tells what they leave.
 
@@ -47,11 +59,11 @@ class Life:
         scheduler = self.scheduler
         kind, *numbers = step
         if kind == "admit":
-            base, cut, tail, branch, chunk, priority = numbers
-            prompt = [1000 * base + i for i in range(cut)] + [5000 + branch] * tail
-            req = scheduler.admit(prompt)
-            req.priority = priority
-            self._extend(req, chunk)
+            base, cut, tail, branch, chunk, priority, branches = numbers
+            prompt = array("q", [*range(1000 * base, 1000 * base + cut), *[5000 + branch] * tail])
+            for req in [scheduler.admit(prompt) for _ in range(branches)]:
+                req.priority = priority
+                self._extend(req, chunk)
         elif kind == "chunk":
             for req in list(self.chunked):
                 self.chunked.remove(req)
@@ -117,6 +129,7 @@ STEPS = st.one_of(
         st.integers(0, 2),
         st.sampled_from([16, 40, 200]),
         st.sampled_from([None, 3, MAX_PRIORITY]),
+        st.integers(1, 3),
     ),
     st.tuples(st.just("chunk"), st.sampled_from([16, 200])),
     st.tuples(
@@ -139,9 +152,49 @@ STEPS = st.one_of(
 @given(steps=st.lists(STEPS, min_size=4, max_size=24))
 def test_the_tree_is_stocks(page_size: int, steps: list[Step]) -> None:
     ours, stocks = Life(page_size), Life(page_size)
-    stock = {name: getattr(RadixCache, name) for name in ("checkpoint", "_match_prefix_helper")}
+    cheaper = (
+        "checkpoint",
+        "_match_prefix_helper",
+        "path_device_indices",
+        "inc_lock_ref",
+        "dec_lock_ref",
+    )
+    stock = {name: getattr(RadixCache, name) for name in cheaper}
+    stock["match_prefix"] = lambda tree, params: tree.find_prefix(params)
+    stock["path"] = lambda _, node: plain_path(node)
     for step in steps:
         ours.play(step)
         with patch.multiple(IncrementalRadixCache, **stock):
             stocks.play(step)
         assert ours.state() == stocks.state(), step
+
+
+def test_branches_of_a_prompt_are_matched_once() -> None:
+    scheduler = Scheduler(CONFIG, size=SIZE)
+    prompt = array("q", range(40))
+    scheduler.finish(scheduler.prefill(prompt)[0])
+    tree = scheduler.tree
+    with patch.object(tree, "find_prefix", wraps=tree.find_prefix) as find:
+        first, second = scheduler.admit(prompt), scheduler.admit(prompt)
+        assert find.call_count == 1
+        assert second.last_node is first.last_node and second.prefix_len == first.prefix_len == 39
+        first.last_node.last_access_time = 0.0
+        scheduler.admit(prompt)
+        assert first.last_node.last_access_time > 0.0, "as recently used as stock's"
+        # Equal tokens of somebody else, fewer of them, and all after the tree has changed.
+        scheduler.admit(array("q", prompt))
+        assert find.call_count == 2
+        fewer = MatchPrefixParams(key=RadixKey(prompt, limit=20), req=scheduler.admit(prompt))
+        assert tree.match_prefix(fewer).device_prefix_len == 20
+        scheduler.prefill(range(100, 140))
+        scheduler.admit(prompt)
+        assert find.call_count == 6
+
+
+def test_evicted_tokens_are_not_matched() -> None:
+    scheduler = Scheduler(CONFIG, size=SIZE)
+    prompt = array("q", range(40))
+    scheduler.finish(scheduler.prefill(prompt)[0])
+    scheduler.drop_waiting(scheduler.admit(prompt))
+    scheduler.evict(SIZE)
+    assert scheduler.admit(prompt).prefix_len == 0

@@ -56,14 +56,6 @@ def test_slice(per_token: list[int], data: st.DataObject) -> None:
 
 
 @FIXED
-@given(PER_TOKEN, st.integers(0, 30))
-def test_shifted(per_token: list[int], offset: int) -> None:
-    shifted = runs_of(per_token).shifted(offset)
-    assert shifted[0][0] == offset
-    assert per_token_of(shifted, offset, offset + len(per_token)) == per_token
-
-
-@FIXED
 @given(PER_TOKEN, TABLES, st.data())
 def test_extended(per_token: list[int], table: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(per_token)))
