@@ -210,12 +210,7 @@ class PatternRadixCache(IncrementalRadixCache):
     def _path_runs(self, node: TreeNode | None, own: TableRuns) -> TableRuns:
         """Tables from the tree as far as its path reaches, then ``own``."""
         path = self.path(node)
-        if not path:
-            return own
-        depth = path[-1][1]
-        return TableRuns(
-            [*self._runs_along(path), *((max(start, depth), table) for start, table in own)]
-        )
+        return self._runs_along(path).followed_by(path[-1][1], own) if path else own
 
     def _runs_along(self, path: list[Span]) -> TableRuns:
         """Tables of a path's tokens, which its last node keeps: nodes below begin with them."""

@@ -56,6 +56,20 @@ def test_slice(per_token: list[int], data: st.DataObject) -> None:
 
 
 @FIXED
+@given(PER_TOKEN, PER_TOKEN, st.data())
+def test_followed_by(per_token: list[int], other: list[int], data: st.DataObject) -> None:
+    length = data.draw(st.integers(len(per_token), len(per_token) + 5))
+    joined = runs_of(per_token).followed_by(length, runs_of(other))
+    assert is_canonical(joined)
+    expected = per_token + per_token[-1:] * (length - len(per_token))
+    # The last run of either goes on for ever.
+    assert (
+        per_token_of(joined, 0, length + len(other))
+        == expected + (other + other[-1:] * (length + len(other)))[length : length + len(other)]
+    )
+
+
+@FIXED
 @given(PER_TOKEN, TABLES, st.data())
 def test_extended(per_token: list[int], table: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(per_token)))
