@@ -197,19 +197,18 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
     def path(self, node: TreeNode | None) -> list[Span]:
         """Each node from the root, which is none of them, down to ``node``."""
         nodes: list[TreeNode] = []
-        above: list[Span] = []
+        spans: list[Span] = []
         while node is not None and node.parent is not None:
             nodes.append(node)
-            # Without the node itself, which could not be freed if it referred to itself.
-            num_splits, known = getattr(node, "above", (-1, above))
+            num_splits, above = getattr(node, "above", (-1, spans))
             if num_splits == self.num_splits:
-                above = known
+                spans = [*above]
                 break
             node = node.parent
-        spans = [*above]
         for passed in reversed(nodes):
-            if passed is nodes[0]:
-                passed.above = self.num_splits, [*spans]
             start = spans[-1][1] if spans else 0
             spans.append((start, start + len(passed.key), passed))
+        if nodes:
+            # Without the node itself, which could not be freed if it referred to itself.
+            nodes[0].above = self.num_splits, spans[:-1]
         return spans
