@@ -41,10 +41,14 @@ class TableRuns(tuple[tuple[int, int], ...]):
 
     def slice(self, begin: int, end: int) -> TableRuns:
         """Runs of positions ``[begin, end)``, relative to ``begin``."""
+        if begin == 0 and self and self[-1][0] < end:
+            return self
         return TableRuns((lo - begin, table) for lo, _, table in self.spans(begin, end))
 
     def extended(self, start: int, table: int) -> TableRuns:
         """These runs up to ``start``, then ``table``."""
+        if self and self[-1][0] < start and self.last == table:
+            return self
         return TableRuns([*(run for run in self if run[0] < start), (start, table)])
 
     def followed_by(self, length: int, other: TableRuns) -> TableRuns:
