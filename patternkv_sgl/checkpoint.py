@@ -175,8 +175,8 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
     def _match_prefix_helper(
         self, node: TreeNode, key: RadixKey
     ) -> tuple[list[torch.Tensor], TreeNode]:
-        """Stock's, which copies the rest of ``key`` at every node: of a chunked prompt, at every
-        chunk."""
+        """Stock's, which copies the rest of ``key`` at every node (of a chunked prompt, at every
+        chunk) and looks for where nodes differ before it knows that they do."""
         now = time.monotonic()
         node.last_access_time = now
         values: list[torch.Tensor] = []
@@ -186,8 +186,9 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
             if child is None:
                 break
             child.last_access_time = now
-            length = child.key.match_at(key, depth, self.page_size)
-            node = child
+            node, length = child, len(child.key)
+            if not _holds(key, depth, child.key):
+                length = child.key.match_at(key, depth, self.page_size)
             if length < len(child.key):
                 node = self._split_node(child.key, child, length)
             values.append(node.value)
@@ -212,3 +213,9 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
             # Without the node itself, which could not be freed if it referred to itself.
             nodes[0].above = self.num_splits, spans[:-1]
         return spans
+
+
+def _holds(key: RadixKey, start: int, part: RadixKey) -> bool:
+    """Whether all of ``part`` is in ``key`` from ``start`` on."""
+    end = start + len(part)
+    return end <= len(key) and bool(key.token_ids[start:end] == part.token_ids)
