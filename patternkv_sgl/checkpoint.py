@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -43,7 +43,7 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
     _known: Known | None = None
     _indices: tuple[TreeNode, torch.Tensor] | None = None  # of the path to a node
     # Advances when paths change.
-    num_splits = 0
+    _num_splits = 0
 
     def reset(self) -> None:
         self._known = self._indices = None
@@ -77,23 +77,9 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
             self._indices = node, super().path_device_indices(node)
         return self._indices[1]
 
-    def _insert_helper(
-        self,
-        node: TreeNode,
-        key: RadixKey,
-        value: torch.Tensor,
-        priority: int = 0,
-        inserted_len: int = 0,
-    ) -> tuple[int, TreeNode]:
-        self._known = None
-        found: tuple[int, TreeNode] = super()._insert_helper(
-            node, key, value, priority, inserted_len
-        )
-        return found
-
     def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         self._known = None
-        self.num_splits += 1
+        self._num_splits += 1
         return super()._split_node(key, child, split_len)
 
     def _delete_leaf(self, node: TreeNode) -> None:
@@ -135,6 +121,7 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
         checkpoints."""
         if self.disable:
             return
+        self._known = None  # nothing else adds nodes
         kv, start = req.kv, req.kv.cache_protected_len
         token_ids = req.full_untruncated_fill_ids
         end = page_align_floor(min(up_to, len(token_ids)), self.page_size)
@@ -201,8 +188,8 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
         spans: list[Span] = []
         while node is not None and node.parent is not None:
             nodes.append(node)
-            num_splits, above = getattr(node, "above", (-1, spans))
-            if num_splits == self.num_splits:
+            above: list[Span] | None = self.recall(node, "above")
+            if above is not None:
                 spans = [*above]
                 break
             node = node.parent
@@ -211,8 +198,17 @@ class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
             spans.append((start, start + len(passed.key), passed))
         if nodes:
             # Without the node itself, which could not be freed if it referred to itself.
-            nodes[0].above = self.num_splits, spans[:-1]
+            self.remember(nodes[0], "above", spans[:-1])
         return spans
+
+    def remember(self, node: TreeNode, name: str, value: object) -> None:
+        """Keep at ``node`` what its path says, for `recall`."""
+        setattr(node, name, (self._num_splits, value))
+
+    def recall(self, node: TreeNode, name: str) -> Any:
+        """What `remember` has kept, None if paths have changed since."""
+        num_splits, value = getattr(node, name, (-1, None))
+        return value if num_splits == self._num_splits else None
 
 
 def _holds(key: RadixKey, start: int, part: RadixKey) -> bool:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from patternkv_sgl.stats import Stats
 
 
-NO_RUNS = TableRuns()
 MIN_ROOT_TOKENS = 16  # fewest tokens that give the root its first table
 TAIL_TOKENS = 16
 """Most tokens at the end of a prompt that are read exactly. A question about a stored context has
@@ -214,20 +213,19 @@ class PatternRadixCache(IncrementalRadixCache):
 
     def _runs_along(self, path: list[Span]) -> TableRuns:
         """Tables of a path's tokens, which its last node keeps: nodes below begin with them."""
-        count, runs = len(path), NO_RUNS
-        while count > 0:
-            num_splits, runs = getattr(path[count - 1][2], "path_runs", (-1, NO_RUNS))
-            if num_splits == self.num_splits:
-                break
-            count, runs = count - 1, NO_RUNS
-        if count < len(path):
-            below = (
-                (start + offset, table)
-                for offset, _, node in path[count:]
-                for start, table in node.table_runs
-            )
-            runs = TableRuns([*runs, *below])
-            path[-1][2].path_runs = self.num_splits, runs
+        count = len(path)
+        known: TableRuns | None = None
+        while count > 0 and (known := self.recall(path[count - 1][2], "path_runs")) is None:
+            count -= 1
+        if known is not None and count == len(path):
+            return known
+        below = (
+            (start + offset, table)
+            for offset, _, node in path[count:]
+            for start, table in node.table_runs
+        )
+        runs = TableRuns([*(known or ()), *below])
+        self.remember(path[-1][2], "path_runs", runs)
         return runs
 
     def _insert_helper(

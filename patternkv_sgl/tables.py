@@ -55,8 +55,7 @@ class TableRuns(tuple[tuple[int, int], ...]):
         """These runs, none empty, for ``length`` positions, then those of ``other``."""
         if other and other[-1][0] > length:
             return TableRuns([*self, *((max(start, length), table) for start, table in other)])
-        # As a rule one table is left, the same one.
-        return self if not other or other.last == self.last else self.extended(length, other.last)
+        return self.extended(length, other.last) if other else self
 
     def spans(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """``(start, stop, table_id)`` pieces that cover ``[begin, end)``."""

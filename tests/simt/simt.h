@@ -91,22 +91,17 @@ inline std::vector<uint8_t> memory;  // dynamic shared memory; addresses are off
   setcontext(&thread.start);
 }
 
-// The last of `count` threads to arrive does `work` and lets the others go. Returns whether it was
-// the last.
-template <typename Work>
-bool arrive(Meeting& meeting, int count, Work work) {
-  if (++meeting.arrived < count) return false;
-  work();
-  meeting.arrived = 0;
-  ++meeting.generation;
-  return true;
-}
-
+// The last of `count` threads to arrive does `work` and lets the others go.
 template <typename Work>
 void meet(Meeting& meeting, int count, Work work) {
   const long generation = meeting.generation;
-  if (arrive(meeting, count, work)) return;
-  while (meeting.generation == generation) yield();
+  if (++meeting.arrived < count) {
+    while (meeting.generation == generation) yield();
+    return;
+  }
+  work();
+  meeting.arrived = 0;
+  ++meeting.generation;
 }
 
 // A warp-wide operation: `work(in, out)` on the values of all lanes.

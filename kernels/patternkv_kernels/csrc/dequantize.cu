@@ -36,8 +36,7 @@ void dequantize_kv(TensorView buffer, int64_t page_size, TensorView slots, Tenso
     kKernel<<<dim3(h_kv, blocks), dequantize::kThreads, 0, get_stream(k.device())>>>(params);
     return true;
   });
-  const cudaError_t error = cudaGetLastError();
-  TVM_FFI_ICHECK(error == cudaSuccess) << "launch of dequantize: " << cudaGetErrorString(error);
+  check(cudaGetLastError(), "launch of dequantize");
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dequantize, dequantize_kv);

@@ -9,10 +9,6 @@ namespace {
 using mining::MiningParams;
 using OptionalTensor = ffi::Optional<TensorView>;
 
-void check(cudaError_t error) {
-  TVM_FFI_ICHECK(error == cudaSuccess) << "launch of mining: " << cudaGetErrorString(error);
-}
-
 mining::Vectors vectors(const TensorView& x) {
   check_vectors(x);
   return {x.data_ptr(), x.stride(0), x.stride(1)};
@@ -34,8 +30,10 @@ void launch(const MiningParams& params, int device, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check(cudaMemsetAsync(params.arrived, 0, params.problems * mining::kCounterWords * 4, stream));
-  check(cudaLaunchKernelEx(&config, mining::mine_kernel, params, 0, mining::num_steps(params)));
+  check(cudaMemsetAsync(params.arrived, 0, params.problems * mining::kCounterWords * 4, stream),
+        "launch of mining");
+  check(cudaLaunchKernelEx(&config, mining::mine_kernel, params, 0, mining::num_steps(params)),
+        "launch of mining");
 }
 
 }  // namespace

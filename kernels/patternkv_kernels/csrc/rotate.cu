@@ -32,8 +32,7 @@ void rotate_heads(TensorView q, TensorView k, TensorView factors, TensorView out
     rotate::rotate_kernel<T><<<blocks, rotate::kThreads, 0, get_stream(q.device())>>>(params);
     return true;
   });
-  const cudaError_t error = cudaGetLastError();
-  TVM_FFI_ICHECK(error == cudaSuccess) << "launch of rotate: " << cudaGetErrorString(error);
+  check(cudaGetLastError(), "launch of rotate");
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rotate, rotate_heads);

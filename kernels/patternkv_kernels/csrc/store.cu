@@ -30,8 +30,7 @@ void launch(const StoreParams& params, int device, cudaStream_t stream) {
     const dim3 grid((params.n + tokens - 1) / tokens, sides);
     store::store_many<T><<<grid, 32 * store::kManyWarps, 0, stream>>>(params, tokens);
   }
-  const cudaError_t error = cudaGetLastError();
-  TVM_FFI_ICHECK(error == cudaSuccess) << "launch of the store: " << cudaGetErrorString(error);
+  check(cudaGetLastError(), "launch of the store");
 }
 
 Vectors vectors(const TensorView& x) {

@@ -7,13 +7,9 @@
 #include "patternkv/decode_narrow.cuh"
 #include "patternkv/decode_warpgroup.cuh"
 #include "patternkv/decode_wide.cuh"
-#include "tvm_ffi_utils.h"
+#include "patternkv/launch.cuh"
 
 namespace patternkv {
-
-inline void check(cudaError_t error, const char* what) {
-  TVM_FFI_ICHECK(error == cudaSuccess) << what << ": " << cudaGetErrorString(error);
-}
 
 using AttendKernel = void (*)(DecodeParams);
 

@@ -8,6 +8,11 @@
 
 namespace patternkv {
 
+// Raises for what went wrong with `what`.
+inline void check(cudaError_t error, const char* what) {
+  TVM_FFI_ICHECK(error == cudaSuccess) << what << ": " << cudaGetErrorString(error);
+}
+
 // Raises unless `x` is [n, heads, HEAD_DIM] with contiguous vectors that start at 16 bytes.
 inline void check_vectors(const TensorView& x) {
   TVM_FFI_ICHECK(x.size(2) == HEAD_DIM && x.stride(2) == 1 && x.stride(0) % 8 == 0 &&
