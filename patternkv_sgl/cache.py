@@ -17,6 +17,7 @@ from patternkv_sgl.batch import (
 )
 from patternkv_sgl.pool import PatternKVPool
 from patternkv_sgl.radix import PatternRadixCache
+from patternkv_sgl.release import ReleaseQueue
 from patternkv_sgl.stats import Gauges, Stats, device_memory
 from patternkv_sgl.tables import TableRefs
 
@@ -47,6 +48,7 @@ class PatternCache:
         self.tree = PatternRadixCache(params, pool.geometry.config, self.refs, STATS)
         self.planner = DecodePlanner(self.tree)
         self.admission = Admission(self.tree)
+        self.releases = ReleaseQueue(self._allocator)
         self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
 
     def begin(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> None:

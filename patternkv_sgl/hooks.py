@@ -24,6 +24,8 @@ BEAM_SEARCH = "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_i
 ADD_REQUEST = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
 ENQUEUE = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
 ORDER_QUEUE = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
+PROCESS_RESULT = "sglang.srt.managers.scheduler.Scheduler.process_batch_result"
+RELEASE = "sglang.srt.mem_cache.common.release_kv_cache"
 HANDLE_BATCH = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request"
 SEND_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
 VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
@@ -43,6 +45,8 @@ PARAMETERS = {
     ADD_REQUEST: ("self", "req", "has_chunked_req", "truncation_align_size"),
     ENQUEUE: ("self", "req", "is_retracted"),
     ORDER_QUEUE: ("self", "waiting_queue"),
+    PROCESS_RESULT: ("self", "batch", "result"),
+    RELEASE: ("req", "tree_cache", "checkpoint"),
     HANDLE_BATCH: ("self", "obj", "request", "request_states"),
     SEND_REQUEST: ("self", "tokenized_obj"),
     VALIDATE_REQUEST: ("self", "obj", "input_ids"),

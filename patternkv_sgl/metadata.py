@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from patternkv_kernels import DecodePlan, DecodeWorkspace
+from patternkv_kernels import DecodePlan, DecodeWorkspace, SlotSource, lower
 from patternkv_sgl.batch import DecodeBatch
 from patternkv_sgl.segments import MIN_SHARED_TOKENS, Segments
 
@@ -54,12 +54,11 @@ class DecodeBuffers:
         self._device = torch.zeros(4 * sum(self._words()), dtype=torch.uint8, device=device)
         self._views = self._split(self._device)
         self._slots = torch.zeros(1, max_tokens, dtype=torch.int32, device=device)
-        self._count = torch.arange(max_tokens, device=device)
 
     @staticmethod
     def nbytes(max_rows: int, max_entries: int, max_tokens: int) -> int:
         """Bytes of device memory; the list of slots is nearly all of it."""
-        return 4 * sum(_words(max_rows, max_entries)) + 12 * max_tokens
+        return 4 * (sum(_words(max_rows, max_entries)) + max_tokens)
 
     def fits(self, num_rows: int, segments: Segments) -> bool:
         return (
@@ -72,22 +71,32 @@ class DecodeBuffers:
         return _words(self.max_rows, self.max_entries)
 
     def _split(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """int64 ``[4, max_rows]`` and ``[2, max_entries]``, then int32: segments, rows, row_indptr,
-        token tables."""
-        per_row, copies, segments, rows, indptr, tables = memory.view(torch.int32).split(
+        """int64 ``[4, max_rows]``, int32 segments, int64 sources of `SlotSource`, then int32: rows,
+        row_indptr, token tables."""
+        per_row, segments, sources, rows, indptr, tables = memory.view(torch.int32).split(
             self._words()
         )
         per_row = per_row.view(torch.int64).view(4, self.max_rows)
-        copies = copies.view(torch.int64).view(2, self.max_entries)
-        return per_row, copies, segments.view(-1, 4), rows, indptr, tables
+        return per_row, segments.view(-1, 4), sources.view(torch.int64), rows, indptr, tables
 
-    def load_segments(self, segments: Segments) -> DecodePlan:
-        """The reading plan alone, of rows without window or new tokens."""
+    def load_segments(
+        self, segments: Segments, num_rows: int, workspace: DecodeWorkspace | None
+    ) -> DecodePlan:
+        """The reading plan alone, of ``num_rows`` rows without window or new tokens."""
         nothing = np.zeros(0, dtype=np.int64)
-        return self.load(DecodeBatch(segments, *[nothing] * 4), 0, window=0).decode
+        batch = DecodeBatch(segments, *[nothing] * 4)
+        return self.load(batch, num_rows, window=0, workspace=workspace).decode
 
-    def load(self, batch: DecodeBatch, num_rows: int, *, window: int) -> TreePlan:
-        """Copy ``batch``, padded to ``num_rows``, on the current stream.
+    def load(
+        self,
+        batch: DecodeBatch,
+        num_rows: int,
+        *,
+        window: int,
+        workspace: DecodeWorkspace | None,
+    ) -> TreePlan:
+        """Copy ``batch``, padded to ``num_rows``, on the current stream, and plan it in
+        ``workspace`` if there is one.
 
         Without pinned memory of its own for every step the host could overwrite what a copy still
         reads; PyTorch's host allocator keeps it until the copy is done.
@@ -95,7 +104,7 @@ class DecodeBuffers:
         segments, n = batch.segments, len(batch.tables)
         pinned = self._device.is_cuda
         host = torch.empty(len(self._device), dtype=torch.uint8, pin_memory=pinned)
-        per_row, copies, fields, rows, indptr, tables = (x.numpy() for x in self._split(host))
+        per_row, fields, sources, rows, indptr, tables = (x.numpy() for x in self._split(host))
         per_row[:] = 0
         ends = batch.seq_lens
         per_row[:3, :n] = batch.req_pool_indices, batch.window_starts, ends
@@ -103,32 +112,40 @@ class DecodeBuffers:
             per_row[3, :n] = batch.req_pool_indices * window + (ends - 1) % window
         s = len(segments.segments)
         req, start, end, table = segments.segments.T.astype(np.int64)
-        # Where a segment's tokens end in the list of slots, and what a place in the list is ahead
-        # of the token's place in ``req_to_token``.
         ends_in_list = np.cumsum(end - start)
         starts_in_list = ends_in_list - (end - start)
-        copies[0, :s] = ends_in_list
-        copies[1, :s] = req * self._req_to_token.stride(0) + start - starts_in_list
+        sources[:s] = req * self._req_to_token.stride(0) + start - starts_in_list
         fields[:s] = np.stack([np.zeros(s, np.int64), starts_in_list, ends_in_list, table], axis=1)
         rows[: len(segments.rows)] = segments.rows
         indptr[: s + 1] = segments.row_indptr
         tables[:num_rows] = 0
         tables[:n] = batch.tables
         self._device.copy_(host, non_blocking=True)
-        return self._plan(s, int(ends_in_list[-1]) if s else 0, num_rows)
+        return self._plan(s, int(ends_in_list[-1]) if s else 0, num_rows, workspace)
 
-    def _plan(self, num_segments: int, num_tokens: int, num_rows: int) -> TreePlan:
-        """List the slots, and view what a batch of this size uses."""
-        per_row, copies, segments, rows, indptr, tables = self._views
-        place = self._count[:num_tokens]
-        ends, ahead = copies[:, :num_segments]
-        at = ahead[torch.searchsorted(ends, place, right=True)].add_(place)
-        self._slots[0, :num_tokens] = self._req_to_token.view(-1)[at]
-        ring, start, end, index = per_row[:, :num_rows]
+    def _plan(
+        self, num_segments: int, num_tokens: int, num_rows: int, workspace: DecodeWorkspace | None
+    ) -> TreePlan:
+        """Plan a batch of this size that has been copied, and view what it uses."""
+        per_row, segments, sources, rows, indptr, tables = self._views
         plan = DecodePlan(self._slots, segments[:num_segments], indptr[: num_segments + 1], rows)
-        return TreePlan(plan, tables[:num_rows], ring, start, end, index)
+        source = SlotSource(self._req_to_token, sources[:num_segments], num_tokens)
+        if workspace is None:
+            _list_slots(plan, source)
+        else:
+            lower(plan, workspace, num_rows, source)
+        ring, start, end, index = per_row[:, :num_rows]
+        return TreePlan(plan, tables[:num_rows], ring, start, end, index, workspace)
+
+
+def _list_slots(plan: DecodePlan, source: SlotSource) -> None:
+    """What :func:`~patternkv_kernels.lower` does with ``source``, by torch."""
+    place = torch.arange(source.num_tokens, device=plan.segments.device)
+    segment = torch.searchsorted(plan.segments[:, 2].contiguous(), place, right=True)
+    at = source.sources[segment].add_(place)
+    plan.req_to_token[0, : source.num_tokens] = source.req_to_token.view(-1)[at]
 
 
 def _words(max_rows: int, max_entries: int) -> tuple[int, ...]:
     # The planner loads a segment as 16 bytes, so segments come before what is not a multiple.
-    return 8 * max_rows, 4 * max_entries, 4 * max_entries, max_entries, max_entries + 1, max_rows
+    return 8 * max_rows, 4 * max_entries, 2 * max_entries, max_entries, max_entries + 1, max_rows

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from patternkv_kernels import DecodeWorkspace, RaggedAttention, lower
+from patternkv_kernels import DecodeWorkspace, RaggedAttention
 from patternkv_sgl.batch import DecodeBatch, ExtendBatch
 from patternkv_sgl.metadata import DecodeBuffers, TreePlan, most_tokens
 from patternkv_sgl.prefill import ExtendPlan, PrefixTree, plan_pieces, token_index, window_index
@@ -47,13 +46,11 @@ class Planner:
             slots: int64 [at least the rows of ``batch``], where the new tokens go.
         """
         buffers, workspace = self._memory(num_rows, batch.segments)
-        plan = buffers.load(batch, num_rows, window=self._config.window)
+        plan = buffers.load(batch, num_rows, window=self._config.window, workspace=workspace)
         slots = slots[: len(batch.tables)]
         self._pool.slot_table[slots] = plan.token_tables[: len(slots)]
         self._check(batch.segments)
-        if workspace is not None:
-            lower(plan.decode, workspace, num_rows)
-        return replace(plan, workspace=workspace)
+        return plan
 
     def extend(self, batch: ExtendBatch, slots: torch.Tensor) -> ExtendPlan:
         """The plan of an extend batch.
@@ -99,9 +96,7 @@ class Planner:
         num_rows = sum(end - start for start, end in ranges)
         self._check(batch.tree_segments)
         buffers, workspace = self._memory(num_rows, batch.tree_segments)
-        plan = buffers.load_segments(batch.tree_segments)
-        if workspace is not None:
-            lower(plan, workspace, num_rows)
+        plan = buffers.load_segments(batch.tree_segments, num_rows, workspace)
         return PrefixTree(token_index(ranges, self._req_to_token.device), plan, workspace)
 
     def _memory(

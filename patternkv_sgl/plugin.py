@@ -20,6 +20,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.ADD_REQUEST` | branches wait for what prefills their prompt | each prefills it |
 | `hooks.ENQUEUE` | a stored prompt needs no prefill ahead of its branches | a forward each |
 | `hooks.ORDER_QUEUE` | branches keep their request's place | they queue behind prompts |
+| `hooks.PROCESS_RESULT`, `hooks.RELEASE` | answers leave ahead of releases | they wait for all |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.HANDLE_BATCH`, `hooks.SEND_REQUEST` | branches reach the scheduler together | one by one |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
@@ -30,6 +31,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from patternkv_sgl import hooks
@@ -86,6 +88,8 @@ def load() -> None:
     HookRegistry.register(hooks.ADD_REQUEST, _add_request, HookType.AROUND)
     HookRegistry.register(hooks.ENQUEUE, _enqueue, HookType.AROUND)
     HookRegistry.register(hooks.ORDER_QUEUE, _order_queue, HookType.BEFORE)
+    HookRegistry.register(hooks.PROCESS_RESULT, _process_result, HookType.AROUND)
+    HookRegistry.register(hooks.RELEASE, _release, HookType.AROUND)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.HANDLE_BATCH, _handle_batch, HookType.AROUND)
     HookRegistry.register(hooks.SEND_REQUEST, _send_request, HookType.AROUND)
@@ -157,8 +161,6 @@ def _reserve(
 def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     if _geometry is None:
         return original(self, **kwargs)
-    from functools import partial
-
     from sglang.srt.kv_canary.pool_patcher.api import register_pool_attacher
 
     from patternkv_sgl import canary
@@ -266,6 +268,22 @@ def _order_queue(self: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any)
         from patternkv_sgl.admission import branches_first
 
         branches_first(waiting_queue)
+
+
+def _process_result(original: Callable[..., None], self: Any, batch: Any, result: Any) -> None:
+    if _cache is None:
+        original(self, batch, result)
+        return
+    with _cache.releases.processing():
+        original(self, batch, result)
+
+
+def _release(original: Callable[..., None], req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
+    release = partial(original, req, tree_cache, checkpoint=checkpoint)
+    if _cache is None:
+        release()
+    else:
+        _cache.releases.put(release)
 
 
 def _canary_walk(original: Callable[..., Any], *, radix_cache: Any, **kwargs: Any) -> Any:

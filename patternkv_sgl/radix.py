@@ -167,7 +167,12 @@ class PatternRadixCache(IncrementalRadixCache):
         state.runs = runs
 
     def checkpoint(self, req: Req, *, up_to: int) -> None:
+        """Stock's; but one token of a request that runs, such as the last one of a stored prompt,
+        which every branch prefills again, stays its own until the request ends."""
         state: RequestTables = getattr(req, ATTRIBUTE)
+        if up_to - req.kv.cache_protected_len == 1 and not req.finished():
+            state.prefilling = None
+            return
         self._inserting = state
         try:
             super().checkpoint(req, up_to=up_to)

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from patternkv_kernels import DecodePlan, LayerTables, SlotFormat, Window, dequantize
+from patternkv_kernels import (
+    DecodePlan,
+    LayerTables,
+    SlotFormat,
+    SlotSource,
+    Window,
+    dequantize,
+)
 
 # conftest.py skips what is marked gpu where there is none.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -227,6 +234,23 @@ def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
     return DecodeInputs(
         case, q, fmt, buffer, tables, plan, window, sm_scale, segment_slots, segment_tables
     )
+
+
+def to_list(plan: DecodePlan) -> tuple[DecodePlan, SlotSource]:
+    """``plan`` with the slots of its segments one after the other, a list that ``lower`` is to
+    fill from the source; until then it names no slots."""
+    req, start, end, table = plan.segments.long().T
+    ends = (end - start).cumsum(0)
+    starts = ends - (end - start)
+    sources = req * plan.req_to_token.stride(0) + start - starts
+    num_tokens = int(ends[-1])
+    listed = DecodePlan(
+        torch.full((1, num_tokens + 5), -1, dtype=torch.int32),
+        torch.stack([torch.zeros_like(req), starts, ends, table], 1).int(),
+        plan.row_indptr,
+        plan.rows,
+    )
+    return listed, SlotSource(plan.req_to_token, sources, num_tokens)
 
 
 def random_window(case: DecodeCase, length: list[int], generator: torch.Generator) -> Window:

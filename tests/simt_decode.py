@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from patternkv_kernels import SlotFormat
+from patternkv_kernels import SlotFormat, SlotSource
 from tests.cases import DecodeInputs
 from tests.simt_library import compile_library, fields
 
@@ -20,6 +20,8 @@ _POINTERS = [
     "segments",
     "row_indptr",
     "rows",
+    "sources",
+    "source_req_to_token",
     "window_k",
     "window_v",
     "ring",
@@ -39,6 +41,7 @@ _NUMBERS = [
     "num_patterns",
     "num_segments",
     "nnz",
+    "num_listed",
     "window",
     "bf16",
     "hopper",
@@ -59,12 +62,15 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
     return compile_library("decode", k_bits, v_bits, head_dim)
 
 
-def simt_decode(inputs: DecodeInputs, *, hopper: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def simt_decode(
+    inputs: DecodeInputs, *, hopper: bool = False, source: SlotSource | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
 
     ``hopper``: those of compute capability 9.0 too, where head dim and patterns have them.
+    ``source``: of slots that the planner lists.
     """
-    return _decode(inputs, hopper, fewest_rows=33)[:2]
+    return _decode(inputs, hopper, fewest_rows=33, source=source)[:2]
 
 
 def leaves_32_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
@@ -79,7 +85,7 @@ def separates_private_work(inputs: DecodeInputs) -> bool:
 
 
 def _decode(
-    inputs: DecodeInputs, hopper: bool, fewest_rows: int
+    inputs: DecodeInputs, hopper: bool, fewest_rows: int, source: SlotSource | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, Arguments]:
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape
@@ -98,6 +104,8 @@ def _decode(
         "out": out,
         "lse": lse,
     }
+    if source is not None:
+        tensors |= {"sources": source.sources, "source_req_to_token": source.req_to_token}
     if window is not None:
         tensors |= {
             "window_k": window.k,
@@ -119,6 +127,7 @@ def _decode(
         num_patterns=inputs.tables.num_patterns,
         num_segments=len(plan.segments),
         nnz=len(plan.rows),
+        num_listed=0 if source is None else source.num_tokens,
         window=0 if window is None else window.k.shape[1],
         bf16=inputs.q.dtype == torch.bfloat16,
         hopper=hopper,

@@ -14,6 +14,7 @@ from tests.cases import (
     balanced_tree,
     dense_decode,
     make_inputs,
+    to_list,
 )
 from tests.simt_decode import leaves_32_rows, separates_private_work, simt_decode
 from tests.simt_library import unavailable
@@ -144,6 +145,19 @@ def test_more_of_them_than_the_planner_has_threads(rows: int, segments: int) -> 
     tree = [Segment(1 + i % 3, tuple(range(i % 2, rows, 2))) for i in range(segments)]
     inputs = make_inputs(DecodeCase("many", d=64, group=1, h_kv=1, dtype=BF16, tree=tree))
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs))
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_listed_slots_are_those_of_the_segments(hopper: bool) -> None:
+    # More tokens than the blocks that list them have threads, and segments without tokens.
+    tree = balanced_tree(2, 6, 900, [50, 0, 700])
+    inputs = make_inputs(DecodeCase("listed", d=64, group=4, h_kv=1, dtype=BF16, tree=tree))
+    listed, source = to_list(inputs.plan)
+    assert source.num_tokens > 2048
+    found = simt_decode(replace(inputs, plan=listed), hopper=hopper, source=source)
+    for x, expected in zip(found, simt_decode(inputs, hopper=hopper), strict=True):
+        assert torch.equal(x, expected)
+    assert (listed.req_to_token[0, source.num_tokens :] == -1).all()
 
 
 def test_all_of_the_chosen_cases_exist() -> None:

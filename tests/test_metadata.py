@@ -37,7 +37,7 @@ def decode_batch(*ends: int) -> DecodeBatch:
 def test_a_batch_is_loaded_as_it_is_and_padded() -> None:
     buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows=5, max_entries=20, max_tokens=200)
     batch = decode_batch(33, 40, 27)
-    plan = buffers.load(batch, 5, window=8)
+    plan = buffers.load(batch, 5, window=8, workspace=None)
     loaded = plan.decode
     for (_, start, end, table), (req, first, last, expected) in zip(
         loaded.segments.tolist(), batch.segments.segments.tolist(), strict=True
@@ -57,8 +57,8 @@ def test_a_batch_is_loaded_as_it_is_and_padded() -> None:
 
 def test_addresses_stay_from_batch_to_batch() -> None:
     buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows=5, max_entries=20, max_tokens=200)
-    first = buffers.load(decode_batch(33, 40, 27), 4, window=8)
-    second = buffers.load(decode_batch(21), 4, window=8)
+    first = buffers.load(decode_batch(33, 40, 27), 4, window=8, workspace=None)
+    second = buffers.load(decode_batch(21), 4, window=8, workspace=None)
     for name in ("token_tables", "ring", "window_start", "window_end", "window_index"):
         assert getattr(first, name).data_ptr() == getattr(second, name).data_ptr(), name
     assert first.decode.rows.data_ptr() == second.decode.rows.data_ptr()
@@ -69,7 +69,7 @@ def test_addresses_stay_from_batch_to_batch() -> None:
 @pytest.mark.parametrize(("max_rows", "max_entries"), [(3, 9), (8, 8), (7, 20), (1, 3)])
 def test_segments_are_aligned_as_the_planner_loads_them(max_rows: int, max_entries: int) -> None:
     buffers = DecodeBuffers(REQ_TO_TOKEN, max_rows, max_entries, 20)
-    plan = buffers.load_segments(segments(20))
+    plan = buffers.load_segments(segments(20), 1, None)
     start = buffers._device.data_ptr()
     assert (plan.segments.data_ptr() - start) % 16 == 0
 

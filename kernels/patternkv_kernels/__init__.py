@@ -4,6 +4,7 @@ from patternkv_kernels.decode import tree_decode, tree_decode_with_lse
 from patternkv_kernels.decode_cuda import (
     DecodeShape,
     DecodeWorkspace,
+    SlotSource,
     decode_unavailable,
     lower,
     plans_are_alike,
@@ -35,6 +36,7 @@ __all__ = [
     "RaggedAttention",
     "RaggedWorkspace",
     "SlotFormat",
+    "SlotSource",
     "SlotViews",
     "Window",
     "WindowWrite",

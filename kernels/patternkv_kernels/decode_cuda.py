@@ -143,13 +143,35 @@ def decode_unavailable(shape: DecodeShape, device: torch.device) -> str | None:
     return missing("decode", shape.fmt, device)
 
 
-def lower(plan: DecodePlan, workspace: DecodeWorkspace, b: int) -> None:
-    """Write the work list of a batch of ``b`` rows into ``workspace``, on the current stream.
+@dataclass(frozen=True, eq=False)
+class SlotSource:
+    """Where the slots of a plan's segments are before :func:`lower` lists them.
+
+    The segments of such a plan follow each other in row 0 of its ``req_to_token``, which is the
+    list.
+    """
+
+    req_to_token: torch.Tensor
+    """int32, contiguous, of any shape"""
+    sources: torch.Tensor
+    """int64 ``[num_segments]``: place of a segment's slots in it, less their place in the list"""
+    num_tokens: int
+    """of all segments"""
+
+
+def lower(
+    plan: DecodePlan, workspace: DecodeWorkspace, b: int, source: SlotSource | None = None
+) -> None:
+    """Write the work list of a batch of ``b`` rows into ``workspace``, on the current stream, and
+    the list of slots with a ``source``.
 
     Layers that follow with this workspace read what the plan's tensors contain now. No memory is
     allocated and nothing is read on the host, so a CUDA graph may capture it.
     """
     shape = workspace.shape
+    listing: tuple[torch.Tensor | None, ...] = (None,) * 3
+    if source is not None:
+        listing = source.sources, source.req_to_token, plan.req_to_token
     jit.load("decode", shape.fmt).plan(
         plan.segments,
         plan.row_indptr,
@@ -161,6 +183,8 @@ def lower(plan: DecodePlan, workspace: DecodeWorkspace, b: int) -> None:
         shape.num_patterns,
         *workspace.capacities,
         workspace.max_states,
+        *listing,
+        0 if source is None else source.num_tokens,
     )
 
 

@@ -24,6 +24,8 @@ struct Arguments {
   const int4* segments;
   const int* row_indptr;
   const int* rows;
+  const int64_t* sources;  // null: nothing to list, as in plan::SlotList
+  const int* source_req_to_token;
   const void* window_k;
   const void* window_v;
   const int64_t* ring;
@@ -33,7 +35,8 @@ struct Arguments {
   const void* new_v;
   void* out;
   float* lse;
-  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, window, bf16,
+  int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, num_listed, window,
+      bf16,
       hopper,       // the kernels of compute capability 9.0
       fewest_rows,  // from which shared segments there are for the kernels of more than 32 rows
       num_narrow,   // answered: work items of private segments with a kernel of their own
@@ -64,10 +67,10 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
   p.group = params.group;
   p.scale_log2 = params.scale_log2;
   p.cap_log2 = params.cap_log2;
-  merge::choose_merge<T>(
-      a.b, a.h_kv, p.group, p.window > 0, kBlocks, [&](auto kernel, dim3 grid, int threads) {
-        simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
-      });
+  merge::choose_merge<T>(a.b, a.h_kv, p.group, p.window > 0, kBlocks,
+                         [&](auto kernel, dim3 grid, int threads) {
+                           simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
+                         });
 }
 
 }  // namespace
@@ -107,7 +110,13 @@ extern "C" void decode(Arguments* arguments) {
   p.max_runs = a.nnz;
   p.work = {&header, narrow_items.data(), wide_items.data(), run_indptr.data(), runs.data()};
   p.places = places.data();
-  simt::launch({1, 1, 1}, plan::kPlanThreads, 0, [&] { plan::plan_kernel(p); });
+  SimtIndex plan_grid = {1, 1, 1};
+  if (a.sources != nullptr) {
+    p.list = {a.source_req_to_token, a.sources, const_cast<int*>(a.req_to_token),
+              static_cast<int>(a.num_listed)};
+    plan_grid.x += 2;
+  }
+  simt::launch(plan_grid, plan::kPlanThreads, 0, [&] { plan::plan_kernel(p); });
   a.num_narrow = header.num_narrow, a.num_wide = header.num_wide;
 
   DecodeParams d = {};
@@ -136,9 +145,8 @@ extern "C" void decode(Arguments* arguments) {
     narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
   });
   if (!hopper) {
-    simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns), [&] {
-      wide::attend_kernel(d);
-    });
+    simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns),
+                 [&] { wide::attend_kernel(d); });
   } else if constexpr (hopper::kExists) {
     const auto launch = [&](auto rows, auto patterns) {
       constexpr int kRows = decltype(rows)::value, kPatterns = decltype(patterns)::value;

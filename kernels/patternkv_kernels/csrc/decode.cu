@@ -70,10 +70,13 @@ ffi::Array<int64_t> limits(int64_t num_patterns, int64_t group, int64_t h_kv, in
           c.many.rows};
 }
 
-// Writes the work list of one step into `work`; capacities as the caller allocated them.
+// Writes the work list of one step into `work`; capacities as the caller allocated them. With
+// `sources` also the segments' slots into `slots`: see plan::SlotList.
 void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, TensorView work,
                int64_t b, int64_t group, int64_t h_kv, int64_t num_patterns, int64_t max_rows,
-               int64_t max_entries, int64_t max_narrow, int64_t max_wide, int64_t max_states) {
+               int64_t max_entries, int64_t max_narrow, int64_t max_wide, int64_t max_states,
+               ffi::Optional<TensorView> sources, ffi::Optional<TensorView> req_to_token,
+               ffi::Optional<TensorView> slots, int64_t num_tokens) {
   CHECK_INPUT_AND_TYPE(segments, dl_int32);
   CHECK_INPUT_AND_TYPE(row_indptr, dl_int32);
   CHECK_INPUT_AND_TYPE(rows, dl_int32);
@@ -107,8 +110,17 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.max_runs = max_entries;
   params.work = parts.list;
   params.places = parts.places;
-  launch(plan::plan_kernel, dim3(1), plan::kPlanThreads, 0, get_stream(segments.device()), false,
-         params);
+  int64_t blocks = 1;
+  if (sources.has_value()) {
+    TVM_FFI_ICHECK_LE(num_tokens, slots.value().numel()) << "slots to list";
+    params.list = {static_cast<const int*>(req_to_token.value().data_ptr()),
+                   static_cast<const int64_t*>(sources.value().data_ptr()),
+                   static_cast<int*>(slots.value().data_ptr()), static_cast<int>(num_tokens)};
+    const int64_t wanted = (num_tokens + plan::kPlanThreads - 1) / plan::kPlanThreads;
+    blocks += std::min<int64_t>(wanted, config.sms);
+  }
+  launch(plan::plan_kernel, dim3(blocks), plan::kPlanThreads, 0, get_stream(segments.device()),
+         false, params);
 }
 
 // One layer: `states` is float32 [max_states * h_q * (d + 2)].

@@ -2,7 +2,7 @@
 // to merge. One block, once per step, so what counts is its longest chain: loops over segments,
 // chunk limits, entries and items are spread over all threads, and those that most steps pass
 // through once are not unrolled, since instructions come from memory too. Everything it decides is
-// a function of the segments alone.
+// a function of the segments alone. Other blocks list the slots that the segments read.
 #pragma once
 
 #include "patternkv/decode_segments.cuh"
@@ -284,7 +284,27 @@ __device__ void write_work(const PlanParams& p, ChunkLimits limits, bool many) {
   }
 }
 
+// By all blocks but the first.
+__device__ void list_slots(const PlanParams& p) {
+  const SlotList& list = p.list;
+  const int stride = (gridDim.x - 1) * kPlanThreads;
+  for (int at = (blockIdx.x - 1) * kPlanThreads + threadIdx.x; at < list.num_tokens; at += stride) {
+    // The first segment that ends behind the token: those before it may be empty.
+    int i = 0, last = p.num_segments - 1;
+    while (i < last) {
+      const int middle = (i + last) / 2;
+      if (p.segments[middle].z > at) {
+        last = middle;
+      } else {
+        i = middle + 1;
+      }
+    }
+    list.slots[at] = list.req_to_token[list.sources[i] + at];
+  }
+}
+
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const PlanParams given) {
+  if (blockIdx.x > 0) return list_slots(given);
   PlanParams p = given;
   const int num_entries = p.num_segments > 0 ? p.row_indptr[p.num_segments] : 0;
   const bool many = p.many_branches > 0 && has_many_rows(p);

@@ -6,6 +6,16 @@
 namespace patternkv {
 namespace plan {
 
+// Slots of all segments one after the other, in the order of the segments, whose places are those
+// in this list.
+struct SlotList {
+  const int* req_to_token;
+  const int64_t* sources;  // [num_segments]: where a segment's slots are in req_to_token, less
+                           // where they are in the list
+  int* slots;  // [num_tokens]
+  int num_tokens;
+};
+
 struct PlanParams {
   const int4* segments;   // [num_segments]: req, start, end, table
   const int* row_indptr;  // [num_segments + 1]
@@ -20,6 +30,7 @@ struct PlanParams {
   int max_narrow, max_wide, max_states, max_runs;
   WorkList work;
   int* places;  // [nnz], scratch: where the run of an entry goes
+  SlotList list;
 };
 
 // x / y rounded up, for positive x and y with a sum below 2^20: there floats are precise enough. A
