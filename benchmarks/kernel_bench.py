@@ -57,6 +57,16 @@ class PackedCache:
     workspace: DecodeWorkspace | None = None
 
 
+def profile_second(call: Callable[[], object]) -> None:
+    """Call twice, the second time for a profiler that waits for ``cudaProfilerStart``."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
 class KernelBench:
     """Measures cases on one device.
 
@@ -150,6 +160,11 @@ class KernelBench:
             "plan_us": self._plan_us(tree, first),
             "bytes": nbytes,
         }
+
+    def profile(self, tree: Tree, bits: tuple[int, int]) -> None:
+        """Decode under a profiler: see :func:`profile_second`."""
+        q, cache = random_queries(tree.case, self._device), self._cache(tree, bits)
+        profile_second(lambda: self._decode(tree, q, cache, self._impl))
 
     def _plan_us(self, tree: Tree, cache: PackedCache) -> float | None:
         """Time of making the work list, once per step; None where the reference op needs none."""

@@ -271,6 +271,18 @@ def test_a_built_library_loads() -> None:
     assert callable(module.dequantize)
 
 
+@needs_nvcc
+@pytest.mark.slow
+def test_a_library_keeps_its_state_to_itself(tmp_path: Path) -> None:
+    """Layers of other bits bring another library of the same names into the process."""
+    library = tmp_path / "out.so"
+    jit.compile_source(jit.Variant("decode", 4, 4, 64, "80"), library, "-shared")
+    command = ["nm", "-D", "--defined-only", str(library)]
+    exported = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ours = [line.split()[-1] for line in exported.splitlines() if "patternkv" in line]
+    assert ours == [] and "__tvm_ffi_decode" in exported
+
+
 def test_every_op_has_a_source() -> None:
     assert {path.stem for path in SOURCES} == set(jit.OPS)
 

@@ -53,7 +53,8 @@ _FLAGS = (
     "-DNDEBUG",
     "-use_fast_math",
     "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC",
+    # Hidden: a process loads libraries of several variants, whose names are the same.
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-DFLASHINFER_ENABLE_F16",
     "-DFLASHINFER_ENABLE_BF16",
 )
