@@ -25,7 +25,7 @@ from benchmarks.serving_cases import Cell, mixed_requests
 T = TypeVar("T")
 READY = "ready"
 WARM_PROMPT, WARM_TOKENS = 1024, 8
-IDLE_S = 0.05
+IDLE_S = 0.02
 """Before a call whose time is taken, so that the engine has done with the one before."""
 STREAMED_TOKENS = 64
 """Most tokens per branch in the run whose latencies are measured: streaming costs host time, so
