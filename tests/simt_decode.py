@@ -45,6 +45,7 @@ _NUMBERS = [
     "window",
     "bf16",
     "hopper",
+    "schedule",
     "fewest_rows",
     "num_narrow",
     "num_wide",
@@ -63,14 +64,19 @@ def _library(k_bits: int, v_bits: int, head_dim: int) -> ctypes.CDLL:
 
 
 def simt_decode(
-    inputs: DecodeInputs, *, hopper: bool = False, source: SlotSource | None = None
+    inputs: DecodeInputs,
+    *,
+    hopper: bool = False,
+    source: SlotSource | None = None,
+    schedule: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``tree_decode_with_lse`` by the CUDA kernels' sources, on CPU tensors.
 
     ``hopper``: those of compute capability 9.0 too, where head dim and patterns have them.
-    ``source``: of slots that the planner lists.
+    ``source``: of slots that the planner lists. ``schedule``: of warps, 32 bits: those of bits that
+    are set lag behind the others.
     """
-    return _decode(inputs, hopper, fewest_rows=33, source=source)[:2]
+    return _decode(inputs, hopper, fewest_rows=33, source=source, schedule=schedule)[:2]
 
 
 def leaves_32_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
@@ -85,7 +91,12 @@ def separates_private_work(inputs: DecodeInputs) -> bool:
 
 
 def _decode(
-    inputs: DecodeInputs, hopper: bool, fewest_rows: int, source: SlotSource | None = None
+    inputs: DecodeInputs,
+    hopper: bool,
+    fewest_rows: int,
+    *,
+    source: SlotSource | None = None,
+    schedule: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, Arguments]:
     fmt: SlotFormat = inputs.fmt
     b, h_q, _ = inputs.q.shape
@@ -131,6 +142,7 @@ def _decode(
         window=0 if window is None else window.k.shape[1],
         bf16=inputs.q.dtype == torch.bfloat16,
         hopper=hopper,
+        schedule=schedule,
         fewest_rows=fewest_rows,
         sm_scale=inputs.sm_scale,
         logit_cap=inputs.case.logit_cap,

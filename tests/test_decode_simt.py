@@ -147,6 +147,23 @@ def test_more_of_them_than_the_planner_has_threads(rows: int, segments: int) -> 
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs))
 
 
+# Warps of a warpgroup alike, then one by one.
+SCHEDULES = (0x000F, 0x00F0, 0x0F00, 0xF0F0, 0x1111, 0x5A3C)
+
+
+@pytest.mark.parametrize("branches", [4, 16, 40])
+def test_warps_may_lag_behind_each_other(branches: int) -> None:
+    """By 16 rows, by one consumer with three producers, and by two of each, over more tiles than
+    a block has room for."""
+    tree = [Segment(3000, tuple(range(branches)))]
+    inputs = make_inputs(DecodeCase("late", d=64, group=4, h_kv=1, dtype=BF16, tree=tree))
+    expected = simt_decode(inputs, hopper=True)
+    for schedule in SCHEDULES:
+        found = simt_decode(inputs, hopper=True, schedule=schedule)
+        for x, of in zip(found, expected, strict=True):
+            assert torch.equal(x, of), f"{schedule=:#x}"
+
+
 @pytest.mark.parametrize("hopper", [False, True])
 def test_listed_slots_are_those_of_the_segments(hopper: bool) -> None:
     # More tokens than the blocks that list them have threads, and segments without tokens.

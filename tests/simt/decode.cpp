@@ -38,6 +38,7 @@ struct Arguments {
   int64_t req_stride, b, h_q, h_kv, page_size, num_patterns, num_segments, nnz, num_listed, window,
       bf16,
       hopper,       // the kernels of compute capability 9.0
+      schedule,     // of warps, see simt::schedule
       fewest_rows,  // from which shared segments there are for the kernels of more than 32 rows
       num_narrow,   // answered: work items of private segments with a kernel of their own
       num_wide;     // answered: the other work items, negative where they are for those kernels
@@ -77,6 +78,7 @@ void merge_all(const Arguments& a, const DecodeParams& params) {
 
 extern "C" void decode(Arguments* arguments) {
   Arguments& a = *arguments;
+  simt::schedule = a.schedule;
   const int group = a.h_q / a.h_kv;
   const int64_t rows = a.b * group;
   const bool hopper = a.hopper && hopper::kExists && a.num_patterns <= hopper::kMostPatterns;

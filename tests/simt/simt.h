@@ -1,7 +1,7 @@
 // Runs CUDA kernel sources on a CPU, so that they can be tested without a GPU. The threads of a
 // block are coroutines that take turns at barriers and warp-wide operations; blocks run one after
-// the other. It checks what kernels compute, not whether they race: between two barriers a thread
-// runs alone.
+// the other. It checks what kernels compute, and whether they race only as far as warps that lag
+// behind each other change it: between two barriers a thread runs alone.
 //
 // Stands in for what nvcc provides on the device, as far as the kernels use it; patternkv/ptx.cuh
 // beside it stands in for the file of that name.
@@ -75,6 +75,7 @@ inline int current;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline std::vector<uint8_t> memory;  // dynamic shared memory; addresses are offsets into it
+inline uint32_t schedule;            // 0: warps go on alike; others choose which ones lag behind
 
 // Lets the other threads go on. Jumps in place of `swapcontext`, which asks the system for the
 // signal mask each time.
@@ -131,6 +132,26 @@ To bit_cast(From from) {
   return to;
 }
 
+// Whether a warp sits out a round of turns: with a schedule at random, every other warp mostly.
+class Laggards {
+ public:
+  explicit Laggards(int num_warps) : sits_out_(num_warps) {}
+
+  void next_round() {
+    if (schedule == 0) return;
+    for (size_t warp = 0; warp < sits_out_.size(); ++warp) {
+      const uint32_t of_16 = schedule >> warp % 32 & 1 ? 15 : 4;
+      random_ = random_ * 1664525 + 1013904223;
+      sits_out_[warp] = (random_ >> 16) % 16 < of_16;
+    }
+  }
+  bool sits_out(int warp) const { return sits_out_[warp]; }
+
+ private:
+  std::vector<char> sits_out_;
+  uint32_t random_ = schedule;
+};
+
 inline void run_block(int num_threads, std::function<void()> kernel) {
   body = std::move(kernel);
   threads.assign(num_threads, Thread());
@@ -151,12 +172,14 @@ inline void run_block(int num_threads, std::function<void()> kernel) {
     };
     makecontext(&thread.start, entry, 0);
   }
+  Laggards laggards(num_threads / kLanes);
   for (bool running = true; running;) {
     running = false;
+    laggards.next_round();
     for (current = 0; current < num_threads; ++current) {
       if (threads[current].done) continue;
       running = true;
-      resume();
+      if (!laggards.sits_out(current / kLanes)) resume();
     }
   }
 }

@@ -135,9 +135,11 @@ struct PhaseBarrier {
 
 inline void PhaseBarrierAddress::arrive(int times) const {
   PhaseBarrier& barrier = PhaseBarrier::of(address);
-  if ((barrier.missing -= times) > 0) return;
-  barrier.missing = barrier.arrivals;
-  ++barrier.phases;
+  if ((barrier.missing -= times) == 0) {
+    barrier.missing = barrier.arrivals;
+    ++barrier.phases;
+  }
+  simt::yield();  // others may go on first
 }
 inline bool PhaseBarrierAddress::test(int phase) const {
   return PhaseBarrier::of(address).phases % 2 != phase % 2;
