@@ -42,17 +42,14 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
     from patternkv_sgl.cache import PatternCache
-    from patternkv_sgl.pool import PoolGeometry
-    from patternkv_sgl.scratch import ScratchShape
+    from patternkv_sgl.sizing import Sizing
 
 logger = logging.getLogger(__name__)
 
 # A scheduler process has one pool and one tree: sizing leaves its decisions here for the pool
 # that is built from them, and the tree's factory leaves the cache for the hooks.
-_geometry: PoolGeometry | None = None
+_sizing: Sizing | None = None
 _num_tables = 0
-_scratch: ScratchShape | None = None
-_scratch_bytes = 0
 _cache: PatternCache | None = None
 # A tokenizer's.
 _dispatch = BranchDispatch()
@@ -103,63 +100,27 @@ def _enabled() -> bool:
 
 
 def _cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
-    global _geometry, _scratch, _scratch_bytes
+    global _sizing
     if not _enabled():
         return original(self, kvc, num_layers)
-    import torch
-    from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
+    from patternkv_sgl.sizing import Sizing
 
-    from patternkv_sgl.pool import PoolGeometry
-    from patternkv_sgl.refusals import refuse_kv_dtype
-    from patternkv_sgl.scratch import ScratchShape
-    from patternkv_sgl.server_args import config_of
-
-    refuse_kv_dtype(kvc.kv_cache_dtype)
-    model, tp_size = kvc.model_config, get_parallel().attn_tp_size
-    _geometry = PoolGeometry(
-        config_of(get_memory()),
-        num_layers,
-        model.get_num_kv_heads(tp_size),
-        model.head_dim,
-        kvc.kv_cache_dtype,
-    )
-    _scratch = ScratchShape(
-        tuple(dict.fromkeys(_geometry.slot_formats)),
-        _geometry.config.patterns,
-        model.get_num_attention_heads(tp_size),
-        get_schedule().max_running_requests,
-        model.context_len,
-        kvc.kv_cache_dtype,
-    )
-    _scratch_bytes = _scratch.nbytes(torch.device(kvc.device, kvc.gpu_id))
-    return _geometry.bytes_per_token
+    _sizing = Sizing.of_model(kvc, num_layers)
+    return _sizing.geometry.bytes_per_token
 
 
 def _reserve(
     self: Any, available_bytes: int, page_size: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     global _num_tables
-    if _geometry is None or _scratch is None:
+    if _sizing is None:
         return None
-    from sglang.srt.runtime_context import get_observability, get_schedule
-
-    from patternkv_sgl import canary
-    from patternkv_sgl.metadata import DecodeBuffers, most_tokens
-    from patternkv_sgl.pool import SLOTS_PER_PAGE
-
-    _num_tables = _geometry.num_tables(available_bytes)
-    windows = get_schedule().max_running_requests + 1
-    tokens = most_tokens(available_bytes // _geometry.bytes_per_token, _scratch.max_rows)
-    other = _scratch_bytes + SLOTS_PER_PAGE * _geometry.bytes_per_token  # to fill the last page
-    other += DecodeBuffers.nbytes(_scratch.max_rows, _scratch.max_entries, tokens)
-    if get_observability().kv_canary != "none":
-        other += canary.nbytes(tokens)
-    reserved = _geometry.reserved_bytes(available_bytes, windows, other)
-    return (self, available_bytes - reserved, page_size), {}
+    _num_tables = _sizing.geometry.num_tables(available_bytes)
+    return (self, available_bytes - _sizing.reserved_bytes(available_bytes), page_size), {}
 
 
 def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
-    if _geometry is None:
+    if _sizing is None:
         return original(self, **kwargs)
     from sglang.srt.kv_canary.pool_patcher.api import register_pool_attacher
 
@@ -169,7 +130,7 @@ def _build_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     register_pool_attacher(PatternKVPool, canary.attach)
     kwargs["mha_pool_class"] = partial(
         PatternKVPool,
-        geometry=_geometry,
+        geometry=_sizing.geometry,
         num_tables=_num_tables,
         # One row per running request and SGLang's padding row 0.
         num_windows=self.resolve_max_num_reqs(kwargs["max_total_num_tokens"]) + 1,
@@ -203,11 +164,11 @@ def _build_backend(runner: Any) -> AttentionBackend:
     pool = runner.token_to_kv_pool
     assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
     refuse_layers(runner.model)
-    assert _scratch is not None
+    assert _sizing is not None
     req_to_token = runner.req_to_token_pool.req_to_token
     flags = ("--mem-fraction-static", "--max-running-requests", "--context-length")
     with explained_memory("kernel scratch", *flags):
-        scratch = Scratch(_scratch, req_to_token.device)
+        scratch = Scratch(_sizing.scratch, req_to_token.device)
         config, formats = pool.geometry.config, pool.slot_formats
         rotated = {layer for layer, fmt in enumerate(formats) if config.rotates(fmt.k_bits)}
         bases = model_bases(runner.model, rotated, pool.dtype, req_to_token.device)
