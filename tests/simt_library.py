@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import patternkv_kernels.compiler as compiler
 import patternkv_kernels.jit as jit
 
 SOURCES = Path(__file__).parent / "simt"
@@ -28,8 +29,8 @@ def unavailable() -> str | None:
 @functools.cache
 def _cuda_headers() -> Path | None:
     try:
-        folder = jit.nvcc().resolve().parents[1] / "include"
-    except jit.BuildError:
+        folder = compiler.nvcc().resolve().parents[1] / "include"
+    except compiler.BuildError:
         return None
     return folder if (folder / "cuda_fp16.h").exists() else None
 

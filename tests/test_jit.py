@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import patternkv_kernels.build as build
+import patternkv_kernels.compiler as compiler
 import patternkv_kernels.dispatch as dispatch
 import patternkv_kernels.jit as jit
 from patternkv_kernels import SlotFormat
@@ -20,14 +21,14 @@ VARIANT = jit.Variant("store", 4, 2, 64, "90a")
 SOURCES = sorted((Path(jit.__file__).parent / "csrc").glob("*.cu"))
 CACHES = (
     jit.load_variant,
-    jit.nvcc,
-    jit.nvcc_version,
-    jit.include_folders,
+    compiler.nvcc,
+    compiler.nvcc_version,
+    compiler.include_folders,
     jit._source_digest,
     dispatch._failure,
     dispatch._warn,
 )
-needs_nvcc = pytest.mark.skipif(not jit.is_available(), reason=str(jit.unavailable()))
+needs_nvcc = pytest.mark.skipif(not compiler.is_available(), reason=str(compiler.unavailable()))
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setattr(
-        jit, "_nvcc_candidates", lambda: iter([tmp_path / "toolkit" / "bin" / "nvcc"])
+        compiler, "_nvcc_candidates", lambda: iter([tmp_path / "toolkit" / "bin" / "nvcc"])
     )
     return tmp_path / "toolkit"
 
@@ -79,11 +80,13 @@ def calls(fake: Path) -> list[str]:
 
 
 def test_a_missing_compiler_is_explained(no_nvcc: Path) -> None:
-    reason = jit.unavailable()
-    assert not jit.is_available()
+    reason = compiler.unavailable()
+    assert not compiler.is_available()
     assert reason is not None and str(no_nvcc / "bin" / "nvcc") in reason
     assert "CUDA_HOME" in reason and 'impl="reference"' in reason
-    with pytest.raises(jit.BuildError, match="store_k4v2_d64 cannot be compiled: no CUDA compiler"):
+    with pytest.raises(
+        compiler.BuildError, match="store_k4v2_d64 cannot be compiled: no CUDA compiler"
+    ):
         jit.load("store", SlotFormat(4, 2, 64, h_kv=1))
 
 
@@ -91,11 +94,11 @@ def test_compilers_are_looked_for_in_order(monkeypatch: pytest.MonkeyPatch, tmp_
     wheel = tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc"
     wheel.parent.mkdir(parents=True)
     wheel.touch()
-    monkeypatch.setattr(jit, "_package_folders", lambda name: [tmp_path / "site" / name])
+    monkeypatch.setattr(compiler, "_package_folders", lambda name: [tmp_path / "site" / name])
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("CUDA_HOME", "/home")
     monkeypatch.setenv("CUDA_PATH", "/path")
-    found = [str(path) for path in jit._nvcc_candidates()]
+    found = [str(path) for path in compiler._nvcc_candidates()]
     assert found == [
         "/home/bin/nvcc",
         "/path/bin/nvcc",
@@ -109,12 +112,12 @@ def test_a_missing_cplusplus_compiler_is_explained(
     fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVCC_CCBIN", "no-such-compiler")
-    assert "no C++ compiler for nvcc: no-such-compiler" in str(jit.unavailable())
+    assert "no C++ compiler for nvcc: no-such-compiler" in str(compiler.unavailable())
 
 
 def test_missing_headers_are_explained(fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit, "_package_folders", lambda name: [])
-    assert "pip install flashinfer-python" in str(jit.unavailable())
+    monkeypatch.setattr(compiler, "_package_folders", lambda name: [])
+    assert "pip install flashinfer-python" in str(compiler.unavailable())
 
 
 def test_headers_come_from_bare_folders_too(
@@ -123,7 +126,7 @@ def test_headers_come_from_bare_folders_too(
     """A folder without `__init__.py` will do, and nothing is imported to find it."""
     (tmp_path / "header_package" / "data" / "include").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
-    assert jit._package_folder("header_package", "x") == tmp_path / "header_package"
+    assert compiler._package_folder("header_package", "x") == tmp_path / "header_package"
     assert "header_package" not in sys.modules
 
 
@@ -142,15 +145,15 @@ def test_importing_the_package_compiles_and_loads_nothing() -> None:
 @pytest.mark.parametrize("arch", ["75", "sm_90", "90ab", "nine"])
 def test_bad_architectures_are_refused(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATTERNKV_CUDA_ARCH", arch)
-    with pytest.raises(jit.BuildError, match=arch):
-        jit.arch()
+    with pytest.raises(compiler.BuildError, match=arch):
+        compiler.arch()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_without_a_gpu_the_architecture_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PATTERNKV_CUDA_ARCH")
-    with pytest.raises(jit.BuildError, match="set PATTERNKV_CUDA_ARCH"):
-        jit.arch()
+    with pytest.raises(compiler.BuildError, match="set PATTERNKV_CUDA_ARCH"):
+        compiler.arch()
 
 
 @pytest.mark.parametrize(
@@ -163,11 +166,11 @@ def test_architecture_of_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    jit._device_arch.cache_clear()
+    compiler._device_arch.cache_clear()
     try:
-        assert jit.arch() == arch
+        assert compiler.arch() == arch
     finally:
-        jit._device_arch.cache_clear()
+        compiler._device_arch.cache_clear()
 
 
 def test_a_library_is_built_once(fake_nvcc: Path) -> None:
@@ -227,10 +230,10 @@ def test_libraries_are_used_without_a_compiler(
 ) -> None:
     library = jit.build(VARIANT)
     (fake_nvcc / "toolkit" / "bin" / "nvcc").unlink()
-    monkeypatch.setattr(jit, "_nvcc_candidates", lambda: iter([]))
-    jit.nvcc.cache_clear()
-    jit.nvcc_version.cache_clear()
-    assert not jit.is_available()
+    monkeypatch.setattr(compiler, "_nvcc_candidates", lambda: iter([]))
+    compiler.nvcc.cache_clear()
+    compiler.nvcc_version.cache_clear()
+    assert not compiler.is_available()
     assert jit.build(VARIANT) == library
 
 
@@ -239,7 +242,7 @@ def test_a_failing_compiler_is_quoted(fake_nvcc: Path) -> None:
     nvcc.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit\nseq 1 99\necho "no such thing" >&2\nexit 3\n'
     )
-    with pytest.raises(jit.BuildError) as caught:
+    with pytest.raises(compiler.BuildError) as caught:
         jit.build(VARIANT)
     message = str(caught.value)
     assert "exit code 3 on store_k4v2_d64 for sm_90a" in message
@@ -250,7 +253,7 @@ def test_a_failing_compiler_is_quoted(fake_nvcc: Path) -> None:
 
 def test_a_broken_library_is_named(fake_nvcc: Path) -> None:
     pytest.importorskip("tvm_ffi")
-    with pytest.raises(jit.BuildError, match=r"store_k4v2_d64-\w+-\w+\.so does not load"):
+    with pytest.raises(compiler.BuildError, match=r"store_k4v2_d64-\w+-\w+\.so does not load"):
         jit.load("store", SlotFormat(4, 2, 64, h_kv=1))
 
 

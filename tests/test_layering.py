@@ -25,6 +25,7 @@ LAYERS = [
         "patternkv_kernels.rotate_reference",
         "patternkv_kernels.window",
     ],
+    ["patternkv_kernels.compiler"],
     ["patternkv_kernels.jit"],
     ["patternkv_kernels.build", "patternkv_kernels.dispatch", "patternkv_kernels.tables"],
     [

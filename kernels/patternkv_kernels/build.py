@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
+import patternkv_kernels.compiler as compiler
 import patternkv_kernels.jit as jit
 from patternkv_kernels.format import BITS, HEAD_DIMS
 
@@ -60,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.arch is not None:
         os.environ["PATTERNKV_CUDA_ARCH"] = options.arch
     try:
-        arch = jit.arch()
-    except jit.BuildError as error:
+        arch = compiler.arch()
+    except compiler.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     variants = []

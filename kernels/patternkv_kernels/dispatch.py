@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 import torch
 
+import patternkv_kernels.compiler as compiler
 import patternkv_kernels.jit as jit
 from patternkv_kernels.format import SlotFormat
 
@@ -85,7 +86,7 @@ def _failure(op: jit.Op, k_bits: int, v_bits: int, head_dim: int, device: int | 
     try:
         with torch.cuda.device(device):
             jit.load(op, SlotFormat(k_bits, v_bits, head_dim, h_kv=1))
-    except jit.BuildError as error:
+    except compiler.BuildError as error:
         return str(error)
     return None
 
