@@ -112,10 +112,14 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
   params.places = parts.places;
   int64_t blocks = 1;
   if (sources.has_value()) {
-    TVM_FFI_ICHECK_LE(num_tokens, slots.value().numel()) << "slots to list";
-    params.list = {static_cast<const int*>(req_to_token.value().data_ptr()),
-                   static_cast<const int64_t*>(sources.value().data_ptr()),
-                   static_cast<int*>(slots.value().data_ptr()), static_cast<int>(num_tokens)};
+    const TensorView source = sources.value(), from = req_to_token.value(), to = slots.value();
+    CHECK_INPUT_AND_TYPE(source, dl_int64);
+    CHECK_INPUT_AND_TYPE(from, dl_int32);
+    CHECK_INPUT_AND_TYPE(to, dl_int32);
+    TVM_FFI_ICHECK_LE(num_tokens, to.numel()) << "slots to list";
+    params.list = {static_cast<const int*>(from.data_ptr()),
+                   static_cast<const int64_t*>(source.data_ptr()), static_cast<int*>(to.data_ptr()),
+                   static_cast<int>(num_tokens)};
     const int64_t wanted = (num_tokens + plan::kPlanThreads - 1) / plan::kPlanThreads;
     blocks += std::min<int64_t>(wanted, config.sms);
   }
