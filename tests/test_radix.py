@@ -559,6 +559,30 @@ def test_a_prompt_that_mined_its_table_is_matched_but_for_its_last_token(
     assert scheduler.admit(tokens(0, 48)).prefix_len == 47 // page * page
 
 
+def test_the_last_token_of_a_stored_prompt_is_a_branchs_own_until_it_ends(
+    scheduler: Scheduler,
+) -> None:
+    (first,) = scheduler.prefill(tokens(0, 40))
+    free = scheduler.allocator.available_size()
+    branches = [scheduler.admit(tokens(0, 40)) for _ in range(2)]
+    assert [extend.num_tokens for extend in scheduler.extend(branches)] == [1, 1]
+    for branch in branches:
+        node = branch.last_node
+        scheduler.checkpoint(branch)
+        assert branch.last_node is node and branch.kv.cache_protected_len == 39
+    check(scheduler)
+    assert scheduler.tree.total_size() == 40
+    assert scheduler.allocator.available_size() == free - 2
+    scheduler.decode(branches, [7, 8])
+    for branch in branches:
+        scheduler.finish(branch)
+        check(scheduler)
+    # The tree has the token once, and an answer behind it for each of them.
+    assert scheduler.tree.total_size() == 42
+    assert scheduler.allocator.available_size() == free - 2
+    scheduler.finish(first)
+
+
 def test_keys_of_different_namespaces_share_no_node(scheduler: Scheduler) -> None:
     reqs = [scheduler.admit(tokens(0, 48), extra_key=key) for key in ("a", "b", "a")]
     for req in reqs:
