@@ -559,9 +559,8 @@ def test_a_prompt_that_mined_its_table_is_matched_but_for_its_last_token(
     assert scheduler.admit(tokens(0, 48)).prefix_len == 47 // page * page
 
 
-def test_the_last_token_of_a_stored_prompt_is_a_branchs_own_until_it_ends(
-    scheduler: Scheduler,
-) -> None:
+def test_the_last_token_of_a_stored_prompt_is_a_branchs_own_until_it_ends() -> None:
+    scheduler = Scheduler(CONFIG)
     (first,) = scheduler.prefill(tokens(0, 40))
     free = scheduler.allocator.available_size()
     branches = [scheduler.admit(tokens(0, 40)) for _ in range(2)]
