@@ -24,11 +24,10 @@ from benchmarks.baselines import FlashInfer
 from benchmarks.kernel_bench import SMOKE, KernelBench, WrongOutputError
 from benchmarks.kernel_cases import BITS, PAGE, suites
 from benchmarks.kernel_inputs import Tree
-from benchmarks.kernel_results import HEADER, line, markdown, misses
+from benchmarks.kernel_results import HEADER, line, made_with, markdown, misses
 from benchmarks.roofline import roofline_us
 from benchmarks.rows import Row, read_rows
 from benchmarks.timing import copy_gbps, matmul_tflops
-from recipes.environment import git_commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 
@@ -82,16 +81,14 @@ def measure_all(args: argparse.Namespace) -> int:
         shuffle=args.shuffle,
         budget_s=0.05 if args.quick else 0.15,
     )
-    made_with: Row = {
+    origin = {
         "copy_gbps": copy_gbps(device),
         "matmul_tflops": matmul_tflops(device),
-        "gpu": hardware()["gpu"],
-        "versions": versions() | {"cuda": torch.version.cuda},
-        "commit": git_commit(),
+        **made_with(),
     }
     print(
-        f"{made_with['gpu'] or device}: copy {made_with['copy_gbps']:.0f} GB/s (read + write), "
-        f"bfloat16 matmul {made_with['matmul_tflops']:.0f} TFLOP/s",
+        f"{origin['gpu'] or device}: copy {origin['copy_gbps']:.0f} GB/s (read + write), "
+        f"bfloat16 matmul {origin['matmul_tflops']:.0f} TFLOP/s",
         flush=True,
     )
     bench.build()
@@ -107,12 +104,12 @@ def measure_all(args: argparse.Namespace) -> int:
             of_case = {"suite": suite, **case_keys(tree, args), **bench.baselines(tree)}
             for bits in BITS:
                 try:
-                    row = of_case | bench.ours(tree, bits) | made_with
+                    row = of_case | bench.ours(tree, bits) | origin
                 except WrongOutputError as error:
                     wrong += 1
                     print(f"{case.name} {bits[0]}/{bits[1]}: not timed, {error}", flush=True)
                     continue
-                row["roofline_us"] = roofline_us(row["bytes"], made_with["copy_gbps"])
+                row["roofline_us"] = roofline_us(row["bytes"], origin["copy_gbps"])
                 print(json.dumps(row), file=file, flush=True)
                 print(line(row), flush=True)
     print(f"done after {time.monotonic() - start:.0f} s")

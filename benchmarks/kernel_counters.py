@@ -19,17 +19,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.kernel_bench import KernelBench, profile_second
 from benchmarks.kernel_cases import H_KV, HEAD_DIM, PAGE, TARGETS, private
 from benchmarks.kernel_inputs import random_tables
-from benchmarks.rows import Row, packages, read_rows
+from benchmarks.kernel_results import made_with
+from benchmarks.rows import Row, packages, read_rows, table
 from patternkv_kernels import SlotFormat, store_kv
 from patternkv_sgl.config import PatternKVConfig
-from recipes.environment import git_commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "counters.jsonl"
 BITS = ((4, 4), (2, 2))
@@ -96,7 +95,8 @@ def profile_store(bits: tuple[int, int], device: torch.device) -> None:
     k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     slots = torch.arange(STORED_TOKENS, device=device)
     pool = fmt.allocate(STORED_TOKENS, device)
-    profile_second(lambda: store_kv(fmt, pool, slots, k, v, tables, torch.zeros_like(slots)))
+    table_ids = torch.zeros_like(slots)
+    profile_second(lambda: store_kv(fmt, pool, slots, k, v, tables, table_ids))
 
 
 def ncu_command(ncu: str) -> list[str]:
@@ -169,9 +169,8 @@ def markdown(rows: list[Row]) -> str:
                 ", ".join(f"{name.replace('_', ' ')} {stalls[name]:.1f}" for name in most),
             ]
         )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     first = rows[0]
-    return f"{table}\n\n{first['gpu']}; {packages(first)}; commit {first['commit']}."
+    return f"{table(lines)}\n\n{first['gpu']}; {packages(first)}; commit {first['commit']}."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,13 +185,9 @@ def main(argv: list[str] | None = None) -> int:
             print("ncu is not on PATH: install Nsight Compute, which CUDA's toolkit contains")
             return 1
         done = subprocess.run(ncu_command(ncu), capture_output=True, text=True, check=False)
-        made_with: dict[str, Any] = {
-            "gpu": hardware()["gpu"],
-            "versions": versions() | {"cuda": torch.version.cuda},
-            "commit": git_commit(),
-        }
+        origin = made_with()
         try:
-            rows = [row | made_with for row in rows_of(done.stdout)]
+            rows = [row | origin for row in rows_of(done.stdout)]
         except ValueError as error:
             print(f"{error}\n{done.stderr[-2000:]}")
             return 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
+
 from benchmarks.kernel_cases import BITS, PLAN_TARGET_US, PROMPTS, TARGETS
-from benchmarks.rows import Row, packages
+from benchmarks.rows import Row, packages, table
+from recipes.environment import git_commit, hardware, versions
 
 BASELINES = ("flashinfer_us", "flashinfer_fp8_us", "cascade_us")
 
@@ -14,6 +17,15 @@ HEADER = (
     f"{'case':36}{'bits':>4}{'us':>9}{'p20':>9}{'p80':>9}{'GB/s':>7}{'roof':>6}"
     f"{'x bf16':>9}{'x fp8':>9}{'x cascade':>11}{'plan us':>9}"
 )
+
+
+def made_with() -> Row:
+    """What rows of kernels say of GPU, versions and commit."""
+    return {
+        "gpu": hardware()["gpu"],
+        "versions": versions() | {"cuda": torch.version.cuda},
+        "commit": git_commit(),
+    }
 
 
 def line(row: Row) -> str:
@@ -74,8 +86,7 @@ def markdown(rows: list[Row]) -> str:
         columns = f"case|FlashInfer bf16|fp8|cascade|ours {bits}|% of roofline|× best FlashInfer"
         head = columns.split("|")
         lines = [head, ["---"] * len(head), *(_line(name, of) for name, of in cases.items())]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        sections.append(f"**{suite}**, µs per layer\n\n{table}")
+        sections.append(f"**{suite}**, µs per layer\n\n{table(lines)}")
     return "\n\n".join([*sections, _provenance(rows[0])])
 
 

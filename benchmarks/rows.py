@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ Row = dict[str, Any]
 
 def read_rows(path: Path) -> list[Row]:
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(lines: Iterable[list[str]]) -> str:
+    """Markdown of cells line by line, the first two the head and its rule."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def packages(row: Row) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.rows import Row, packages
+from benchmarks.rows import Row, packages, table
 from benchmarks.serving_cases import FLOOR, FLOORS, TARGETS
 
 BASELINE = "bf16"
@@ -73,10 +73,9 @@ def markdown(rows: list[Row]) -> str:
         ]
         lines.append([case, *values, gain, " · ".join(ttft)])
     row = rows[0]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     commits = list(dict.fromkeys(row["commit"] for row in rows))
     made_at = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
-    return f"{table}\n\n{row['gpu']}; {packages(row)}; {made_at}."
+    return f"{table(lines)}\n\n{row['gpu']}; {packages(row)}; {made_at}."
 
 
 def headline(rows: list[Row]) -> str:
@@ -99,7 +98,7 @@ def headline(rows: list[Row]) -> str:
             for prompt in sorted({prompt for prompt, _ in cells})
         ),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(lines)
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -170,15 +170,14 @@ class PatternRadixCache(IncrementalRadixCache):
         """Stock's; but one token of a request that runs, such as the last one of a stored prompt,
         which every branch prefills again, stays its own until the request ends."""
         state: RequestTables = getattr(req, ATTRIBUTE)
+        state.prefilling = None
         if up_to - req.kv.cache_protected_len == 1 and not req.finished():
-            state.prefilling = None
             return
         self._inserting = state
         try:
             super().checkpoint(req, up_to=up_to)
         finally:
             self._inserting = None
-        state.prefilling = None
         if not self.disable:
             # Where the tree already held these tokens, the request's row now points at slots that
             # another request quantized: follow them to their tables.

@@ -70,5 +70,4 @@ class Sizing(NamedTuple):
         other += DecodeBuffers.nbytes(scratch.max_rows, scratch.max_entries, tokens)
         if get_observability().kv_canary != "none":
             other += canary.nbytes(tokens)
-        windows = get_schedule().max_running_requests + 1
-        return geometry.reserved_bytes(available_bytes, windows, other)
+        return geometry.reserved_bytes(available_bytes, scratch.max_rows + 1, other)

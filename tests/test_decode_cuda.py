@@ -307,20 +307,18 @@ def test_one_graph_serves_any_tree() -> None:
 def test_listed_slots_are_those_of_the_segments(own: list[int]) -> None:
     tree = balanced_tree(2, 40, 900, own)
     case = DecodeCase("listed", d=64, group=4, dtype=BF16, tree=tree)
-    inputs = to_device(make_inputs(case), "cuda")
-    listed, source = to_list(to_device(inputs, "cpu").plan)
-    listed = DecodePlan(*(getattr(listed, name).cuda() for name in vars(listed)))
+    on_host = make_inputs(case)
+    plan, source = to_list(on_host.plan)
+    inputs, listed = (to_device(replace(on_host, plan=of), "cuda") for of in (on_host.plan, plan))
     source = SlotSource(inputs.plan.req_to_token, source.sources.cuda(), source.num_tokens)
     shape = DecodeShape(
-        inputs.fmt, inputs.tables.num_patterns, inputs.q.shape[1], 40, len(listed.rows), 400000
+        inputs.fmt, inputs.tables.num_patterns, inputs.q.shape[1], 40, len(plan.rows), 400000
     )
     workspace = DecodeWorkspace.allocate(shape, inputs.q.device)
-    lower(listed, workspace, 40, source)
-    out = tree_decode(
-        *replace(inputs, plan=listed).args, **inputs.options, workspace=workspace, impl="cuda"
-    )
+    lower(listed.plan, workspace, 40, source)
+    out = tree_decode(*listed.args, **listed.options, workspace=workspace, impl="cuda")
     assert torch.equal(out, tree_decode(*inputs.args, **inputs.options, impl="cuda"))
-    assert (listed.req_to_token[0, source.num_tokens :] == -1).all()
+    assert (listed.plan.req_to_token[0, source.num_tokens :] == -1).all()
 
 
 def test_what_the_kernels_cannot_take_is_refused() -> None:
