@@ -21,6 +21,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.ENQUEUE` | a stored prompt needs no prefill ahead of its branches | a forward each |
 | `hooks.ORDER_QUEUE` | branches keep their request's place | they queue behind prompts |
 | `hooks.PROCESS_RESULT`, `hooks.RELEASE` | answers leave ahead of releases | they wait for all |
+| `hooks.CREATE_SAMPLER` | tokens drawn in one pass over the logits | seven of SGLang's |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.HANDLE_BATCH`, `hooks.SEND_REQUEST` | branches reach the scheduler together | one by one |
 | `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
@@ -87,6 +88,7 @@ def load() -> None:
     HookRegistry.register(hooks.ORDER_QUEUE, _order_queue, HookType.BEFORE)
     HookRegistry.register(hooks.PROCESS_RESULT, _process_result, HookType.AROUND)
     HookRegistry.register(hooks.RELEASE, _release, HookType.AROUND)
+    HookRegistry.register(hooks.CREATE_SAMPLER, _create_sampler, HookType.AROUND)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.HANDLE_BATCH, _handle_batch, HookType.AROUND)
     HookRegistry.register(hooks.SEND_REQUEST, _send_request, HookType.AROUND)
@@ -245,6 +247,17 @@ def _release(original: Callable[..., None], req: Any, tree_cache: Any, *, checkp
         release()
     else:
         _cache.releases.put(release)
+
+
+def _create_sampler(original: Callable[..., Any], backend: str | None = None) -> Any:
+    from sglang.srt.runtime_context import get_exec
+
+    # Other backends are what somebody asked for, or of another platform.
+    if not _enabled() or (backend or get_exec().kernel.sampling_backend) != "flashinfer":
+        return original(backend)
+    from patternkv_sgl.sampler import BranchSampler
+
+    return BranchSampler()
 
 
 def _canary_walk(original: Callable[..., Any], *, radix_cache: Any, **kwargs: Any) -> Any:

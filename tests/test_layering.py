@@ -80,7 +80,12 @@ LAYERS = [
     ["patternkv_sgl.backend"],
     ["patternkv_sgl.refusals"],
     ["patternkv_sgl.server_args"],
-    ["patternkv_sgl.admission", "patternkv_sgl.release", "patternkv_sgl.sizing"],
+    [
+        "patternkv_sgl.admission",
+        "patternkv_sgl.release",
+        "patternkv_sgl.sampler",
+        "patternkv_sgl.sizing",
+    ],
     ["patternkv_sgl.cache"],
     ["patternkv_sgl.plugin"],
 ]
