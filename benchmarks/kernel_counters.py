@@ -62,7 +62,7 @@ METRICS = {
         for name in STALLS
     },
 }
-KERNELS = ("narrow", "hopper", "warpgroup", "wide", "merge", "store")
+KERNELS = ("window", "narrow", "hopper", "warpgroup", "wide", "merge", "store")
 SHORTEST_US = 4
 """Kernels that take less have found nothing to do; the table leaves them out."""
 

@@ -77,6 +77,15 @@ def test_hopper_over_many_tiles(branches: int, bits: tuple[int, int], patterns: 
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
 
 
+@pytest.mark.parametrize(("group", "branches"), [(1, 65), (4, 17), (7, 10), (16, 5)])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_windows_ahead_of_many_rows(group: int, branches: int, cap: float) -> None:
+    tree = balanced_tree(1, branches, 70, [5, 0, 34])
+    shape = {"d": 128, "group": group, "h_kv": 2, "window": 8}
+    inputs = make_inputs(DecodeCase("ahead", tree=tree, dtype=BF16, logit_cap=cap, **shape))
+    assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
+
+
 @pytest.mark.parametrize("exponent", [-12, -6, 5])
 def test_hopper_with_scales_far_apart(exponent: int) -> None:
     """Every other token has scales of another size than the rest."""

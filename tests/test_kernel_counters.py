@@ -20,6 +20,7 @@ from benchmarks.kernel_counters import (
 )
 
 MANGLED = {
+    "window": "_ZN9patternkv6window13attend_kernelI6__halfLi1ELi4EEEvNS_5merge11MergeParamsIT_EE",
     "narrow": "_ZN9patternkv6narrow13attend_kernelILi4EEEvNS_12DecodeParamsE",
     "warpgroup": "_ZN9patternkv9warpgroup13attend_kernelILi64EEEvNS_12DecodeParamsE",
     "merge": "_ZN9patternkv5merge12merge_kernelI6__halfLi4ELi4ELb0EEEvNS0_11MergeParamsIT_EE",

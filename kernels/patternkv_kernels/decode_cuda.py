@@ -51,7 +51,7 @@ class DecodeWorkspace:
     items: torch.Tensor
     """int32: header, work items, state runs"""
     states: torch.Tensor
-    """float32 ``[max_states * h_q * (d + 2)]``"""
+    """float32 ``[(max_states + max_rows) * h_q * (d + 2)]``"""
     max_narrow: int
     max_wide: int
     max_states: int
@@ -97,7 +97,8 @@ def _sizes(shape: DecodeShape, device: torch.device) -> _Sizes:
     max_states = forced + narrow_extra * narrow_branches + wide_extra * wide_branches
     words = _HEADER_WORDS + _WORK_ITEM_WORDS * (max_narrow + max_wide)
     words += 3 * shape.max_entries + shape.max_rows + 1
-    floats = max_states * shape.h_q * (fmt.head_dim + 2)
+    # A state of the window of each row, too.
+    floats = (max_states + shape.max_rows) * shape.h_q * (fmt.head_dim + 2)
     return _Sizes(words, floats, max_narrow, max_wide, max_states)
 
 

@@ -1,4 +1,4 @@
-// One decode layer on the CPU: the planner, both attention kernels and the merge (see simt.h).
+// One decode layer on the CPU: planner, windows, attention kernels and merge (see simt.h).
 #include "patternkv/decode_hopper.cuh"
 #include "patternkv/decode_merge.cuh"
 #include "patternkv/decode_narrow.cuh"
@@ -46,32 +46,46 @@ struct Arguments {
 };
 
 template <typename T>
-void merge_all(const Arguments& a, const DecodeParams& params) {
+merge::MergeParams<T> merge_params(const Arguments& a, const DecodeParams& params) {
   merge::MergeParams<T> p = {};
   p.q = static_cast<const T*>(a.q);
   p.q_stride = params.q_stride;
   p.work = params.work;
   p.state_out = params.state_out;
   p.state_sum = params.state_sum;
+  p.first_window_state = kMaxStates;
   p.out = static_cast<T*>(a.out);
   p.lse = a.lse;
-  p.window_k = static_cast<const T*>(a.window_k);
-  p.window_v = static_cast<const T*>(a.window_v);
-  p.ring = a.ring;
-  p.start = a.window_start;
-  p.end = a.window_end;
-  p.new_k = static_cast<const T*>(a.new_k);
-  p.new_v = static_cast<const T*>(a.new_v);
-  p.new_k_stride = p.new_v_stride = a.h_kv * HEAD_DIM;
-  p.window = a.window;
+  p.window = {static_cast<const T*>(a.window_k),
+              static_cast<const T*>(a.window_v),
+              a.ring,
+              a.window_start,
+              a.window_end,
+              static_cast<const T*>(a.new_k),
+              static_cast<const T*>(a.new_v),
+              a.h_kv * HEAD_DIM,
+              a.h_kv * HEAD_DIM,
+              static_cast<int>(a.window)};
   p.h_kv = a.h_kv;
   p.group = params.group;
   p.scale_log2 = params.scale_log2;
   p.cap_log2 = params.cap_log2;
-  merge::choose_merge<T>(a.b, a.h_kv, p.group, p.window > 0, kBlocks,
-                         [&](auto kernel, dim3 grid, int threads) {
-                           simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
-                         });
+  return p;
+}
+
+// Windows, those of batches with `many` rows ahead of the rest, which `attend` is, and the merge.
+template <typename T, typename Attend>
+void decode_layer(const Arguments& a, const DecodeParams& params, bool many, Attend attend) {
+  const auto p = merge_params<T>(a, params);
+  const auto launch = [&](auto kernel, dim3 grid, int threads) {
+    simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
+  };
+  const auto place = merge::place_of_windows(a.window, a.b * params.group, many);
+  if (place == merge::WindowPlace::kAhead) {
+    window::choose_kernel<T>(a.b, a.h_kv, p.group, kBlocks, launch);
+  }
+  attend();
+  merge::choose_merge<T>(a.b, a.h_kv, p.group, place, kBlocks, launch);
 }
 
 }  // namespace
@@ -87,8 +101,9 @@ extern "C" void decode(Arguments* arguments) {
   std::vector<WorkItem> narrow_items(kMaxItems), wide_items(kMaxItems);
   std::vector<StateRun> runs(a.nnz);
   std::vector<int> run_indptr(a.b + 1), places(a.nnz);
-  std::vector<float> state_out(kMaxStates * a.h_q * HEAD_DIM, NAN);
-  std::vector<float2> state_sum(kMaxStates * a.h_q, float2{NAN, NAN});
+  const int64_t num_states = kMaxStates + a.b;  // those of windows behind the planner's
+  std::vector<float> state_out(num_states * a.h_q * HEAD_DIM, NAN);
+  std::vector<float2> state_sum(num_states * a.h_q, float2{NAN, NAN});
 
   plan::PlanParams p = {};
   p.segments = a.segments;
@@ -141,51 +156,53 @@ extern "C" void decode(Arguments* arguments) {
   d.h_q = a.h_q;
   d.group = group;
   d.group_inverse = (65536 + group - 1) / group;
-  const SimtIndex grid = {kBlocks, 1, 1};
-  const SimtIndex narrow_grid = {kNarrowBlocks, 1, 1};
-  simt::launch(narrow_grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
-    narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
-  });
-  if (!hopper) {
-    simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns),
-                 [&] { wide::attend_kernel(d); });
-  } else if constexpr (hopper::kExists) {
-    const auto launch = [&](auto rows, auto patterns) {
-      constexpr int kRows = decltype(rows)::value, kPatterns = decltype(patterns)::value;
-      simt::launch(grid, kThreads, hopper::shared_bytes<kRows, kPatterns>(),
-                   [&] { hopper::attend_kernel<kRows, kPatterns>(d); });
-    };
-    const auto launch_up_to = [&](auto patterns) {
-      if (wide_rows == 16) {
-        launch(std::integral_constant<int, 16>(), patterns);
+  const auto attend = [&] {
+    const SimtIndex grid = {kBlocks, 1, 1};
+    const SimtIndex narrow_grid = {kNarrowBlocks, 1, 1};
+    simt::launch(narrow_grid, kThreads, narrow::shared_bytes(a.num_patterns, narrow_rows), [&] {
+      narrow_rows == 4 ? narrow::attend_kernel<4>(d) : narrow::attend_kernel<8>(d);
+    });
+    if (!hopper) {
+      simt::launch(grid, kThreads, wide::shared_bytes(a.num_patterns),
+                   [&] { wide::attend_kernel(d); });
+    } else if constexpr (hopper::kExists) {
+      const auto launch = [&](auto rows, auto patterns) {
+        constexpr int kRows = decltype(rows)::value, kPatterns = decltype(patterns)::value;
+        simt::launch(grid, kThreads, hopper::shared_bytes<kRows, kPatterns>(),
+                     [&] { hopper::attend_kernel<kRows, kPatterns>(d); });
+      };
+      const auto launch_up_to = [&](auto patterns) {
+        if (wide_rows == 16) {
+          launch(std::integral_constant<int, 16>(), patterns);
+        } else {
+          launch(std::integral_constant<int, 32>(), patterns);
+        }
+      };
+      if (a.num_patterns <= hopper::kGroupPatterns) {
+        launch_up_to(std::integral_constant<int, hopper::kGroupPatterns>());
       } else {
-        launch(std::integral_constant<int, 32>(), patterns);
-      }
-    };
-    if (a.num_patterns <= hopper::kGroupPatterns) {
-      launch_up_to(std::integral_constant<int, hopper::kGroupPatterns>());
-    } else {
-      launch_up_to(std::integral_constant<int, hopper::kMostPatterns>());
-    }
-  }
-  if constexpr (warpgroup::kExists) {
-    const auto launch = [&](auto tile) {
-      constexpr int kTile = decltype(tile)::value;
-      simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
-                   [&] { warpgroup::attend_kernel<kTile>(d); });
-    };
-    if (many) {
-      if (a.num_patterns <= 128) {
-        launch(std::integral_constant<int, 64>());
-      } else {
-        launch(std::integral_constant<int, 32>());
+        launch_up_to(std::integral_constant<int, hopper::kMostPatterns>());
       }
     }
-  }
+    if constexpr (warpgroup::kExists) {
+      const auto launch = [&](auto tile) {
+        constexpr int kTile = decltype(tile)::value;
+        simt::launch(grid, warpgroup::kBlockThreads, warpgroup::shared_bytes<kTile>(a.num_patterns),
+                     [&] { warpgroup::attend_kernel<kTile>(d); });
+      };
+      if (many) {
+        if (a.num_patterns <= 128) {
+          launch(std::integral_constant<int, 64>());
+        } else {
+          launch(std::integral_constant<int, 32>());
+        }
+      }
+    }
+  };
   if (a.bf16) {
-    merge_all<__nv_bfloat16>(a, d);
+    decode_layer<__nv_bfloat16>(a, d, many, attend);
   } else {
-    merge_all<__half>(a, d);
+    decode_layer<__half>(a, d, many, attend);
   }
 }
 

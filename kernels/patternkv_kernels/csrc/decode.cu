@@ -127,7 +127,8 @@ void plan_work(TensorView segments, TensorView row_indptr, TensorView rows, Tens
          false, params);
 }
 
-// One layer: `states` is float32 [max_states * h_q * (d + 2)].
+// One layer: `states` is float32 [(max_states + max_rows) * h_q * (d + 2)], the planner's states
+// and those of rows' windows.
 void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView patterns,
                   TensorView channel_scale, TensorView req_to_token, TensorView rows,
                   TensorView work, int64_t max_rows, int64_t max_entries, int64_t max_narrow,
@@ -146,7 +147,8 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   TVM_FFI_ICHECK_LE(b, max_rows) << "rows of a batch";
   const WorkParts parts = work_parts(work, {max_rows, max_entries, max_narrow, max_wide});
   CHECK_INPUT_AND_TYPE(states, dl_float32);
-  TVM_FFI_ICHECK_GE(states.numel(), max_states * h_q * (HEAD_DIM + 2)) << "states of the plan";
+  const int64_t num_states = max_states + max_rows;
+  TVM_FFI_ICHECK_GE(states.numel(), num_states * h_q * (HEAD_DIM + 2)) << "states";
 
   DecodeParams params = {};
   params.q = q.data_ptr();
@@ -164,21 +166,12 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.reads_new_tokens = !window_k.has_value();
   params.work = parts.list;
   params.state_out = static_cast<float*>(states.data_ptr());
-  params.state_sum = reinterpret_cast<float2*>(params.state_out + max_states * h_q * HEAD_DIM);
+  params.state_sum = reinterpret_cast<float2*>(params.state_out + num_states * h_q * HEAD_DIM);
   params.scale_log2 = static_cast<float>(sm_scale * M_LOG2E);
   params.cap_log2 = static_cast<float>(logit_cap * M_LOG2E);
   params.h_q = h_q;
   params.group = group;
   params.group_inverse = (65536 + group - 1) / group;
-  // The narrow kernel first: what it leaves idle the wide one fills.
-  launch(config.narrow.kernel, dim3(config.narrow.blocks), kThreads, config.narrow.bytes, stream,
-         config.dependent_launch, params);
-  // The planner gives shared segments to one of these.
-  for (const AttendLaunch* attend : {&config.shared(b * group), &config.larger(b * group)}) {
-    if (attend->rows == 0) continue;
-    launch(attend->kernel, dim3(attend->blocks), attend->threads, attend->bytes, stream,
-           config.dependent_launch, params);
-  }
 
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(q.dtype(), T, [&] {
     merge::MergeParams<T> merged = {};
@@ -187,28 +180,45 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
     merged.work = params.work;
     merged.state_out = params.state_out;
     merged.state_sum = params.state_sum;
+    merged.first_window_state = max_states;
     merged.out = static_cast<T*>(out.data_ptr());
     merged.lse = static_cast<float*>(lse.data_ptr());
     if (window_k.has_value()) {
-      merged.window_k = static_cast<const T*>(window_k.value().data_ptr());
-      merged.window_v = static_cast<const T*>(window_v.value().data_ptr());
-      merged.ring = static_cast<const int64_t*>(ring.value().data_ptr());
-      merged.start = static_cast<const int64_t*>(start.value().data_ptr());
-      merged.end = static_cast<const int64_t*>(end.value().data_ptr());
-      merged.new_k = static_cast<const T*>(new_k.value().data_ptr());
-      merged.new_v = static_cast<const T*>(new_v.value().data_ptr());
-      merged.new_k_stride = new_k.value().stride(0);
-      merged.new_v_stride = new_v.value().stride(0);
-      merged.window = window_k.value().size(1);
+      merged.window = {static_cast<const T*>(window_k.value().data_ptr()),
+                       static_cast<const T*>(window_v.value().data_ptr()),
+                       static_cast<const int64_t*>(ring.value().data_ptr()),
+                       static_cast<const int64_t*>(start.value().data_ptr()),
+                       static_cast<const int64_t*>(end.value().data_ptr()),
+                       static_cast<const T*>(new_k.value().data_ptr()),
+                       static_cast<const T*>(new_v.value().data_ptr()),
+                       new_k.value().stride(0),
+                       new_v.value().stride(0),
+                       static_cast<int>(window_k.value().size(1))};
     }
     merged.h_kv = h_kv;
     merged.group = group;
     merged.scale_log2 = params.scale_log2;
     merged.cap_log2 = params.cap_log2;
-    merge::choose_merge<T>(
-        b, h_kv, group, merged.window > 0, config.sms, [&](auto kernel, dim3 grid, int threads) {
-          launch(kernel, grid, threads, 0, stream, config.dependent_launch, merged);
-        });
+    const auto launch_next = [&](auto kernel, dim3 grid, int threads, int bytes,
+                                 const auto& arguments) {
+      launch(kernel, grid, threads, bytes, stream, config.dependent_launch, arguments);
+    };
+    const auto launch_merged = [&](auto kernel, dim3 grid, int threads) {
+      launch_next(kernel, grid, threads, 0, merged);
+    };
+    const AttendLaunch &shared = config.shared(b * group), &larger = config.larger(b * group);
+    const auto place =
+        merge::place_of_windows(merged.window.size, int64_t{b} * group, larger.rows > 0);
+    if (place == merge::WindowPlace::kAhead) {
+      window::choose_kernel<T>(b, h_kv, group, config.sms, launch_merged);
+    }
+    // The narrow kernel first: what it leaves idle the wide one fills. The planner gives shared
+    // segments to one of the others.
+    for (const AttendLaunch* attend : {&config.narrow, &shared, &larger}) {
+      if (attend->rows == 0) continue;
+      launch_next(attend->kernel, dim3(attend->blocks), attend->threads, attend->bytes, params);
+    }
+    merge::choose_merge<T>(b, h_kv, group, place, config.sms, launch_merged);
     return true;
   });
 }

@@ -1,97 +1,24 @@
-// The end of a decode layer: attention over each row's exact window, then the merge of its states.
-// A block has a batch row and one or several query heads of a KV head. It starts while the
-// attention kernels still run, and the store may run; for their states it waits only once the
-// window is done, whose newest token it has from where the store has it.
+// The end of a decode layer: the merge of each row's states, and its exact window where that was
+// not ahead (decode_window.cuh). A block has a batch row and one or several query heads of a KV
+// head. It starts while the attention kernels still run, and the store may run; for their states it
+// waits only once the window is done, whose newest token it has from where the store has it.
 #pragma once
 
-#include "patternkv/merge_entries.cuh"
+#include "patternkv/decode_window.cuh"
 
 namespace patternkv {
 namespace merge {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
-template <typename T>
-struct MergeParams {
-  const T* q;  // [b, h_q, d]
-  int64_t q_stride;
-  WorkList work;
-  const float* state_out;
-  const float2* state_sum;
-  T* out;      // [b, h_q, d]
-  float* lse;  // [b, h_q], natural logarithm
-  // Exact tokens of row i: positions [start[i], end[i]), position p at index p % window of ring[i].
-  const T* window_k;  // [num_rings, window, h_kv, d]
-  const T* window_v;
-  const int64_t* ring;
-  const int64_t* start;
-  const int64_t* end;
-  // The last of them: [b, h_kv, d], whose rows are some elements apart.
-  const T* new_k;
-  const T* new_v;
-  int64_t new_k_stride, new_v_stride;
-  int window;  // 0: none
-  int h_kv, group;
-  float scale_log2, cap_log2;
-};
-
-// The query heads of a block: those from `first` on of a KV head, of which there are p.group. Heads
-// beyond are computed as the last one and not written.
-struct Heads {
-  int kv_head, first;
-
-  template <typename T>
-  __device__ __forceinline__ int q_head(const MergeParams<T>& p, int h) const {
-    return kv_head * p.group + min(first + h, p.group - 1);
-  }
-};
-
-// Adds the row's window, of which a warp takes every kWarps-th kTokens at a time.
-template <int kWarps, int kTokens, typename T, int kHeads>
-__device__ __forceinline__ void attend_window(const MergeParams<T>& p, Partial<kHeads>& partial,
-                                              int row, const Heads& heads) {
-  constexpr int kSame = Partial<kHeads>::kLanes / kTokens;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t ring = p.ring[row] * p.window;
-  const int end = p.end[row];
-  const T* new_k = p.new_k + row * p.new_k_stride + heads.kv_head * HEAD_DIM;
-  const T* new_v = p.new_v + row * p.new_v_stride + heads.kv_head * HEAD_DIM;
-  float q[kHeads][kPerLane];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    load_dims(q[h], p.q + row * p.q_stride + heads.q_head(p, h) * HEAD_DIM, lane);
-  }
-  for (int first = p.start[row] + warp * kTokens; first < end; first += kWarps * kTokens) {
-    float k[kTokens][kPerLane], v[kTokens][kPerLane], dots[kHeads * kTokens] = {};
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const int position = min(first + i, end - 1);
-      const int64_t at = ((ring + position % p.window) * p.h_kv + heads.kv_head) * HEAD_DIM;
-      const bool is_new = position == end - 1;
-      load_dims(k[i], is_new ? new_k : p.window_k + at, lane);
-      load_dims(v[i], is_new ? new_v : p.window_v + at, lane);
-    }
-#pragma unroll
-    for (int i = 0; i < kHeads * kTokens; ++i) {
-#pragma unroll
-      for (int d = 0; d < kPerLane; ++d) {
-        dots[i] = fmaf(q[i / kTokens][d], k[i % kTokens][d], dots[i]);
-      }
-    }
-    float logit = spread_sums(dots) * p.scale_log2;
-    if (p.cap_log2 > 0) logit = p.cap_log2 * tanhf(logit / p.cap_log2);
-    if (first + lane / kSame % kTokens >= end) logit = -INFINITY;
-    partial.template add<kTokens>(
-        logit, 1.0f, [&](int token, int) -> const float (&)[kPerLane] { return v[token]; });
-  }
-}
-
-// The runs of states of a row, up to 32 of them: a lane has one.
+// The runs of states of a row, up to 32 of them: a lane has one. And `last_state`, unless negative.
 struct Runs {
   StateRun own;
   int count, before, total;  // runs; states of those before the lane's, and of all
+  int last_state;
 
-  __device__ __forceinline__ Runs(const WorkList& work, int first, int last) {
+  __device__ __forceinline__ Runs(const WorkList& work, int first, int last, int last_state)
+      : last_state(last_state) {
     const int lane = threadIdx.x % 32;
     count = min(last - first, 32);
     own = lane < count ? work.runs[first + lane] : StateRun{0, 0};
@@ -102,11 +29,11 @@ struct Runs {
       if (lane >= distance) sum += other;
     }
     before = sum - own.count;
-    total = __shfl_sync(~0u, sum, 31);
+    total = __shfl_sync(~0u, sum, 31) + (last_state >= 0 ? 1 : 0);
   }
   // State number `index`, each lane its own.
   __device__ __forceinline__ int find(int index) const {
-    int state = 0;
+    int state = max(last_state, 0);
     for (int r = 0; r < count; ++r) {
       const int at = index - __shfl_sync(~0u, before, r);
       const int first = __shfl_sync(~0u, own.first, r), size = __shfl_sync(~0u, own.count, r);
@@ -125,14 +52,14 @@ struct States {
   int index;  // of the lane's next state among those of the runs
   int state;  // which that is
 
-  __device__ __forceinline__ States(const WorkList& work, int first, int last)
-      : runs(work, first, last),
+  __device__ __forceinline__ States(const WorkList& work, int first, int last, int last_state)
+      : runs(work, first, last, last_state),
         index(threadIdx.x / 32 * kStates + threadIdx.x % 32 / kSame % kStates),
         state(runs.find(min(index, runs.total - 1))) {}
 
   template <typename T>
   __device__ __forceinline__ void merge(const MergeParams<T>& p, Partial<kHeads>& partial,
-                                        const Heads& heads) {
+                                        const Heads<kHeads>& heads) {
     const int lane = threadIdx.x % 32, h_q = p.h_kv * p.group;
     const int own = heads.q_head(p, lane / kLanes);
     while (__any_sync(~0u, index < runs.total)) {
@@ -155,70 +82,49 @@ struct States {
   }
 };
 
-// Blocks of a multiprocessor, by the registers that they need for vectors in flight.
-constexpr int blocks_per_sm(int warps, int vectors) {
-  return (vectors > 8 ? 16 : 24) / (HEAD_DIM <= 128 ? 1 : 2) / warps;
+// Where rows' windows are attended to: nowhere, there are none, here, or in kernels ahead.
+enum class WindowPlace { kNone, kHere, kAhead };
+
+// Of windows of `size` tokens in a batch of so many query rows per KV head, with or without
+// `warpgroup`, which leaves the merge no place beside it. A step of few rows may do without.
+inline WindowPlace place_of_windows(int64_t size, int64_t rows, bool warpgroup) {
+  constexpr int64_t kFewestRowsAhead = 65;
+  if (size == 0) return WindowPlace::kNone;
+  return warpgroup && rows >= kFewestRowsAhead ? WindowPlace::kAhead : WindowPlace::kHere;
 }
 
 // kStates: of a warp at a time.
-template <typename T, int kHeads, int kWarps, int kStates, bool kWindow>
+template <typename T, int kHeads, int kWarps, int kStates, WindowPlace kWindow>
 __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps, kHeads* kStates))
     merge_kernel(const __grid_constant__ MergeParams<T> p) {
-  __shared__ __align__(16) float outs[kWarps][kHeads][HEAD_DIM];
-  __shared__ float2 sums[kWarps][kHeads];
-  const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tiles = (p.group + kHeads - 1) / kHeads;
-  const int kv_head = blockIdx.y / tiles;
-  const Heads heads = {kv_head, static_cast<int>(blockIdx.y - kv_head * tiles) * kHeads};
+  __shared__ WarpParts<kHeads, kWarps> parts;
+  const int row = blockIdx.x;
+  const Heads<kHeads> heads(p);
   int first_run = p.work.run_indptr[row];
   const int last_run = p.work.run_indptr[row + 1];
   using States = merge::States<kHeads, kWarps, kStates>;
   // As many as registers allow without spills.
-  constexpr int kTokens = kHeads * kStates == 8 && kHeads > 1 ? 2 : 4;
-  States states(p.work, first_run, last_run);
+  constexpr int kTokens = kHeads * kStates == 8 && kHeads > 1 ? 2 : window::kTokens;
+  States states(p.work, first_run, last_run,
+                kWindow == WindowPlace::kAhead ? p.first_window_state + row : -1);
   Partial<kHeads> partial;
-  if constexpr (kWindow) attend_window<kWarps, kTokens>(p, partial, row, heads);
+  if constexpr (kWindow == WindowPlace::kHere)
+    window::attend<kWarps, kTokens>(p, partial, row, heads);
   wait_for_previous_kernel();
   states.merge(p, partial, heads);
   while ((first_run += 32) < last_run) {
-    States(p.work, first_run, last_run).merge(p, partial, heads);
+    States(p.work, first_run, last_run, -1).merge(p, partial, heads);
   }
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-    for (int d = 0; d < kPerLane; ++d) outs[warp][h][lane * kPerLane + d] = partial.out[h][d];
-  }
-  constexpr int kLanes = Partial<kHeads>::kLanes;
-  if (lane % kLanes == 0) sums[warp][lane / kLanes] = make_float2(partial.reference, partial.mass);
-  __syncthreads();
-
-  // A thread adds the warps' parts of four dims.
-  constexpr int kQuads = HEAD_DIM / 4;
-  for (int e = threadIdx.x; e < kHeads * kQuads; e += 32 * kWarps) {
-    const int h = e / kQuads, dim = e % kQuads * 4;
-    if (heads.first + h >= p.group) break;
-    float top = -INFINITY, mass = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) top = fmaxf(top, sums[i][h].x);
-    float4 out = {};
+  parts.put(partial);
+  parts.add(heads.count(p), [&](int h, int dim, float4 out, float2 sum) {
     // A row without tokens has mass 0 and output 0.
-    if (top > -INFINITY) {
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        const float weight = exp2f(sums[i][h].x - top);
-        const float4 part = *reinterpret_cast<const float4*>(&outs[i][h][dim]);
-        mass = fmaf(weight, sums[i][h].y, mass);
-        out.x = fmaf(weight, part.x, out.x), out.y = fmaf(weight, part.y, out.y);
-        out.z = fmaf(weight, part.z, out.z), out.w = fmaf(weight, part.w, out.w);
-      }
-    }
-    const float scale = mass > 0 ? 1.0f / mass : 0.0f;
+    const float scale = sum.y > 0 ? 1.0f / sum.y : 0.0f;
     const int64_t at = static_cast<int64_t>(row) * p.h_kv * p.group + heads.q_head(p, h);
     T* to = p.out + at * HEAD_DIM + dim;
     to[0] = static_cast<T>(out.x * scale), to[1] = static_cast<T>(out.y * scale);
     to[2] = static_cast<T>(out.z * scale), to[3] = static_cast<T>(out.w * scale);
-    if (dim == 0) p.lse[at] = mass > 0 ? (top + log2f(mass)) * kLn2 : -INFINITY;
-  }
+    if (dim == 0) p.lse[at] = sum.y > 0 ? (sum.x + log2f(sum.y)) * kLn2 : -INFINITY;
+  });
   if (row == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
     p.work.header->next_narrow = p.work.header->next_wide = 0;
   }
@@ -227,18 +133,14 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps, kHeads* kSt
 // Calls `launch(kernel, grid, threads)` for `b` rows: the heads of a group share a block once there
 // are rows enough for that, whose loads they then share too.
 template <typename T, typename Launch>
-void choose_merge(int64_t b, int64_t h_kv, int64_t group, bool has_window, int sms, Launch launch) {
-  constexpr int kMostHeads = 4;
-  const auto grid = [&](int heads) {
-    return dim3(static_cast<unsigned>(b),
-                static_cast<unsigned>(h_kv * ((group + heads - 1) / heads)));
-  };
-  const auto choose = [&](auto window) {
-    constexpr bool kWindow = decltype(window)::value;
-    const dim3 shared = grid(kMostHeads);
+void choose_merge(int64_t b, int64_t h_kv, int64_t group, WindowPlace window, int sms,
+                  Launch launch) {
+  const auto choose = [&](auto where) {
+    constexpr WindowPlace kWindow = decltype(where)::value;
+    const dim3 shared = Heads<kMostHeads>::grid(b, h_kv, group);
     const int64_t blocks = int64_t{shared.x} * shared.y;
     if (group == 1 || b * h_kv * group <= 4 * sms) {
-      launch(merge_kernel<T, 1, 8, 8, kWindow>, grid(1), 256);
+      launch(merge_kernel<T, 1, 8, 8, kWindow>, Heads<1>::grid(b, h_kv, group), 256);
     } else if (blocks <= blocks_per_sm(8, 4 * kMostHeads) * sms) {
       launch(merge_kernel<T, kMostHeads, 8, 4, kWindow>, shared, 256);
     } else if (blocks <= blocks_per_sm(4, 4 * kMostHeads) * sms) {
@@ -247,10 +149,13 @@ void choose_merge(int64_t b, int64_t h_kv, int64_t group, bool has_window, int s
       launch(merge_kernel<T, kMostHeads, 4, 2, kWindow>, shared, 128);
     }
   };
-  if (has_window) {
-    choose(std::true_type());
-  } else {
-    choose(std::false_type());
+  switch (window) {
+    case WindowPlace::kNone:
+      return choose(std::integral_constant<WindowPlace, WindowPlace::kNone>());
+    case WindowPlace::kHere:
+      return choose(std::integral_constant<WindowPlace, WindowPlace::kHere>());
+    case WindowPlace::kAhead:
+      return choose(std::integral_constant<WindowPlace, WindowPlace::kAhead>());
   }
 }
 
