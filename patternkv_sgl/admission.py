@@ -81,6 +81,8 @@ class Admission:
 
     def holds(self, adder: PrefillAdder, req: Req) -> bool:
         """Whether ``req``, whose prefix was just matched, sits out the batch of ``adder``."""
+        if adder.preempt_list:
+            return False  # running requests may have given up their rows for this one
         upcoming = self._tree.upcoming
         if self._adder is None or self._adder() is not adder:
             self._adder, self._num_seen = ref(adder), 0

@@ -161,12 +161,14 @@ def plan_extend(
     return ExtendBatch(extends, req_pool_indices, frozenset(chosen), segments)
 
 
-def may_decode(forward_batch: ForwardBatch, *, is_generation: bool) -> bool:
+def may_decode(forward_batch: ForwardBatch, *, is_generation: bool, has_adapters: bool) -> bool:
     """Whether an extend forward of one token per request may run as a decode step.
 
     A prompt that is stored already is prefilled again for its last token alone, by every branch of
     a best-of-n. SGLang pads such a forward to no prefill graph; as a decode step it replays one.
-    Hidden states, logprobs of the prompt and what only prefill prepares keep it a prefill.
+    Hidden states, logprobs of the prompt and what only prefill prepares keep it a prefill, and so
+    does a server with LoRA adapters: SGLang has prepared them for a prefill by now, and a graph
+    would read those of the last decode step.
     """
     prepared = (
         forward_batch.input_embeds,
@@ -180,11 +182,11 @@ def may_decode(forward_batch: ForwardBatch, *, is_generation: bool) -> bool:
         forward_batch.forward_mode.is_extend_without_speculative()
         and not forward_batch.forward_mode.is_mixed()
         and is_generation
+        and not has_adapters
         and not forward_batch.return_logprob
         and not forward_batch.capture_hidden_mode.need_capture()
         and not forward_batch.contains_mm_inputs()
         and all(value is None for value in prepared)
-        and not any(forward_batch.lora_ids or ())
     )
 
 

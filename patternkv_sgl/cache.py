@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_lora
 
 from patternkv_sgl.admission import Admission
 from patternkv_sgl.batch import (
@@ -54,12 +55,17 @@ class PatternCache:
     def begin(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> None:
         """Hand ``batch`` to the backend; called just before ``forward_batch``, its forward, which
         may become a decode step."""
+        as_decode = may_decode(
+            forward_batch,
+            is_generation=batch.model_config.is_generation,
+            has_adapters=bool(get_lora().enable_lora),
+        )
         current = read_batch(
             self.tree,
             self.planner,
             batch,
             self.pool.num_windows - 1,
-            as_decode=may_decode(forward_batch, is_generation=batch.model_config.is_generation),
+            as_decode=as_decode,
         )
         if isinstance(current, DecodeBatch):
             forward_batch.forward_mode = ForwardMode.DECODE

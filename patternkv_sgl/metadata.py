@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class DecodeBuffers:
         self._req_to_token = req_to_token
         self.max_rows, self.max_entries, self.max_tokens = max_rows, max_entries, max_tokens
         self._device = torch.zeros(4 * sum(self._words()), dtype=torch.uint8, device=device)
-        self._views = self._split(self._device)
+        self._parts = self._split(self._device)
         self._slots = torch.zeros(1, max_tokens, dtype=torch.int32, device=device)
 
     @staticmethod
@@ -70,14 +71,13 @@ class DecodeBuffers:
     def _words(self) -> tuple[int, ...]:
         return _words(self.max_rows, self.max_entries)
 
-    def _split(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """int64 ``[4, max_rows]``, int32 segments, int64 sources of `SlotSource`, then int32: rows,
-        row_indptr, token tables."""
-        per_row, segments, sources, rows, indptr, tables = memory.view(torch.int32).split(
-            self._words()
+    def _split(self, memory: torch.Tensor) -> _Parts:
+        parts = _Parts(*memory.view(torch.int32).split(self._words()))
+        return parts._replace(
+            per_row=parts.per_row.view(torch.int64).view(4, self.max_rows),
+            segments=parts.segments.view(-1, 4),
+            sources=parts.sources.view(torch.int64),
         )
-        per_row = per_row.view(torch.int64).view(4, self.max_rows)
-        return per_row, segments.view(-1, 4), sources.view(torch.int64), rows, indptr, tables
 
     def load_segments(
         self, segments: Segments, num_rows: int, workspace: DecodeWorkspace | None
@@ -104,7 +104,8 @@ class DecodeBuffers:
         segments, n = batch.segments, len(batch.tables)
         pinned = self._device.is_cuda
         host = torch.empty(len(self._device), dtype=torch.uint8, pin_memory=pinned)
-        per_row, fields, sources, rows, indptr, tables = (x.numpy() for x in self._split(host))
+        parts = self._split(host)
+        per_row = parts.per_row.numpy()
         per_row[:] = 0
         ends = batch.seq_lens
         per_row[:3, :n] = batch.req_pool_indices, batch.window_starts, ends
@@ -114,10 +115,12 @@ class DecodeBuffers:
         req, start, end, table = segments.segments.T.astype(np.int64)
         ends_in_list = np.cumsum(end - start)
         starts_in_list = ends_in_list - (end - start)
-        sources[:s] = req * self._req_to_token.stride(0) + start - starts_in_list
-        fields[:s] = np.stack([np.zeros(s, np.int64), starts_in_list, ends_in_list, table], axis=1)
-        rows[: len(segments.rows)] = segments.rows
-        indptr[: s + 1] = segments.row_indptr
+        parts.sources.numpy()[:s] = req * self._req_to_token.stride(0) + start - starts_in_list
+        fields = [np.zeros(s, np.int64), starts_in_list, ends_in_list, table]
+        parts.segments.numpy()[:s] = np.stack(fields, axis=1)
+        parts.rows.numpy()[: len(segments.rows)] = segments.rows
+        parts.row_indptr.numpy()[: s + 1] = segments.row_indptr
+        tables = parts.tables.numpy()
         tables[:num_rows] = 0
         tables[:n] = batch.tables
         self._device.copy_(host, non_blocking=True)
@@ -127,15 +130,16 @@ class DecodeBuffers:
         self, num_segments: int, num_tokens: int, num_rows: int, workspace: DecodeWorkspace | None
     ) -> TreePlan:
         """Plan a batch of this size that has been copied, and view what it uses."""
-        per_row, segments, sources, rows, indptr, tables = self._views
-        plan = DecodePlan(self._slots, segments[:num_segments], indptr[: num_segments + 1], rows)
-        source = SlotSource(self._req_to_token, sources[:num_segments], num_tokens)
+        parts = self._parts
+        segments, indptr = parts.segments[:num_segments], parts.row_indptr[: num_segments + 1]
+        plan = DecodePlan(self._slots, segments, indptr, parts.rows)
+        source = SlotSource(self._req_to_token, parts.sources[:num_segments], num_tokens)
         if workspace is None:
             _list_slots(plan, source)
         else:
             lower(plan, workspace, num_rows, source)
-        ring, start, end, index = per_row[:, :num_rows]
-        return TreePlan(plan, tables[:num_rows], ring, start, end, index, workspace)
+        ring, start, end, index = parts.per_row[:, :num_rows]
+        return TreePlan(plan, parts.tables[:num_rows], ring, start, end, index, workspace)
 
 
 def _list_slots(plan: DecodePlan, source: SlotSource) -> None:
@@ -146,6 +150,18 @@ def _list_slots(plan: DecodePlan, source: SlotSource) -> None:
     plan.req_to_token[0, : source.num_tokens] = source.req_to_token.view(-1)[at]
 
 
+class _Parts(NamedTuple):
+    """What one copy brings, side by side."""
+
+    per_row: torch.Tensor  # int64 [4, max_rows]: row of req_to_token, window start, end and index
+    segments: torch.Tensor  # int32 [max_entries, 4]
+    sources: torch.Tensor  # int64 [max_entries], as in SlotSource
+    rows: torch.Tensor  # int32 [max_entries]
+    row_indptr: torch.Tensor  # int32 [max_entries + 1]
+    tables: torch.Tensor  # int32 [max_rows], of each row's new token
+
+
 def _words(max_rows: int, max_entries: int) -> tuple[int, ...]:
+    """int32 words of each of `_Parts`."""
     # The planner loads a segment as 16 bytes, so segments come before what is not a multiple.
     return 8 * max_rows, 4 * max_entries, 2 * max_entries, max_entries, max_entries + 1, max_rows

@@ -159,6 +159,7 @@ def _build_backend(runner: Any) -> AttentionBackend:
     from patternkv_sgl.cache import CURRENT, STATS
     from patternkv_sgl.pool import PatternKVPool, explained_memory
     from patternkv_sgl.refusals import refuse_layers
+    from patternkv_sgl.sampler import BranchSampler
     from patternkv_sgl.scratch import Scratch
 
     missing = set(hooks.PARAMETERS) - HookRegistry._patched
@@ -166,6 +167,8 @@ def _build_backend(runner: Any) -> AttentionBackend:
     pool = runner.token_to_kv_pool
     assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
     refuse_layers(runner.model)
+    if isinstance(runner.sampler, BranchSampler):
+        runner.sampler.compile(runner.model_config.vocab_size, runner.device)
     assert _sizing is not None
     req_to_token = runner.req_to_token_pool.req_to_token
     flags = ("--mem-fraction-static", "--max-running-requests", "--context-length")
@@ -225,11 +228,16 @@ def _enqueue(
 
 
 def _order_queue(self: Any, waiting_queue: list[Any], *args: Any, **kwargs: Any) -> None:
-    # Other policies and priorities are what somebody asked for.
-    in_order = self.policy.value == "fcfs" and not self.enable_priority_scheduling
-    if _cache is not None and in_order and not _cache.tree.disable:
-        from patternkv_sgl.admission import branches_first
+    if _cache is None or _cache.tree.disable:
+        return
+    from sglang.srt.runtime_context import get_parallel
 
+    from patternkv_sgl.admission import branches_first
+
+    # Other policies and priorities are what somebody asked for. Replicas get branches whose
+    # requests have waited elsewhere.
+    in_order = self.policy.value == "fcfs" and not self.enable_priority_scheduling
+    if in_order and get_parallel().num_dp_ranks == 1:
         branches_first(waiting_queue)
 
 

@@ -106,6 +106,7 @@ class PatternRadixCache(IncrementalRadixCache):
         mined: dict[Hashable, int],
     ) -> Extend:
         state = self._state(req)
+        continues = bool(state.runs)
         state.prefilling = self.upcoming(req, prefix_len)
         runs = self._path_runs(req.last_node, state.runs).slice(0, prefix_len)
         assert bool(runs) == (prefix_len > 0), f"no tables for a prefix of {prefix_len}: {runs}"
@@ -135,14 +136,16 @@ class PatternRadixCache(IncrementalRadixCache):
         if own:
             state.mined_end = end
         num_exact = 0 if own else min(num_tokens, self._tail_tokens)
-        state.window_start = end - num_exact
+        # The next token of a request that decodes, in a mixed batch, adds to its window.
+        if not continues or num_exact < num_tokens:
+            state.window_start = end - num_exact
         return Extend(prefix_len, num_tokens, table, mine, num_exact)
 
     def upcoming(self, req: Req, prefix_len: int) -> Hashable | None:
         """What ``req`` prefills next: equal for requests at one node whose next `SHARED_TOKENS`
-        tokens are alike, None for fewer tokens."""
+        tokens are alike, None for fewer tokens and where they will not get into the tree."""
         end = prefix_len + SHARED_TOKENS
-        if self.disable or len(req.full_untruncated_fill_ids) < end:
+        if self.disable or req.skip_radix_cache_insert or len(req.full_untruncated_fill_ids) < end:
             return None
         return _tokens_at_node(req, prefix_len, end)
 
@@ -304,4 +307,4 @@ class PatternRadixCache(IncrementalRadixCache):
 def _tokens_at_node(req: Req, start: int, end: int) -> Hashable:
     """Equal for requests at one node whose tokens ``[start, end)`` are alike."""
     token_ids = req.full_untruncated_fill_ids[start:end]
-    return id(req.last_node), req.extra_key, req.cache_salt, token_ids.tobytes()
+    return id(req.last_node), start, req.extra_key, req.cache_salt, token_ids.tobytes()

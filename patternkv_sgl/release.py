@@ -30,12 +30,14 @@ class ReleaseQueue:
     def processing(self) -> Iterator[None]:
         """While results are processed and answers sent; releases follow at its end."""
         waiting = self._waiting = []
-        yield
-        self._waiting = None
-        self._allocator.free_group_begin()
-        for release in waiting:
-            release()
-        self._allocator.free_group_end()
+        try:
+            yield
+        finally:
+            self._waiting = None
+            self._allocator.free_group_begin()
+            for release in waiting:
+                release()
+            self._allocator.free_group_end()
 
     def put(self, release: Callable[[], None]) -> None:
         """Call ``release``, while results are processed later."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
+from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 import patternkv_sgl.plugin as plugin
@@ -38,6 +39,7 @@ class Batch:
 
     def __init__(self, admission: Admission, *chunked: Req) -> None:
         self.can_run_list = list(chunked)
+        self.preempt_list: list[Req] = []
         self._admission = admission
 
     def add(self, req: Req) -> bool:
@@ -143,6 +145,23 @@ def test_who_brings_embeddings_waits_for_nobody(scheduler: Scheduler) -> None:
     assert batch.add(second)
 
 
+def test_nobody_waits_for_tokens_that_stay_out_of_the_tree(scheduler: Scheduler) -> None:
+    admission = Admission(scheduler.tree)
+    first, second = (scheduler.admit(tokens(0, LONG)) for _ in range(2))
+    first.skip_radix_cache_insert = True
+    assert scheduler.extend([first])
+    scheduler.checkpoint(first)
+    assert Batch(admission).add(second)
+
+
+def test_who_has_taken_the_rows_of_others_waits_for_nobody(scheduler: Scheduler) -> None:
+    batch = Batch(Admission(scheduler.tree))
+    first, second = (scheduler.admit(tokens(0, LONG)) for _ in range(2))
+    assert batch.add(first)
+    batch.preempt_list.append(scheduler.admit(tokens(7, 9)))
+    assert batch.add(second)
+
+
 def waiting(name: str, n: int, max_new_tokens: int, prompt: list[int] | None = None) -> Req:
     params = SamplingParams(n=n, max_new_tokens=max_new_tokens)
     return Req(name, "", array("q", prompt or [1]), params)
@@ -163,18 +182,20 @@ def test_branches_come_before_prompts_that_came_before_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "priorities", "disable", "ordered"),
+    ("policy", "priorities", "disable", "replicas", "ordered"),
     [
-        ("fcfs", False, False, True),
-        ("fcfs", True, False, False),
-        ("lof", False, False, False),
-        ("fcfs", False, True, False),
+        ("fcfs", False, False, 1, True),
+        ("fcfs", True, False, 1, False),
+        ("lof", False, False, 1, False),
+        ("fcfs", False, True, 1, False),
+        ("fcfs", False, False, 2, False),
     ],
 )
 def test_only_first_come_first_served_is_reordered(
     policy: str,
     priorities: bool,
     disable: bool,
+    replicas: int,
     ordered: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -185,7 +206,8 @@ def test_only_first_come_first_served_is_reordered(
     chosen = SimpleNamespace(
         policy=CacheAgnosticPolicy(policy), enable_priority_scheduling=priorities
     )
-    plugin._order_queue(chosen, queue, None, processed_tokens=0)
+    with get_context().override_server_args(dp_size=replicas):
+        plugin._order_queue(chosen, queue, None, processed_tokens=0)
     assert queue == (before[::-1] if ordered else before)
 
 

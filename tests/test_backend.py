@@ -611,7 +611,6 @@ PLAIN = {
     "mrope_positions": None,
     "spec_info": None,
     "global_num_tokens_cpu": None,
-    "lora_ids": [None],
 }
 
 
@@ -629,13 +628,14 @@ PLAIN = {
         {"mrope_positions": 0},
         {"spec_info": 0},
         {"global_num_tokens_cpu": [1]},
-        {"lora_ids": [None, "adapter"]},
     ],
 )
 def test_what_only_a_prefill_gives_keeps_it_one(special: dict[str, Any]) -> None:
-    assert may_decode(SimpleNamespace(**PLAIN), is_generation=True)
-    assert not may_decode(SimpleNamespace(**PLAIN), is_generation=False)
-    assert not may_decode(SimpleNamespace(**PLAIN | special), is_generation=True)
+    server = {"is_generation": True, "has_adapters": False}
+    assert may_decode(SimpleNamespace(**PLAIN), **server)
+    assert not may_decode(SimpleNamespace(**PLAIN), **server | {"is_generation": False})
+    assert not may_decode(SimpleNamespace(**PLAIN), **server | {"has_adapters": True})
+    assert not may_decode(SimpleNamespace(**PLAIN | special), **server)
 
 
 # Batches without requests

@@ -495,7 +495,7 @@ def test_a_retracted_request_comes_back_to_its_own_prefix(scheduler: Scheduler) 
     assert state_of(req).runs == ((0, table),)
 
 
-def test_a_decoding_request_in_a_mixed_batch_keeps_its_tables(scheduler: Scheduler) -> None:
+def test_who_decodes_in_a_mixed_batch_keeps_tables_and_window(scheduler: Scheduler) -> None:
     (req,) = scheduler.prefill(tokens(0, 40))
     for step in range(3):
         scheduler.decode([req], [700 + step])
@@ -503,7 +503,7 @@ def test_a_decoding_request_in_a_mixed_batch_keeps_its_tables(scheduler: Schedul
     req.refresh_fill_ids()
     (extend,) = scheduler.tree.begin_extends([req], [42], [1])
     assert (extend.table, extend.mine) == (runs.last, False)
-    assert (state_of(req).runs, state_of(req).window_start) == (runs, 42)
+    assert (state_of(req).runs, state_of(req).window_start) == (runs, 40)
 
 
 @pytest.mark.parametrize("question", [1, 3, 4, 7])

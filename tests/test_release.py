@@ -73,6 +73,20 @@ def test_releases_outside_of_a_step_wait_for_nobody(scheduler: Scheduler) -> Non
     assert not other.kv.holds_kv
 
 
+def test_a_step_that_fails_releases_too(scheduler: Scheduler) -> None:
+    first, second = scheduler.prefill(range(40), range(60, 90))
+
+    def process() -> None:
+        scheduler.finish(first)
+        raise ValueError("a broken step")
+
+    with pytest.raises(ValueError, match="a broken step"):
+        step(scheduler, process)
+    assert not first.kv.holds_kv
+    scheduler.finish(second)
+    assert not second.kv.holds_kv
+
+
 def test_what_releases_free_is_one_group(scheduler: Scheduler) -> None:
     allocator, groups = scheduler.allocator, []
     releases = ReleaseQueue(allocator)
