@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         print(markdown(read_rows(args.out)))
         return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: no GPU here; --device cpu tries the script on a tiny case")
     return measure_all(args)
 
 

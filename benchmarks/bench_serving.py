@@ -7,7 +7,8 @@
 
 Each engine is a process of its own and gets the same random prompts. By default the model is the
 shape of Llama-3.1-8B with random weights: speed does not depend on them. A cell's prompts are in
-the radix cache before its time is taken; TTFT is that of one fresh prompt.
+the radix cache before its time is taken; TTFT is that of one fresh prompt. ``--suite smoke --kv 4/4
+--model recipes/demo/model --engine-args '{"max_total_tokens": 5000}'`` tries the script on a CPU.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=",".join(KINDS),
         help=f"which of {', '.join(KINDS)}; bf16 and fp8 are stock SGLang's (default: %(default)s)",
     )
-    parser.add_argument("--model", help="model folder; default: Llama-3.1-8B's shape")
+    parser.add_argument("--model", help="model folder; default: Llama-3.1-8B's shape, on a GPU")
     parser.add_argument(
         "--stock-backend", default="flashinfer", help="stock's --attention-backend (%(default)s)"
     )
@@ -264,6 +265,12 @@ def main(argv: list[str] | None = None) -> int:
         missed = misses(read_rows(args.out))
         print("\n".join(missed) or "every target is reached")
         return 1 if missed else 0
+    elif args.model is None and hardware()["gpu"] is None:
+        sys.exit(
+            "error: no GPU here, which the default model, Llama-3.1-8B's shape, needs: run this on "
+            "a machine with one, or name a small model for the CPU, as in --model "
+            "recipes/demo/model --suite smoke --kv 4/4"
+        )
     else:
         return measure_all(args)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
+    """The rows in ``path``; without such a file the program ends with a message."""
+    if not path.exists():
+        sys.exit(f"error: {path}: there is no such file of results; name another, or measure first")
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 

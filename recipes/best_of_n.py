@@ -23,6 +23,7 @@ import yaml
 from .cache import CacheInfo
 from .config import RunConfig
 from .engines import EngineClient, ServerClient, check_sampling
+from .environment import demo_package
 from .folder import run_folder
 from .problems import ProblemSet, load_problems
 from .report import plot, table, variant_metrics, with_same_memory
@@ -53,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what ``argv`` (default: the command line) describes; gives the exit status."""
     config = parse(RunConfig, "best_of_n", DESCRIPTION, argv)
     try:
+        # What the report needs complains now rather than after the samples.
+        demo_package("matplotlib", "plots need")
         if config.verifier is not None:
-            Verifier(config.verifier)  # complains now rather than after the samples
+            Verifier(config.verifier)
         report(run(config, load_problems(config)))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)

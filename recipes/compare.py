@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from .environment import demo_package
 from .footprint import Footprint
 from .metrics import maj_at_k, mean_and_stderr, powers_of_two, whole_groups
 from .records import Records, Sample
@@ -91,11 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     description = "Accuracy over gigabytes of KV, from saved best-of-n runs."
     config = parse(CompareConfig, "compare", description, argv)
     try:
+        demo_package("matplotlib", "plots need")
         comparison = load([Path(folder) for folder in config.results])
         folder = Path(config.output or config.results[0])
         folder.mkdir(parents=True, exist_ok=True)
         report(comparison, config.parallel, folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,13 +1,15 @@
-"""What a result was made with: versions, hardware, commit."""
+"""What there is to make a result with: versions, hardware, commit, optional packages."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import patternkv_kernels
 import patternkv_sgl
@@ -28,6 +30,23 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def demo_package(name: str, need: str) -> ModuleType:
+    """Import a package of this one's extra ``demo``, without which it may be installed.
+
+    Args:
+        name: as pip knows it. need: what it is for, with its verb: ``plots need``.
+
+    Raises:
+        RuntimeError: the package is not installed, or one that it needs itself.
+    """
+    try:
+        return importlib.import_module(name.replace("-", "_"))
+    except ImportError as error:
+        raise RuntimeError(
+            f"{need} {name}, which does not import ({error}): pip install 'patternkv-sgl[demo]'"
+        ) from None
 
 
 def hardware() -> dict[str, str | int | None]:

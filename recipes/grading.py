@@ -7,6 +7,8 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
 
+from .environment import demo_package
+
 LAST_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 Extract = Callable[[str], str | None]
@@ -44,12 +46,13 @@ class MathGrader:
 
     Runs in the main thread: math-verify limits its time by a signal. Numbers that are equal vote
     as one; other equal expressions only as far as SymPy writes them alike.
+
+    Raises:
+        RuntimeError: math-verify is not installed.
     """
 
     def __init__(self, extract: Extract | None) -> None:
-        import math_verify
-
-        self._math = math_verify
+        self._math = demo_package("math-verify", "grader math needs")
         self._extract = extract
 
     def __call__(self, text: str, expected: str) -> tuple[str | None, bool]:

@@ -66,6 +66,7 @@ def load_problems(config: TaskConfig) -> ProblemSet:
     Raises:
         ValueError: a line of the file is no problem, an answer is none that the grader could
             compare, or there are fewer problems than asked for.
+        RuntimeError: a package that the grader needs is not installed.
     """
     if config.problems == "demo":
         problems, extract = _generate(config)

@@ -391,6 +391,12 @@ def test_headers_alone_are_no_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Non
         FlashInfer(CPU)
 
 
+def test_a_missing_gpu_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"^error: --device cuda: no GPU here; --device cpu "):
+        main(["--out", str(tmp_path / "rows.jsonl")])
+
+
 def test_smoke_run_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu"]) == 0
     assert sum(line.startswith("2x(64+64)") for line in capsys.readouterr().out.splitlines()) == 3

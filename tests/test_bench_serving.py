@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_serving
+from benchmarks import bench_kernels, bench_serving, kernel_counters
 from benchmarks.bench_serving import (
     KINDS,
     LLAMA_8B,
@@ -212,6 +212,21 @@ def test_results_are_checked_printed_and_drawn(
     assert len(printed) == 2 + 2 + 1 + 2 + len(TARGETS) + 2
     assert main(["--plot", str(figure), "--out", str(out)]) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", [bench_kernels, bench_serving, kernel_counters])
+def test_a_missing_file_of_results_is_told(script: Any, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.jsonl"
+    with pytest.raises(SystemExit, match=r"^error: .*absent\.jsonl: there is no such file"):
+        script.main(["--markdown", "--out", str(absent)])
+
+
+def test_the_default_model_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_serving, "hardware", lambda: {"gpu": None})
+    monkeypatch.setattr(bench_serving, "measure_all", lambda args: 0)
+    with pytest.raises(SystemExit, match=r"^error: no GPU here, .* --model \S+ --suite smoke"):
+        main([])
+    assert main(["--model", "m"]) == 0
 
 
 def test_the_readme_shows_the_committed_results() -> None:

@@ -328,6 +328,27 @@ def test_build_command_refuses(
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arch", ["foo", ""])
+def test_build_command_refuses_an_architecture(
+    arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build.main(["--arch", arch]) == 1
+    assert capsys.readouterr().err.startswith(f"error: --arch {arch!r}: must be digits")
+
+
+def test_build_command_without_a_gpu_names_its_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PATTERNKV_CUDA_ARCH")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build.main([]) == 1
+    assert "compile for: name it with --arch (80, " in capsys.readouterr().err
+    monkeypatch.setenv("PATTERNKV_CUDA_ARCH", "foo")
+    assert build.main([]) == 1
+    assert "error: PATTERNKV_CUDA_ARCH='foo': must be" in capsys.readouterr().err
+
+
 FMT = SlotFormat(4, 2, 64, h_kv=1)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_saved_runs_make_a_table_and_a_plot(
     assert main(["--results", str(folder), str(other)]) == 1
     message = "temperature is 0.5, in the first run 0.8; compare like runs"
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_before_runs_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["--results", str(tmp_path / "absent")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: plots need matplotlib") and "patternkv-sgl[demo]" in line
 
 
 def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipes import self_consistency, tree_search
+from recipes import best_of_n, self_consistency, tree_search
 from recipes.compare import CompareConfig
 from recipes.config import RunConfig
 from recipes.frontend import Reads, generation
@@ -54,6 +55,16 @@ def test_bad_keys_are_refused(kind: Any, changes: dict[str, Any], message: str) 
 def test_no_server_is_told(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert recipe.main(["--base-url", "http://127.0.0.1:9"]) == 1
     assert "is an SGLang server running there?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [best_of_n, self_consistency, tree_search])
+def test_a_grader_needs_its_package_before_a_server(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert recipe.main(["--base-url", "http://127.0.0.1:9", "--grader", "math"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: grader math needs math-verify") and "patternkv-sgl[demo]" in line
 
 
 def test_paths_in_a_file_are_beside_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,16 @@ def test_no_server_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = ["--base-url", "http://127.0.0.1:9", "--output", str(tmp_path)]
     assert main(arguments) == 1
     assert "is an SGLang server running there?" in capsys.readouterr().err
+
+
+def test_plots_need_a_package_before_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["--base-url", "http://127.0.0.1:9", "--output", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: plots need matplotlib, which does not import (")
+    assert line.endswith("): pip install 'patternkv-sgl[demo]'")
 
 
 def test_best_of_n_against_servers(

@@ -58,10 +58,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Build what ``arguments`` ask for. Returns the exit code: 1 if anything failed."""
     options = parse(arguments)
-    if options.arch is not None:
-        os.environ["PATTERNKV_CUDA_ARCH"] = options.arch
     try:
-        arch = compiler.arch()
+        if options.arch is None:
+            arch = compiler.arch(remedy="name it with --arch")
+        else:
+            arch = compiler.checked_arch(options.arch, "--arch ")
     except compiler.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

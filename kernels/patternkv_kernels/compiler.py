@@ -21,6 +21,7 @@ import torch
 MIN_ARCH = 80
 """Asynchronous copies and bfloat16 tensor cores came with compute capability 8.0."""
 
+_ARCH = "PATTERNKV_CUDA_ARCH"
 _OURS = Path(__file__).parent / "include"
 _REMEDY = (
     "Install the CUDA toolkit (nvcc and a C++ compiler) or set CUDA_HOME to it; "
@@ -32,23 +33,32 @@ class BuildError(RuntimeError):
     """The CUDA kernels cannot be built or loaded here; the message says why and what to do."""
 
 
-def arch() -> str:
+def arch(remedy: str = f"set {_ARCH}") -> str:
     """The architecture to compile for: ``PATTERNKV_CUDA_ARCH``, else the current GPU's.
 
-    Raises :class:`BuildError` where there is neither, and for GPUs before compute capability 8.0.
+    Raises :class:`BuildError` where there is neither, with ``remedy``, and for GPUs before compute
+    capability 8.0.
     """
-    wanted = os.environ.get("PATTERNKV_CUDA_ARCH", "")
-    if not wanted:
-        # Asking whether there is a GPU costs more than the rest of an op's dispatch.
-        if not torch.cuda.is_initialized() and not torch.cuda.is_available():
-            raise BuildError(
-                "no GPU tells which architecture to compile for: set PATTERNKV_CUDA_ARCH "
-                "(80, 89, 90a …)"
-            )
-        return _device_arch(torch.cuda.current_device())
+    wanted = os.environ.get(_ARCH, "")
+    if wanted:
+        return checked_arch(wanted, f"{_ARCH}=")
+    # Asking whether there is a GPU costs more than the rest of an op's dispatch.
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():
+        raise BuildError(
+            f"no GPU tells which architecture to compile for: {remedy} (80, 89, 90a …)"
+        )
+    return _device_arch(torch.cuda.current_device())
+
+
+def checked_arch(wanted: str, source: str) -> str:
+    """``wanted``, as in ``sm_<wanted>``.
+
+    Raises :class:`BuildError` if it is no architecture that the kernels run on; the message begins
+    with ``source``, which it was given by.
+    """
     if re.fullmatch(r"\d{2,3}[af]?", wanted) is None:
         raise BuildError(
-            f"PATTERNKV_CUDA_ARCH={wanted!r}: must be digits and at most one letter, as in sm_90a: "
+            f"{source}{wanted!r}: must be digits and at most one letter, as in sm_90a: "
             "80, 89, 90a …"
         )
     return _supported(wanted)
