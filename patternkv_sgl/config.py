@@ -54,6 +54,10 @@ def parse_layer_bits(text: str) -> LayerBits:
     return tuple(chosen)
 
 
+def _as_typed(layer: int, bits: Bits) -> str:
+    return f"{'last' if layer == -1 else layer}={bits[0]}:{bits[1]}"
+
+
 @dataclass(frozen=True)
 class PatternKVConfig:
     """Options of the PatternKV cache; every field is one ``--kv-quant-*`` flag.
@@ -122,19 +126,26 @@ class PatternKVConfig:
         """Bits of K and V of the layers that have not `k_bits` and `v_bits`.
 
         Raises:
-            ValueError: the model has no such layer.
+            ValueError: the model has no such layer, or two entries are of one.
         """
         chosen = self.layer_bits
         if chosen is None:
             chosen = ((-1, (4, self.v_bits)),) if self.k_bits == 2 else ()
-        for layer, _ in chosen:
+        entries: dict[int, tuple[int, Bits]] = {}
+        for layer, bits in chosen:
             if not -num_layers <= layer < num_layers:
                 raise ValueError(
                     f"--kv-quant-layer-bits: no layer {layer}, the model has 0 to {num_layers - 1}"
                 )
-        found = {layer % num_layers: bits for layer, bits in chosen}
+            index = layer % num_layers
+            if index in entries:
+                raise ValueError(
+                    f"--kv-quant-layer-bits names layer {index} of {num_layers} twice, by "
+                    f"{_as_typed(*entries[index])} and {_as_typed(layer, bits)}: keep one of them"
+                )
+            entries[index] = layer, bits
         own = self.k_bits, self.v_bits
-        return {layer: found[layer] for layer in sorted(found) if found[layer] != own}
+        return {index: bits for index, (_, bits) in sorted(entries.items()) if bits != own}
 
     def slot_formats(
         self, num_layers: int, h_kv: int, head_dim: int, page_size: int

@@ -100,7 +100,7 @@ def test_k_of_the_last_layer_has_four_bits_unless_told_otherwise() -> None:
         ("none", ["2/2", "2/2", "2/2"]),
         ("last=4:4", ["2/2", "2/2", "4/4"]),
         ("0=4,2=4:2", ["4/4", "2/2", "4/2"]),
-        ("2=4:2,last=2:4", ["2/2", "2/2", "2/4"]),
+        ("1=4:2,last=2:4", ["2/2", "4/2", "2/4"]),
         ("1=2", ["2/2", "2/2", "2/2"]),
     ],
 )
@@ -125,6 +125,25 @@ def test_layers_that_are_not_there_are_refused(layer: int) -> None:
     config = PatternKVConfig(layer_bits=((layer, (4, 2)),))
     with pytest.raises(ValueError, match=f"no layer {layer}, the model has 0 to 2"):
         config.exceptions(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "layer", "first", "second"),
+    [
+        ("0=4:4,1=4:2,0=2", 0, "0=4:4", "0=2:2"),
+        ("last=4:2,last=2:4", 2, "last=4:2", "last=2:4"),
+        ("2=4:2,last=2:4", 2, "2=4:2", "last=2:4"),
+        ("last=4,2=4", 2, "last=4:4", "2=4:4"),
+    ],
+)
+def test_two_entries_of_one_layer_are_refused(
+    text: str, layer: int, first: str, second: str
+) -> None:
+    config = PatternKVConfig(2, 2, layer_bits=parse_layer_bits(text))
+    with pytest.raises(ValueError, match="--kv-quant-layer-bits names layer") as error:
+        config.exceptions(3)
+    named = f"layer {layer} of 3 twice, by {first} and {second}: keep one of them"
+    assert str(error.value).endswith(named)
 
 
 @pytest.mark.parametrize(

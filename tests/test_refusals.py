@@ -254,7 +254,9 @@ def test_the_launcher_checks_the_model(tmp_path: Path) -> None:
         args.check_server_args()
 
     path = write_model(tmp_path / "64")
-    check(path, "patternkv", kv_quant_layer_bits="1=4:2,last=2")
+    check(path, "patternkv", kv_quant_layer_bits="0=4:2,last=2")
+    with pytest.raises(ValueError, match="layer 1 of 2 twice, by 1=4:2 and last=2:2"):
+        check(path, "patternkv", kv_quant_layer_bits="1=4:2,last=2")
     with pytest.raises(ValueError, match="no layer 2, the model has 0 to 1"):
         check(path, "patternkv", kv_quant_layer_bits="2=4:2")
     path = write_model(tmp_path / "80", head_dim=80)
