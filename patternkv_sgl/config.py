@@ -14,7 +14,7 @@ LayerBits = tuple[tuple[int, Bits], ...]
 """Layers, -1 for the last, and the bits of their K and V."""
 
 
-def parse_bits(text: str, flag: str = "--kv-quant-bits") -> Bits:
+def parse_bits(text: str) -> Bits:
     """Bits of K and V from ``"4"``, ``"2"`` or ``"K:V"`` such as ``"4:2"``.
 
     Raises:
@@ -25,7 +25,7 @@ def parse_bits(text: str, flag: str = "--kv-quant-bits") -> Bits:
         parts *= 2
     if len(parts) != 2 or any(part not in map(str, BITS) for part in parts):
         raise ValueError(
-            f"{flag} {text!r}: expected 4, 2 or K:V with each of K and V in {{2, 4}}, "
+            f"--kv-quant-bits {text!r}: expected 4, 2 or K:V with each of K and V in {{2, 4}}, "
             "for example 4:2 (quoted in YAML, which reads a bare 4:2 as a number)"
         )
     return int(parts[0]), int(parts[1])
@@ -38,19 +38,19 @@ def parse_layer_bits(text: str) -> LayerBits:
     Raises:
         ValueError: ``text`` is malformed or names a bit width outside {2, 4}.
     """
-    flag = "--kv-quant-layer-bits"
     if text == "none":
         return ()
     chosen = []
     for part in str(text).split(","):
-        match = re.fullmatch(r"(\d+|last)=(.+)", part, re.ASCII)
+        match = re.fullmatch(r"(\d+|last)=([24](?::[24])?)", part, re.ASCII)
         if match is None:
             raise ValueError(
-                f"{flag} {text!r}: expected LAYER=K:V with a number or 'last' for LAYER, several "
-                "of them with commas between, for example 0=4:4,last=4:2; or none"
+                f"--kv-quant-layer-bits {text!r}: expected LAYER=K:V, found {part!r}: a number or "
+                "'last' for LAYER, each of K and V in {2, 4}, several entries with commas between, "
+                "for example 0=4:4,last=4:2; or none"
             )
         layer = -1 if match[1] == "last" else int(match[1])
-        chosen.append((layer, parse_bits(match[2], flag)))
+        chosen.append((layer, parse_bits(match[2])))
     return tuple(chosen)
 
 

@@ -115,9 +115,13 @@ def test_malformed_layers_are_refused(text: str) -> None:
     assert str(error.value).startswith(f"--kv-quant-layer-bits {text!r}: ")
 
 
-def test_malformed_bits_of_a_layer_are_refused() -> None:
-    with pytest.raises(ValueError, match="--kv-quant-layer-bits '3:2': expected 4, 2 or K:V"):
-        parse_layer_bits("0=3:2")
+@pytest.mark.parametrize("entry", ["last=3:3", "0=3:2", "0=4:", "0=4:2:2", "0=04", "0=4 ", "0=٤"])
+def test_malformed_bits_of_a_layer_are_refused(entry: str) -> None:
+    text = f"1=4:4,{entry}"
+    with pytest.raises(ValueError, match=f"expected LAYER=K:V, found {entry!r}: ") as error:
+        parse_layer_bits(text)
+    assert str(error.value).startswith(f"--kv-quant-layer-bits {text!r}: ")
+    assert "each of K and V in {2, 4}" in str(error.value)
 
 
 @pytest.mark.parametrize("layer", [3, 40])
