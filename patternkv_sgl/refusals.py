@@ -32,10 +32,16 @@ class Conflict:
 
     def message(self, value: Any) -> str:
         flag = "--" + self.field.replace("_", "-")
-        neutral = " or ".join(repr(value) for value in self.neutral)
+        # A switch takes no value, and nothing that can be typed stands for None.
+        given = flag if value is True else f"{flag} {value!r}"
+        typed = " or ".join(repr(value) for value in self.neutral if value)
+        if all(self.neutral):
+            remedy = f"Leave it at {typed}"
+        else:
+            remedy = "Drop the flag" + (typed and f", set it to {typed}")
         return (
-            f"{flag} {value!r} does not work with --kv-quant patternkv: {self.reason}. Leave it at "
-            f"{neutral}, or drop --kv-quant"
+            f"{given} does not work with --kv-quant patternkv: {self.reason}. {remedy}, or drop "
+            "--kv-quant"
         )
 
 

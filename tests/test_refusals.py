@@ -88,11 +88,28 @@ def test_an_excluded_option_is_refused(field: str) -> None:
         serve(**{field: value})
     flag = "--" + field.replace("_", "-")
     message = str(error.value)
-    assert message.startswith(f"{flag} {value!r} ")
-    (reason, remedy) = message.split("patternkv: ", 1)[1].split(". Leave it at ")
+    assert message.startswith(f"{flag} does" if value is True else f"{flag} {value!r} does")
+    (reason, remedy) = message.split("patternkv: ", 1)[1].split(". ")
     assert len(reason.split()) >= 4
     assert remedy.endswith(", or drop --kv-quant")
+    assert "None" not in remedy and "False" not in remedy
     KVQuantServerArgs(model_path="m", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"),
+    [
+        ("kv_cache_dtype", "Leave it at 'auto'"),
+        ("pp_size", "Leave it at 1"),
+        ("enable_memory_saver", "Drop the flag"),
+        ("speculative_algorithm", "Drop the flag"),
+        ("attention_backend", "Drop the flag, set it to 'patternkv'"),
+        ("cuda_graph_backend_prefill", "Drop the flag, set it to 'breakable' or 'disabled'"),
+    ],
+)
+def test_a_refusal_names_what_can_be_typed(field: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f". {remedy}, or drop --kv-quant")):
+        serve(**{field: REFUSED[field]})
 
 
 @pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda conflict: conflict.field)

@@ -22,7 +22,7 @@ REFUSED = {
     "option": (
         SERVE,
         (*PATTERNKV, "--enable-hierarchical-cache"),
-        "--enable-hierarchical-cache True does not work with --kv-quant patternkv",
+        "--enable-hierarchical-cache does not work with --kv-quant patternkv",
     ),
 }
 
