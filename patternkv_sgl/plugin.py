@@ -24,7 +24,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.CREATE_SAMPLER` | tokens drawn in one pass over the logits | seven of SGLang's |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.HANDLE_BATCH`, `hooks.SEND_REQUEST` | branches reach the scheduler together | one by one |
-| `hooks.VALIDATE_REQUEST` | prompts that end a CPU scheduler | refused per request |
+| `hooks.VALIDATE_REQUEST` | requests that end a scheduler | refused per request |
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def load() -> None:
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.HANDLE_BATCH, _handle_batch, HookType.AROUND)
     HookRegistry.register(hooks.SEND_REQUEST, _send_request, HookType.AROUND)
-    HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_prompt, HookType.BEFORE)
+    HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_request, HookType.BEFORE)
 
 
 def _enabled() -> bool:
@@ -313,11 +313,16 @@ async def _send_request(original: Callable[..., Awaitable[None]], self: Any, obj
         await self._send_batch_request(ready)
 
 
-def _validate_prompt(self: Any, obj: Any, input_ids: Any) -> None:
-    if not _enabled() or input_ids is None or getattr(obj, "input_embeds", None) is not None:
+def _validate_request(self: Any, obj: Any, input_ids: Any) -> None:
+    if not _enabled():
         return
-    from patternkv_sgl.refusals import refuse_ids, refuse_no_tokens
+    from patternkv_sgl.refusals import refuse_ids, refuse_no_tokens, refuse_top_logprobs
 
+    vocab_size = self.model_config.vocab_size
+    # SGLang refuses unknown ids in token_ids_logprob itself.
+    refuse_top_logprobs(getattr(obj, "top_logprobs_num", 0), vocab_size)
+    if input_ids is None or getattr(obj, "input_embeds", None) is not None:
+        return
     refuse_no_tokens(input_ids)
     if obj.input_ids is not None:
-        refuse_ids(input_ids, self.model_config.vocab_size)
+        refuse_ids(input_ids, vocab_size)

@@ -1,7 +1,7 @@
 """What ``--kv-quant patternkv`` refuses: each with value, limit and remedy.
 
 Options are checked when the ServerArgs record is built, the model's configuration before any
-process is launched, the loaded model's layers when the attention backend is made, a prompt when it
+process is launched, the loaded model's layers when the attention backend is made, a request when it
 arrives.
 """
 
@@ -236,6 +236,20 @@ def refuse_ids(input_ids: Sequence[int], vocab_size: int) -> None:
         raise ValueError(
             f"The prompt holds token id {low if low < 0 else high}: ids of this model are 0 to "
             f"{vocab_size - 1}."
+        )
+
+
+def refuse_top_logprobs(num: Any, vocab_size: int) -> None:
+    """Refuse more logprobs of each token than the vocabulary has tokens, where SGLang's ``topk``
+    (layers/logprob_processor.py) ends the scheduler, or anything but a number.
+
+    Raises:
+        ValueError: names the number and the limit.
+    """
+    if not isinstance(num, int) or num > vocab_size:
+        raise ValueError(
+            f"top_logprobs_num {num!r} (logprobs or top_logprobs of the OpenAI API): expected a "
+            f"number up to {vocab_size}, the size of this model's vocabulary."
         )
 
 

@@ -229,17 +229,25 @@ def test_bad_requests_are_answered_and_the_server_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
+    ("request_", "message"),
     [
         ({"text": ""}, "The prompt has no tokens"),
         ({"input_ids": [5, 99999]}, "The prompt holds token id 99999: ids of this model are 0 to"),
         ({"input_ids": [[5, 6], [7, -1]]}, "The prompt holds token id -1"),
+        (
+            {"input_ids": [5, 6], "return_logprob": True, "top_logprobs_num": 99999},
+            "top_logprobs_num 99999",
+        ),
+        (
+            {"input_ids": [5, 6], "return_logprob": True, "token_ids_logprob": [99999]},
+            "out-of-vocabulary token id 99999",
+        ),
     ],
 )
-def test_prompts_that_no_model_can_read_are_answered(
-    server: Server, model: Model, prompt: dict[str, Any], message: str
+def test_requests_that_would_end_the_scheduler_are_answered(
+    server: Server, model: Model, request_: dict[str, Any], message: str
 ) -> None:
-    response = server.post("generate", prompt | {"sampling_params": {"max_new_tokens": 4}})
+    response = server.post("generate", request_ | {"sampling_params": {"max_new_tokens": 4}})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
     assert len(outputs(server.generate(model.prompt(SHORT, 8)))) == 16
