@@ -5,6 +5,7 @@ One record serves the command line, ``--config`` files and ``sgl.Engine`` keywor
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Optional
 
 import sglang.srt.server_args as sglang_server_args
@@ -18,6 +19,8 @@ from patternkv_sgl.refusals import (
     refuse_options,
     refuse_sglang,
 )
+
+logger = logging.getLogger(__name__)
 
 BACKEND = "patternkv"
 DEFAULT_MAX_RUNNING_REQUESTS = 256
@@ -115,6 +118,7 @@ def _build(base: Any) -> Any:
                 model = model_config_of(self)
                 refuse_model(model)
                 config_of(self).exceptions(model.num_hidden_layers)
+                _warn_of_no_sharing(self)
 
     KVQuantServerArgs._NS_BY_FIELD = {
         **base._NS_BY_FIELD,
@@ -147,6 +151,15 @@ def _prepare(args: Any) -> None:
         # Every request slot reserves a bf16 window; stock's default of 2048 to 4096 slots would
         # spend gigabytes on windows that are never filled.
         args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
+
+
+def _warn_of_no_sharing(args: Any) -> None:
+    """Log what an option costs that leaves branches nothing to share."""
+    if args.disable_radix_cache:
+        logger.warning(
+            "--disable-radix-cache: every branch prefills the whole prompt and stores and reads a "
+            "copy of its own. Drop the flag to share prompts between branches and requests."
+        )
 
 
 def refuse_idle_flags(args: Any) -> None:

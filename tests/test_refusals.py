@@ -282,6 +282,28 @@ def test_the_launcher_checks_the_model(tmp_path: Path) -> None:
         check(path, "patternkv")
 
 
+@pytest.mark.parametrize(
+    ("kv_quant", "disable", "warned"),
+    [("patternkv", True, True), ("patternkv", False, False), (None, True, False)],
+)
+def test_a_disabled_tree_is_warned_of_once(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kv_quant: str | None,
+    disable: bool,
+    warned: bool,
+) -> None:
+    path = write_model(tmp_path / "64")
+    given = {"device": "cpu", "skip_tokenizer_init": True, "disable_radix_cache": disable}
+    args = KVQuantServerArgs(model_path=path, kv_quant=kv_quant, **given)
+    args.resolve_once()
+    args.check_server_args()
+    pickle.loads(pickle.dumps(args))  # on its way to the scheduler
+    lines = [record.message for record in caplog.records if "disable-radix" in record.message]
+    assert len(lines) == warned
+    assert all("Drop the flag" in line for line in lines)
+
+
 def attention(**changes: Any) -> RadixAttention:
     options = {"num_heads": 4, "head_dim": 64, "scaling": 0.125, "num_kv_heads": 2, "layer_id": 0}
     return RadixAttention(**(options | changes))
