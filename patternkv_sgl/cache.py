@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 CURRENT = CurrentBatch()
 STATS = Stats()
 
+GAUGE_SECONDS = 1.0
+"""How late gauges are at most while requests run, but for the step that is in progress."""
+
 
 class PatternCache:
     """Ties the tree to the pool it shares a scheduler process with.
@@ -49,8 +53,10 @@ class PatternCache:
         self.tree = PatternRadixCache(params, pool.geometry.config, self.refs, STATS)
         self.planner = DecodePlanner(self.tree)
         self.admission = Admission(self.tree)
-        self.releases = ReleaseQueue(self._allocator)
+        self.releases = ReleaseQueue(self._allocator, self.update_gauges)
         self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
+        self._gauges_due = 0.0
+        self.update_gauges()
 
     def begin(self, batch: ScheduleBatch, forward_batch: ForwardBatch) -> None:
         """Hand ``batch`` to the backend; called just before ``forward_batch``, its forward, which
@@ -70,7 +76,19 @@ class PatternCache:
         if isinstance(current, DecodeBatch):
             forward_batch.forward_mode = ForwardMode.DECODE
         CURRENT.put(current)
-        if self.gauges is not None and isinstance(current, ExtendBatch):
+        if isinstance(current, ExtendBatch):
+            self.update_gauges()
+
+    def update_gauges(self) -> None:
+        """Set the gauges, if metrics are on: where no request runs at once, else once a second.
+
+        Every step of the scheduler ends here, most of them after a look at the clock.
+        """
+        if self.gauges is None:
+            return
+        now = time.monotonic()
+        if now >= self._gauges_due or not self.tree.requests:
+            self._gauges_due = now + GAUGE_SECONDS
             self.gauges.set(self.numbers())
 
     def numbers(self) -> dict[str, int]:

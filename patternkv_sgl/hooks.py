@@ -26,6 +26,7 @@ ENQUEUE = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
 ORDER_QUEUE = "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority"
 PROCESS_RESULT = "sglang.srt.managers.scheduler.Scheduler.process_batch_result"
 RELEASE = "sglang.srt.mem_cache.common.release_kv_cache"
+FLUSH = "sglang.srt.managers.scheduler.Scheduler.flush_cache"
 CREATE_SAMPLER = "sglang.srt.layers.sampler.create_sampler"
 HANDLE_BATCH = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request"
 SEND_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request"
@@ -48,6 +49,7 @@ PARAMETERS = {
     ORDER_QUEUE: ("self", "waiting_queue"),
     PROCESS_RESULT: ("self", "batch", "result"),
     RELEASE: ("req", "tree_cache", "checkpoint"),
+    FLUSH: ("self", "empty_cache"),
     CREATE_SAMPLER: ("backend",),
     HANDLE_BATCH: ("self", "obj", "request", "request_states"),
     SEND_REQUEST: ("self", "tokenized_obj"),

@@ -21,6 +21,7 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 | `hooks.ENQUEUE` | a stored prompt needs no prefill ahead of its branches | a forward each |
 | `hooks.ORDER_QUEUE` | branches keep their request's place | they queue behind prompts |
 | `hooks.PROCESS_RESULT`, `hooks.RELEASE` | answers leave ahead of releases | they wait for all |
+| `hooks.FLUSH` | gauges of the empty cache | they show the flushed one |
 | `hooks.CREATE_SAMPLER` | tokens drawn in one pass over the logits | seven of SGLang's |
 | `hooks.CANARY_WALK` | canary sweeps know SGLang's own tree only | refused in a sweep |
 | `hooks.HANDLE_BATCH`, `hooks.SEND_REQUEST` | branches reach the scheduler together | one by one |
@@ -88,6 +89,7 @@ def load() -> None:
     HookRegistry.register(hooks.ORDER_QUEUE, _order_queue, HookType.BEFORE)
     HookRegistry.register(hooks.PROCESS_RESULT, _process_result, HookType.AROUND)
     HookRegistry.register(hooks.RELEASE, _release, HookType.AROUND)
+    HookRegistry.register(hooks.FLUSH, _flush, HookType.AFTER)
     HookRegistry.register(hooks.CREATE_SAMPLER, _create_sampler, HookType.AROUND)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
     HookRegistry.register(hooks.HANDLE_BATCH, _handle_batch, HookType.AROUND)
@@ -255,6 +257,12 @@ def _release(original: Callable[..., None], req: Any, tree_cache: Any, *, checkp
         release()
     else:
         _cache.releases.put(release)
+
+
+def _flush(flushed: bool, self: Any, *args: Any, **kwargs: Any) -> bool:
+    if _cache is not None:
+        _cache.update_gauges()
+    return flushed
 
 
 def _create_sampler(original: Callable[..., Any], backend: str | None = None) -> Any:

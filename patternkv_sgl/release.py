@@ -20,10 +20,11 @@ class ReleaseQueue:
 
     Args:
         allocator: whose slots the releases free, as one group.
+        then: called after the releases of each step, and after every other one.
     """
 
-    def __init__(self, allocator: BaseTokenToKVPoolAllocator) -> None:
-        self._allocator = allocator
+    def __init__(self, allocator: BaseTokenToKVPoolAllocator, then: Callable[[], None]) -> None:
+        self._allocator, self._then = allocator, then
         self._waiting: list[Callable[[], None]] | None = None
 
     @contextmanager
@@ -38,10 +39,12 @@ class ReleaseQueue:
             for release in waiting:
                 release()
             self._allocator.free_group_end()
+            self._then()
 
     def put(self, release: Callable[[], None]) -> None:
         """Call ``release``, while results are processed later."""
         if self._waiting is None:
             release()
+            self._then()
         else:
             self._waiting.append(release)

@@ -183,7 +183,7 @@ class Server:
         return stats
 
     def gauges(self) -> dict[str, dict[str, float]]:
-        """The PatternKV numbers of each rank's last prefill, by the labels of the rank."""
+        """The PatternKV numbers that Prometheus shows of each rank, by the labels of the rank."""
         found: dict[str, dict[str, float]] = {}
         for name, labels, value in GAUGE.findall(self.get("metrics").text):
             found.setdefault(labels, {})[name] = float(value)

@@ -15,7 +15,7 @@ import torch
 from recipes.config import TaskConfig
 from recipes.problems import load_problems
 from tests.answers import assert_close, cached
-from tests.servers import DEMO, LAUNCH_SERVER, Launcher, Model, Server, Spec
+from tests.servers import DEMO, LAUNCH_SERVER, STOP_SECONDS, Launcher, Model, Server, Spec
 
 pytest_plugins = ["tests.fixtures"]
 pytestmark = pytest.mark.slow
@@ -90,6 +90,12 @@ def check_ranks(server: Server, model: Model) -> None:
     assert after["tables_mined"] - before["tables_mined"] == 2
     assert after["tables_live"] == 2
     assert after["max_branches"] == BRANCHES
+
+    def idle() -> bool:
+        return not any(shown["running_requests"] for shown in server.gauges().values())
+
+    # Each rank ends requests in its own time.
+    server.wait(idle, STOP_SECONDS, "idle on every rank")
     first, second = server.gauges().values()
     # All that a rank decides by; of the logits each measures heads of its own.
     del first["logit_error_percent"], second["logit_error_percent"]

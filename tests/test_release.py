@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("published")
 @pytest.fixture
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scheduler]:
     scheduler = Scheduler(CONFIG)
-    releases = ReleaseQueue(scheduler.allocator)
+    releases = ReleaseQueue(scheduler.allocator, lambda: None)
     monkeypatch.setattr(plugin, "_cache", SimpleNamespace(releases=releases))
     # As SGLang's own modules see it once the plug-in is loaded.
     monkeypatch.setattr("tests.fakes.release_kv_cache", hooked(release_kv_cache))
@@ -89,7 +89,7 @@ def test_a_step_that_fails_releases_too(scheduler: Scheduler) -> None:
 
 def test_what_releases_free_is_one_group(scheduler: Scheduler) -> None:
     allocator, groups = scheduler.allocator, []
-    releases = ReleaseQueue(allocator)
+    releases = ReleaseQueue(allocator, lambda: None)
     with releases.processing():
         for _ in range(2):
             releases.put(lambda: groups.append(allocator.free_group))

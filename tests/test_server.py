@@ -270,21 +270,27 @@ def test_a_profile_ends_in_a_trace(server: Server, model: Model, tmp_path: Path)
 
 
 def test_prometheus_shows_the_numbers_with_their_rank(server: Server, model: Model) -> None:
-    server.generate(model.prompt(PROMPT, 9), 1)
-    # Gauges are set when a prefill starts, so this one shows the table of the last request.
-    server.generate(model.prompt(1, 10), 1)
+    server.generate(model.prompt(PROMPT, 9), 64)
     stats = server.settle()
     ((labels, found),) = server.gauges().items()
-    assert set(found) == COUNTS | MEASURED
     assert 'dp_rank="0"' in labels and 'tp_rank="0"' in labels
-    # No request held a table before or after the last prefill, so only its own differ.
-    steady = COUNTS - {
-        "running_requests",
-        "table_refs",
-        "kv_reads",
-        "kv_reads_shared",
-        "kv_tokens_free",
-    }
-    assert {name: found[name] for name in steady} == {name: stats[name] for name in steady}
-    assert found["running_requests"] == 1
-    assert found["tables_live"] == 1
+    assert found == {name: stats[name] for name in COUNTS | MEASURED}
+    assert (found["running_requests"], found["tables_live"]) == (0, 1)
+    server.flush()
+    stats, (found,) = server.stats(), server.gauges().values()
+    assert found == {name: stats[name] for name in COUNTS | MEASURED}
+    assert (found["tables_live"], found["kv_tokens_free"]) == (0, found["kv_tokens"])
+
+
+def test_prometheus_keeps_up_with_a_long_answer(server: Server, model: Model) -> None:
+    before = server.settle()["kv_reads"]
+    body = greedy(model.prompt(PROMPT, 9), 3000) | {"stream": True}
+
+    def shown() -> bool:
+        (found,) = server.gauges().values()
+        return found["running_requests"] == 1 and found["kv_reads"] > before
+
+    with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=60) as stream:
+        next(stream.iter_lines())
+        server.wait(shown, 10, "shown while it runs")
+    server.settle()
