@@ -80,7 +80,12 @@ class Admission:
         return found == length > 0
 
     def holds(self, adder: PrefillAdder, req: Req) -> bool:
-        """Whether ``req``, whose prefix was just matched, sits out the batch of ``adder``."""
+        """Whether ``req``, whose prefix was just matched, sits out the batch of ``adder``.
+
+        SGLang counts the LoRA adapter of ``req`` as one of the batch either way
+        (managers/scheduler.py, ``running_loras``). It has been counted: requests at one node have
+        one adapter, whose id ends their ``extra_key``.
+        """
         if adder.preempt_list:
             return False  # running requests may have given up their rows for this one
         upcoming = self._tree.upcoming

@@ -96,6 +96,17 @@ def test_namespaces_wait_for_themselves_only(scheduler: Scheduler) -> None:
     assert not batch.add(scheduler.admit(tokens(0, LONG), extra_key="a"))
 
 
+def test_who_waits_has_the_adapter_of_whom_it_waits_for(scheduler: Scheduler) -> None:
+    batch, prompt = Batch(Admission(scheduler.tree)), array("q", tokens(0, LONG))
+    params = SamplingParams(max_new_tokens=8)
+
+    def gets_in(adapter: str | None) -> bool:
+        return batch.add(scheduler.readmit(Req("r", "", prompt, params, lora_id=adapter)))
+
+    assert [gets_in(adapter) for adapter in (None, "a", "b")] == [True] * 3
+    assert [gets_in(adapter) for adapter in (None, "a", "b")] == [False] * 3
+
+
 def test_a_chunked_prompt_is_waited_for_chunk_by_chunk(scheduler: Scheduler) -> None:
     admission = Admission(scheduler.tree)
     prompt = tokens(0, 100) + tokens(9000, LONG)
