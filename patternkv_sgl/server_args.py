@@ -99,7 +99,7 @@ def _build(base: Any) -> Any:
         kv_quant_tables: A[
             Optional[int],  # noqa: UP045
             f"Table slots, the zero table included ({_range('tables')}). Default: 1 percent of "
-            "the KV memory, between 16 and 1024.",
+            "what SGLang leaves for KV before --max-total-tokens caps it, between 16 and 1024.",
         ] = FLAG_DEFAULTS["kv_quant_tables"]
         kv_quant_check: A[
             bool,

@@ -45,7 +45,8 @@ def demo_package(name: str, need: str) -> ModuleType:
         return importlib.import_module(name.replace("-", "_"))
     except ImportError as error:
         raise RuntimeError(
-            f"{need} {name}, which does not import ({error}): pip install 'patternkv-sgl[demo]'"
+            f"{need} {name}, which does not import ({error}): install this package with its extra "
+            "demo, in a checkout by pip install '.[demo]'"
         ) from None
 
 

@@ -114,7 +114,7 @@ def test_plots_need_a_package_before_a_server(
     assert main(["--base-url", "http://127.0.0.1:9", "--output", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: plots need matplotlib, which does not import (")
-    assert line.endswith("): pip install 'patternkv-sgl[demo]'")
+    assert line.endswith("in a checkout by pip install '.[demo]'")
 
 
 def test_best_of_n_against_servers(
