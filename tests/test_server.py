@@ -291,6 +291,7 @@ def test_prometheus_keeps_up_with_a_long_answer(server: Server, model: Model) ->
         return found["running_requests"] == 1 and found["kv_reads"] > before
 
     with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=60) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # who lets go of it closes the stream
+        next(lines)
         server.wait(shown, 10, "shown while it runs")
     server.settle()

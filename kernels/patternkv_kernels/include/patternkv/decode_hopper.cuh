@@ -5,7 +5,7 @@
 // probabilities of a pattern's tokens are summed by a product too, with a one-hot operand.
 #pragma once
 
-#include "patternkv/hopper_attention.cuh"
+#include "patternkv/hopper_state.cuh"
 #include "patternkv/hopper_tiles.cuh"
 
 namespace patternkv {
