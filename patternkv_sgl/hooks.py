@@ -1,6 +1,5 @@
-"""The SGLang functions that the plug-in hooks, and a check that they are still what we hook.
-
-Plain data: nothing here imports SGLang until `moved_targets` is called.
+"""The SGLang functions that the plug-in hooks, whether hooks have anything to do, and a check that
+the functions are still what we hook. Nothing here imports SGLang before it is called.
 """
 
 from __future__ import annotations
@@ -58,6 +57,13 @@ PARAMETERS = {
 }
 
 _moved: list[str] = []
+
+
+def enabled() -> bool:
+    """Whether this process serves with ``--kv-quant``."""
+    from sglang.srt.runtime_context import get_memory
+
+    return getattr(get_memory(), "kv_quant", None) is not None
 
 
 def record_targets() -> None:

@@ -31,13 +31,11 @@ ours: a wrong set-up ends in an error, never in a dense cache.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from patternkv_sgl import hooks
-from patternkv_sgl.dispatch import BranchDispatch
+from patternkv_sgl import hooks, tokenizer_manager
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -53,8 +51,6 @@ logger = logging.getLogger(__name__)
 _sizing: Sizing | None = None
 _num_tables = 0
 _cache: PatternCache | None = None
-# A tokenizer's.
-_dispatch = BranchDispatch()
 
 
 def load() -> None:
@@ -92,20 +88,16 @@ def load() -> None:
     HookRegistry.register(hooks.FLUSH, _flush, HookType.AFTER)
     HookRegistry.register(hooks.CREATE_SAMPLER, _create_sampler, HookType.AROUND)
     HookRegistry.register(hooks.CANARY_WALK, _canary_walk, HookType.AROUND)
-    HookRegistry.register(hooks.HANDLE_BATCH, _handle_batch, HookType.AROUND)
-    HookRegistry.register(hooks.SEND_REQUEST, _send_request, HookType.AROUND)
-    HookRegistry.register(hooks.VALIDATE_REQUEST, _validate_request, HookType.BEFORE)
-
-
-def _enabled() -> bool:
-    from sglang.srt.runtime_context import get_memory
-
-    return getattr(get_memory(), "kv_quant", None) is not None
+    HookRegistry.register(hooks.HANDLE_BATCH, tokenizer_manager.handle_batch, HookType.AROUND)
+    HookRegistry.register(hooks.SEND_REQUEST, tokenizer_manager.send_request, HookType.AROUND)
+    HookRegistry.register(
+        hooks.VALIDATE_REQUEST, tokenizer_manager.validate_request, HookType.BEFORE
+    )
 
 
 def _cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
     global _sizing
-    if not _enabled():
+    if not hooks.enabled():
         return original(self, kvc, num_layers)
     from patternkv_sgl.sizing import Sizing
 
@@ -183,7 +175,7 @@ def _build_backend(runner: Any) -> AttentionBackend:
 
 
 def _no_fused_store(original: Callable[..., bool], forward_batch: Any) -> bool:
-    return False if _enabled() else original(forward_batch)
+    return False if hooks.enabled() else original(forward_batch)
 
 
 def _init_forward_batch(
@@ -199,7 +191,7 @@ def _init_forward_batch(
 def _can_run_graph(original: Callable[..., bool], self: Any, forward_batch: Any) -> bool:
     if not original(self, forward_batch):
         return False
-    return not _enabled() or bool(self.attn_backend.can_replay())
+    return not hooks.enabled() or bool(self.attn_backend.can_replay())
 
 
 def _internal_state(result: Any, self: Any, recv_req: Any) -> Any:
@@ -269,7 +261,7 @@ def _create_sampler(original: Callable[..., Any], backend: str | None = None) ->
     from sglang.srt.runtime_context import get_exec
 
     # Other backends are what somebody asked for, or of another platform.
-    if not _enabled() or (backend or get_exec().kernel.sampling_backend) != "flashinfer":
+    if not hooks.enabled() or (backend or get_exec().kernel.sampling_backend) != "flashinfer":
         return original(backend)
     from patternkv_sgl.sampler import BranchSampler
 
@@ -285,52 +277,9 @@ def _canary_walk(original: Callable[..., Any], *, radix_cache: Any, **kwargs: An
 
 
 def _no_beam_search(original: Callable[..., Any], self: Any, req: Any, recv_req: Any) -> Any:
-    if _enabled():
+    if hooks.enabled():
         return (
             f"Beam search (beam_width={recv_req.sampling_params.beam_width}) is not supported with "
             "--kv-quant patternkv; use n parallel samples instead."
         )
     return original(self, req, recv_req)
-
-
-def _handle_batch(
-    original: Callable[..., AsyncGenerator[Any]], self: Any, obj: Any, *args: Any, **kwargs: Any
-) -> AsyncGenerator[Any]:
-    answers = original(self, obj, *args, **kwargs)
-    num_branches = getattr(obj, "parallel_sample_num", 1)
-    # Images travel by ways of their own.
-    if num_branches == 1 or not _enabled() or obj.contains_mm_input():
-        return answers
-    return _handle_branches(answers, obj.batch_size, num_branches)
-
-
-async def _handle_branches(
-    answers: AsyncGenerator[Any], num_prompts: int, num_branches: int
-) -> AsyncGenerator[Any]:
-    with _dispatch.handling(num_prompts, num_branches):
-        async with aclosing(answers):
-            async for answer in answers:
-                yield answer
-
-
-async def _send_request(original: Callable[..., Awaitable[None]], self: Any, obj: Any) -> None:
-    ready = _dispatch.ready(obj)
-    if len(ready) == 1:
-        await original(self, *ready)
-    elif ready:
-        await self._send_batch_request(ready)
-
-
-def _validate_request(self: Any, obj: Any, input_ids: Any) -> None:
-    if not _enabled():
-        return
-    from patternkv_sgl.refusals import refuse_ids, refuse_no_tokens, refuse_top_logprobs
-
-    vocab_size = self.model_config.vocab_size
-    # SGLang refuses unknown ids in token_ids_logprob itself.
-    refuse_top_logprobs(getattr(obj, "top_logprobs_num", 0), vocab_size)
-    if input_ids is None or getattr(obj, "input_embeds", None) is not None:
-        return
-    refuse_no_tokens(input_ids)
-    if obj.input_ids is not None:
-        refuse_ids(input_ids, vocab_size)

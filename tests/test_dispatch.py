@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-import patternkv_sgl.plugin as plugin
+import patternkv_sgl.tokenizer_manager as manager_hooks
+from patternkv_sgl import hooks
 from patternkv_sgl.dispatch import BranchDispatch
 
 
 @pytest.fixture(autouse=True)
 def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_enabled", lambda: True)
-    monkeypatch.setattr(plugin, "_dispatch", BranchDispatch())
+    monkeypatch.setattr(hooks, "enabled", lambda: True)
+    monkeypatch.setattr(manager_hooks, "_dispatch", BranchDispatch())
 
 
 class Manager:
@@ -31,7 +32,7 @@ class Manager:
         self.sent: list[list[str]] = []
 
     async def call(self, obj: Any, stop_at: str = "") -> list[str]:
-        handle = plugin._handle_batch(Manager._handle_batch_request, self, obj, None, stop_at)
+        handle = manager_hooks.handle_batch(Manager._handle_batch_request, self, obj, None, stop_at)
         return [answer async for answer in handle]
 
     async def _handle_batch_request(
@@ -50,7 +51,9 @@ class Manager:
         yield "second"
 
     async def send(self, name: str) -> None:
-        await plugin._send_request(Manager._send_one_request, self, SimpleNamespace(name=name))
+        await manager_hooks.send_request(
+            Manager._send_one_request, self, SimpleNamespace(name=name)
+        )
 
     async def _send_one_request(self, obj: Any) -> None:
         self.sent.append([obj.name])
@@ -119,18 +122,18 @@ def test_a_reader_that_leaves_closes_the_request() -> None:
             closed.append("answers")
 
     async def read_one() -> None:
-        handle = plugin._handle_batch(lambda *args: answers(), None, request("a"), None, {})
+        handle = manager_hooks.handle_batch(lambda *args: answers(), None, request("a"), None, {})
         async for _ in handle:
             break
         await handle.aclose()
 
     asyncio.run(read_one())
     assert closed == ["answers"]
-    assert plugin._dispatch._calls == {}
+    assert manager_hooks._dispatch._calls == {}
 
 
 def test_without_the_cache_the_tokenizer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_enabled", lambda: False)
+    monkeypatch.setattr(hooks, "enabled", lambda: False)
     manager = Manager()
     asyncio.run(manager.call(request("a")))
     assert [len(message) for message in manager.sent] == [1] * 4
@@ -140,10 +143,10 @@ def test_the_hooks_pass_on_what_sglang_gives() -> None:
     def original(self: Any, obj: Any, request: Any, request_states: Any) -> Any:
         return self, obj, request, request_states
 
-    single, handled = request("a", n=1), partial(plugin._handle_batch, original)  # type: ignore[arg-type]
+    single, handled = request("a", n=1), partial(manager_hooks.handle_batch, original)  # type: ignore[arg-type]
     assert handled("self", single, "request", request_states={}) == ("self", single, "request", {})
 
     async def sent(self: Any, obj: Any) -> None:
         assert (self, obj) == ("self", "obj")
 
-    asyncio.run(plugin._send_request(sent, "self", "obj"))
+    asyncio.run(manager_hooks.send_request(sent, "self", "obj"))

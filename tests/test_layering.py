@@ -86,7 +86,7 @@ LAYERS = [
         "patternkv_sgl.sampler",
         "patternkv_sgl.sizing",
     ],
-    ["patternkv_sgl.cache"],
+    ["patternkv_sgl.cache", "patternkv_sgl.tokenizer_manager"],
     ["patternkv_sgl.plugin"],
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
-import patternkv_sgl.plugin as plugin
+from patternkv_sgl import hooks, tokenizer_manager
 
 VOCAB_SIZE = 232
 MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCAB_SIZE))
@@ -16,7 +16,7 @@ MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCAB_SIZE))
 
 @pytest.fixture(autouse=True)
 def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_enabled", lambda: True)
+    monkeypatch.setattr(hooks, "enabled", lambda: True)
 
 
 def validate(**stated: Any) -> None:
@@ -24,7 +24,7 @@ def validate(**stated: Any) -> None:
     request = GenerateReqInput(**({"text": ["a", "b"], "return_logprob": True} | stated))
     request.normalize_batch_and_arguments()
     for obj in [request] if request.is_single else map(request.__getitem__, range(2)):
-        plugin._validate_request(MANAGER, obj, None if obj.input_embeds else [5, 6])
+        tokenizer_manager.validate_request(MANAGER, obj, None if obj.input_embeds else [5, 6])
 
 
 @pytest.mark.parametrize("num", [None, 0, 1, VOCAB_SIZE, [VOCAB_SIZE, 0]])
@@ -55,9 +55,9 @@ def test_logprobs_of_more_tokens_than_there_are_are_refused(
 
 
 def test_embeddings_have_no_logprobs() -> None:
-    plugin._validate_request(MANAGER, EmbeddingReqInput(text="a"), [5, 6])
+    tokenizer_manager.validate_request(MANAGER, EmbeddingReqInput(text="a"), [5, 6])
 
 
 def test_requests_to_a_dense_cache_are_left_to_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "_enabled", lambda: False)
+    monkeypatch.setattr(hooks, "enabled", lambda: False)
     validate(top_logprobs_num=10000)

@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 import patternkv_sgl.plugin as plugin
+from patternkv_sgl import hooks
 from patternkv_sgl.sampler import BranchSampler
 
 pytestmark = pytest.mark.usefixtures("published")
@@ -150,6 +151,6 @@ def test_only_sglangs_default_on_gpus_is_replaced(
     backend: str,
     ours: bool,
 ) -> None:
-    monkeypatch.setattr(plugin, "_enabled", lambda: enabled)
+    monkeypatch.setattr(hooks, "enabled", lambda: enabled)
     created = plugin._create_sampler(lambda backend: Sampler(), backend)
     assert isinstance(created, BranchSampler) == ours
