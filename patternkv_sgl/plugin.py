@@ -162,7 +162,7 @@ def _build_backend(runner: Any) -> AttentionBackend:
     assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
     refuse_layers(runner.model)
     if isinstance(runner.sampler, BranchSampler):
-        runner.sampler.compile(runner.model_config.vocab_size, runner.device)
+        runner.sampler.warm_up(runner.model_config.vocab_size, runner.device)
     assert _sizing is not None
     req_to_token = runner.req_to_token_pool.req_to_token
     flags = ("--mem-fraction-static", "--max-running-requests", "--context-length")

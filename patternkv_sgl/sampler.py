@@ -47,7 +47,7 @@ class BranchSampler(Sampler):  # type: ignore[misc]
         self._sync_token_ids_across_tp(token_ids, sampling_info)
         return token_ids
 
-    def compile(self, vocab_size: int, device: torch.device) -> None:
+    def warm_up(self, vocab_size: int, device: torch.device | str) -> None:
         """Have the kernels compiled ahead of the first request, for float32 ``[b, vocab_size]``."""
         self._noise_for(torch.zeros(1, vocab_size, device=device))
 

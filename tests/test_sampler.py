@@ -100,7 +100,7 @@ def test_a_seed_repeats_an_engine_and_not_its_replica(sampler: BranchSampler) ->
     logits = torch.zeros(4, 1 << 16)
     first, second = sample(sampler, logits), sample(sampler, logits)
     again = BranchSampler()
-    again.compile(1 << 16, torch.device("cpu"))
+    again.warm_up(1 << 16, torch.device("cpu"))
     assert torch.equal(sample(again, logits), first)
     assert torch.equal(sample(again, logits), second)
     torch.manual_seed(1)
@@ -111,7 +111,7 @@ def test_a_seed_repeats_an_engine_and_not_its_replica(sampler: BranchSampler) ->
 
 
 def test_a_model_of_another_vocabulary_has_noise_of_its_own(sampler: BranchSampler) -> None:
-    sampler.compile(16, torch.device("cpu"))
+    sampler.warm_up(16, torch.device("cpu"))
     assert sample(sampler, torch.tensor([[0.0] * 31 + [100.0]])).tolist() == [31]
 
 
