@@ -55,6 +55,7 @@ class PatternCache:
         self.admission = Admission(self.tree)
         self.releases = ReleaseQueue(self._allocator, self.update_gauges)
         self.gauges = Gauges(self.numbers(), _rank_labels()) if params.enable_metrics else None
+        self._has_adapters = bool(get_lora().enable_lora)
         self._gauges_due = 0.0
         self.update_gauges()
 
@@ -64,7 +65,7 @@ class PatternCache:
         as_decode = may_decode(
             forward_batch,
             is_generation=batch.model_config.is_generation,
-            has_adapters=bool(get_lora().enable_lora),
+            has_adapters=self._has_adapters,
         )
         current = read_batch(
             self.tree,

@@ -20,14 +20,22 @@ def parse_bits(text: str) -> Bits:
     Raises:
         ValueError: ``text`` is malformed or names a bit width outside {2, 4}.
     """
-    parts = str(text).split(":")
-    if len(parts) == 1:
-        parts *= 2
-    if len(parts) != 2 or any(part not in map(str, BITS) for part in parts):
+    bits = _bits(str(text))
+    if bits is None:
         raise ValueError(
             f"--kv-quant-bits {text!r}: expected 4, 2 or K:V with each of K and V in {{2, 4}}, "
             "for example 4:2 (quoted in YAML, which reads a bare 4:2 as a number)"
         )
+    return bits
+
+
+def _bits(text: str) -> Bits | None:
+    """`parse_bits`, None where it raises."""
+    parts = text.split(":")
+    if len(parts) == 1:
+        parts *= 2
+    if len(parts) != 2 or any(part not in map(str, BITS) for part in parts):
+        return None
     return int(parts[0]), int(parts[1])
 
 
@@ -42,15 +50,16 @@ def parse_layer_bits(text: str) -> LayerBits:
         return ()
     chosen = []
     for part in str(text).split(","):
-        match = re.fullmatch(r"(\d+|last)=([24](?::[24])?)", part, re.ASCII)
-        if match is None:
+        match = re.fullmatch(r"(\d+|last)=(.+)", part, re.ASCII)
+        bits = match and _bits(match[2])
+        if match is None or bits is None:
             raise ValueError(
                 f"--kv-quant-layer-bits {text!r}: expected LAYER=K:V, found {part!r}: a number or "
                 "'last' for LAYER, each of K and V in {2, 4}, several entries with commas between, "
                 "for example 0=4:4,last=4:2; or none"
             )
         layer = -1 if match[1] == "last" else int(match[1])
-        chosen.append((layer, parse_bits(match[2])))
+        chosen.append((layer, bits))
     return tuple(chosen)
 
 

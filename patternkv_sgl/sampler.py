@@ -73,7 +73,7 @@ class _Noise:
     """Gumbel noise of a process, new at every draw, for logits ``[b, vocab_size]``."""
 
     # The kernels are compiled for one row, for multiples of 16 and for other numbers, and for odd
-    # keys beyond 32 bits.
+    # keys beyond 32 bits, such as the one that there will be once SGLang has seeded torch.
     _NUM_ROWS = (1, 2, 16)
     _KEY = 1 << 62 | 1
 

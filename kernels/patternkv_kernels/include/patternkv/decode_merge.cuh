@@ -108,8 +108,9 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps, kHeads* kSt
   States states(p.work, first_run, last_run,
                 kWindow == WindowPlace::kAhead ? p.first_window_state + row : -1);
   Partial<kHeads> partial;
-  if constexpr (kWindow == WindowPlace::kHere)
+  if constexpr (kWindow == WindowPlace::kHere) {
     window::attend<kWarps, kTokens>(p, partial, row, heads);
+  }
   wait_for_previous_kernel();
   states.merge(p, partial, heads);
   while ((first_run += 32) < last_run) {

@@ -60,7 +60,7 @@ struct Attention {
   __device__ __forceinline__ Attention(Memory& memory, int thread, float cap_log2)
       : memory(memory), thread(thread), cap_log2(cap_log2) {
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) start[i] = -memory.bias[i / 2 * 8 + 2 * t + i % 2];
+    for (int i = 0; i < kRows / 4; ++i) start[i] = -memory.bias[row_of(i)];
   }
 
   // Products of queries and K codes of the tile, and their sums with the table: logits of the
@@ -160,7 +160,7 @@ struct Attention {
       // the floats.
       const int bits = __float_as_int(peak);
       if (g == 0) {
-        atomicMax(&memory.peak[i / 2 * 8 + 2 * t + i % 2], bits < 0 ? bits ^ INT_MAX : bits);
+        atomicMax(&memory.peak[row_of(i)], bits < 0 ? bits ^ INT_MAX : bits);
       }
     }
     __syncthreads();
@@ -174,7 +174,7 @@ struct Attention {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
-      const float shift = memory.shift[i / 2 * 8 + 2 * t + i % 2];
+      const float shift = memory.shift[row_of(i)];
       const float scale = first ? 0.0f : exp2_approx(-shift);
       scaled[i] *= scale;
 #pragma unroll
