@@ -19,6 +19,7 @@ from patternkv_kernels import (
     merge_states,
     mine_kv,
     store_kv,
+    store_windows,
     tree_decode,
     tree_decode_with_lse,
 )
@@ -72,6 +73,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self.guard = LogitGuard(pool, stats)
         self.planner = Planner(pool, req_to_token, scratch)
         self.forward_metadata: ExtendPlan | TreePlan | None = None
+        self._next_layer = 0  # that a decode step attends
 
     def support_triton(self) -> bool:
         return bool(self.req_to_token.is_cuda)
@@ -137,6 +139,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         else:
             self._count(batch)
             self.guard.poll()
+        self._next_layer = 0
         return self.planner.decode(batch, forward_batch.out_cache_loc, num_rows)
 
     def _count(self, batch: DecodeBatch) -> None:
@@ -219,9 +222,9 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
         q, k = self._turned(q, k, layer)
-        window = self._window(index, plan, k, v)
-        write = self._window_write(index, plan.window_index)
-        self._store(index, forward_batch.out_cache_loc, k, v, plan.token_tables, write)
+        window, slots = self._window(index, plan, k, v), forward_batch.out_cache_loc
+        if window is None:
+            self._store(index, slots, k, v, plan.token_tables)
         out = tree_decode(
             q,
             self.pool.slot_formats[index],
@@ -233,7 +236,27 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             logit_cap=layer.logit_cap,
             workspace=plan.workspace,
         )
+        if window is not None and self._is_last(index):
+            for layers in self.pool.windowed_layers:
+                store_windows(layers, slots, plan.window_index, plan.token_tables)
         return out.reshape(len(out), -1)
+
+    def _is_last(self, index: int) -> bool:
+        """Whether a decode step's tokens are now in the windows of all layers.
+
+        They are stored then, all layers at once: alone, each would take as long as all of them.
+
+        Raises:
+            RuntimeError: the model does not go through its layers in order, each once.
+        """
+        if index != self._next_layer:
+            raise RuntimeError(
+                f"--kv-quant patternkv stores a step's tokens behind the last layer: this model "
+                f"attends in layer {index} where {self._next_layer} is next; add "
+                "--kv-quant-window 0, which stores layer by layer"
+            )
+        self._next_layer = (index + 1) % self.pool.layer_num
+        return self._next_layer == 0
 
     @staticmethod
     def _heads(

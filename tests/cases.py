@@ -276,6 +276,16 @@ def random_window(case: DecodeCase, length: list[int], generator: torch.Generato
     return Window(k, v, ring, start, end, new_k, new_v)
 
 
+def rings_afterwards(window: Window) -> list[torch.Tensor]:
+    """K's and V's rings once a decode has put the newest tokens into them, as int16."""
+    rows = window.end > window.start
+    place = window.ring[rows], (window.end[rows] - 1) % window.k.shape[1]
+    rings = [window.k.clone(), window.v.clone()]
+    for ring, new in zip(rings, (window.new_k, window.new_v), strict=True):
+        ring[place] = new[rows]
+    return [ring.view(torch.int16) for ring in rings]
+
+
 def window_tokens(window: Window, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact K and V that ``row`` reads, ``[end - start, h_kv, d]`` each."""
     start, end = int(window.start[row]), int(window.end[row])

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from patternkv_kernels import DecodePlan, decode_reference, tree_decode, tree_decode_with_lse
 from tests.cases import (
     CASES,
+    DEVICES,
     DecodeCase,
     DecodeInputs,
     Segment,
+    balanced_tree,
     dense_decode,
     make_inputs,
     random_tables,
+    rings_afterwards,
 )
 
 OUT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7}
@@ -214,6 +217,22 @@ def test_new_tokens_must_fit_the_window() -> None:
         decode(new_v=window.new_v[:, :1])
     with pytest.raises(ValueError, match=r"new_v torch.float64: the rings are torch.float32"):
         decode(new_v=window.new_v.double())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("size", "branches"), [(1, 4), (8, 4), (8, 70)])
+def test_windows_keep_the_newest_token(size: int, branches: int, device: str) -> None:
+    """Bit by bit, and nothing else changes; on a GPU the kernels put it there."""
+    tree = balanced_tree(1, branches, 70, [5, 0, 34])
+    inputs = make_inputs(DecodeCase("window", window=size, dtype=torch.bfloat16, tree=tree))
+    assert inputs.window is not None
+    expected = rings_afterwards(inputs.window)
+    on_device = to_device(inputs, device)
+    window = on_device.window
+    assert window is not None
+    tree_decode(*on_device.args, **on_device.options)
+    for ring, kept in zip((window.k, window.v), expected, strict=True):
+        assert torch.equal(ring.cpu().view(torch.int16), kept)
 
 
 def test_the_newest_token_need_not_be_contiguous() -> None:

@@ -14,6 +14,7 @@ from tests.cases import (
     balanced_tree,
     dense_decode,
     make_inputs,
+    rings_afterwards,
     to_list,
 )
 from tests.simt_decode import leaves_32_rows, separates_private_work, simt_decode
@@ -77,13 +78,21 @@ def test_hopper_over_many_tiles(branches: int, bits: tuple[int, int], patterns: 
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
 
 
-@pytest.mark.parametrize(("group", "branches"), [(1, 65), (4, 17), (7, 10), (16, 5)])
+@pytest.mark.parametrize(
+    ("group", "branches"), [(1, 40), (4, 17), (7, 10), (16, 5), (1, 9), (4, 3), (7, 4), (16, 2)]
+)
 @pytest.mark.parametrize("cap", [0.0, 5.0])
-def test_windows_ahead_of_many_rows(group: int, branches: int, cap: float) -> None:
+def test_windows(group: int, branches: int, cap: float) -> None:
+    """Ahead of more than 32 query rows, and in the merge of fewer."""
     tree = balanced_tree(1, branches, 70, [5, 0, 34])
     shape = {"d": 128, "group": group, "h_kv": 2, "window": 8}
-    inputs = make_inputs(DecodeCase("ahead", tree=tree, dtype=BF16, logit_cap=cap, **shape))
+    inputs = make_inputs(DecodeCase("window", tree=tree, dtype=BF16, logit_cap=cap, **shape))
+    window = inputs.window
+    assert window is not None
+    expected = rings_afterwards(window)
     assert_as_good_as_low_precision(inputs, *simt_decode(inputs, hopper=True))
+    for ring, kept in zip((window.k, window.v), expected, strict=True):
+        assert torch.equal(ring.view(torch.int16), kept)
 
 
 @pytest.mark.parametrize("exponent", [-12, -6, 5])

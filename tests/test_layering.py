@@ -48,6 +48,7 @@ LAYERS = [
         "patternkv_kernels.rotate",
         "patternkv_kernels.store",
     ],
+    ["patternkv_kernels.windowed_layers"],
     ["patternkv_kernels"],
     [
         "patternkv_sgl",

@@ -36,7 +36,7 @@ _POINTERS = [
     "window_v",
     "window_rows",
 ]
-_NUMBERS = ["n", "h_kv", "page_size", "num_patterns", "tokens_per_block"]
+_NUMBERS = ["n", "h_kv", "page_size", "num_patterns", "tokens_per_block", "in_windows"]
 FEW = (-8, -4)
 """In place of tokens per block: `store_few` with blocks of as many warps."""
 
@@ -84,11 +84,27 @@ class Batch:
         tensors += [] if window is None else [window.k, window.v, window.index]
         pointers = [x.data_ptr() for x in tensors] + [None] * (len(_POINTERS) - len(tensors))
         n, patterns = len(self.slots), self.tables.num_patterns
-        numbers = n, self.fmt.h_kv, self.fmt.page_size, patterns, tokens_per_block
+        numbers = n, self.fmt.h_kv, self.fmt.page_size, patterns, tokens_per_block, False
+        self._call(Arguments(*pointers, *numbers))
+        return pool
+
+    def stored_from_windows(self, rings: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The pool that the kernel of all layers fills with tokens ``index`` of K's and V's
+        ``rings``."""
+        pool = self.empty.clone()
+        tensors = [pool, self.slots, *rings, self.tables.patterns, self.tables.channel_scale]
+        tensors += [self.tables.channel_weight, self.table_ids]
+        pointers = [*(x.data_ptr() for x in tensors), None, None, index.data_ptr()]
+        n, patterns = len(self.slots), self.tables.num_patterns
+        self._call(
+            Arguments(*pointers, n, self.fmt.h_kv, self.fmt.page_size, patterns, 64, in_windows=1)
+        )
+        return pool
+
+    def _call(self, arguments: Arguments) -> None:
         of_format = library(self.fmt.k_bits, self.fmt.v_bits, self.fmt.head_dim)
         store = of_format.store_bf16 if self.k.dtype == torch.bfloat16 else of_format.store_fp16
-        store(ctypes.byref(Arguments(*pointers, *numbers)))
-        return pool
+        store(ctypes.byref(arguments))
 
     def stored_by_reference(self) -> torch.Tensor:
         pool = self.empty.clone()
@@ -151,3 +167,12 @@ def test_the_window_gets_tokens_as_they_are(tokens_per_block: int) -> None:
         assert torch.equal(ring[index[kept]], x[kept])
         ring[index[kept]] = 0
         assert not ring.any()
+
+
+def test_tokens_in_windows_are_stored_as_others() -> None:
+    fmt = SlotFormat(4, 2, 64, h_kv=3)
+    batch = Batch.make(fmt, 70, 16, torch.bfloat16)
+    index = torch.randperm(100)[:70]
+    rings = torch.full((2, 100, 3, 64), torch.nan, dtype=torch.bfloat16)
+    rings[0, index], rings[1, index] = batch.k, batch.v
+    assert torch.equal(batch.stored_from_windows(rings, index), batch.stored(64))

@@ -26,6 +26,7 @@ from patternkv_kernels.rotate_reference import hadamard, rotate_heads
 from patternkv_kernels.store import store_kv
 from patternkv_kernels.tables import LayerTables
 from patternkv_kernels.window import WindowWrite
+from patternkv_kernels.windowed_layers import WindowedLayers, store_windows
 
 __all__ = [
     "DecodePlan",
@@ -40,6 +41,7 @@ __all__ = [
     "SlotViews",
     "Window",
     "WindowWrite",
+    "WindowedLayers",
     "decode_unavailable",
     "dequantize",
     "hadamard",
@@ -53,6 +55,7 @@ __all__ = [
     "rotate",
     "rotate_heads",
     "store_kv",
+    "store_windows",
     "tree_decode",
     "tree_decode_with_lse",
 ]

@@ -54,7 +54,8 @@ def tree_decode_with_lse(
     workspace: DecodeWorkspace | None = None,
     impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode attention over the segments of ``plan`` and the exact tokens of ``window``.
+    """Decode attention over the segments of ``plan`` and the exact tokens of ``window``, which
+    keeps the newest of them from here on.
 
     Parameters
     ----------

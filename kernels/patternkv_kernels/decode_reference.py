@@ -83,6 +83,7 @@ def tree_decode_reference(
         first = sum(state[0].shape[0] for state in states)
         merged[:, 0] = torch.arange(first, first + b, device=q.device)
         states.append(_attend_window(grouped, window, logit_cap))
+        _keep_newest(window)
     out, lse = _merge(states, merged)
     return out.to(q.dtype), lse
 
@@ -135,6 +136,13 @@ def _attend_window(q: torch.Tensor, window: Window, logit_cap: float) -> _State:
     mask = valid.view(-1, 1, 1, size)
     k, v = read(window.k, window.new_k), read(window.v, window.new_v)
     return _attend(q.unsqueeze(2), k, v, mask, logit_cap)
+
+
+def _keep_newest(window: Window) -> None:
+    """Put every row's newest token into its ring."""
+    rows = (window.end > window.start).nonzero().squeeze(1)
+    place = window.ring[rows], (window.end[rows] - 1) % window.k.shape[1]
+    window.k[place], window.v[place] = window.new_k[rows], window.new_v[rows]
 
 
 def _empty_state(h_q: int, d: int, device: torch.device) -> _State:

@@ -34,8 +34,8 @@ class Window:
     """The exact recent tokens of every batch row, for one layer.
 
     Row ``i`` reads positions ``[start[i], end[i])``; position ``p`` is at index ``p % window`` of
-    ring ``ring[i]``, but the last of them is read from ``new_k`` and ``new_v``: its store may still
-    run. ``start == end`` means none; ``end - start <= window``.
+    ring ``ring[i]``, but the last of them is read from ``new_k`` and ``new_v``, and decode puts it
+    into the ring. ``start == end`` means none; ``end - start <= window``.
     """
 
     k: torch.Tensor

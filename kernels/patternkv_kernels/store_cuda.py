@@ -52,6 +52,31 @@ def store_kv_cuda(
     )
 
 
+def store_windows_cuda(
+    fmt: SlotFormat,
+    layers: torch.Tensor,
+    num_patterns: int,
+    dtype: torch.dtype,
+    slots: torch.Tensor,
+    index: torch.Tensor,
+    table_ids: torch.Tensor,
+) -> None:
+    """:func:`~patternkv_kernels.windowed_layers.store_windows` of arguments that it has checked.
+
+    ``layers`` are ``WindowedLayers.addresses``, whose windows are ``dtype``.
+    """
+    jit.load("store", fmt).store_windows(
+        layers,
+        fmt.page_size,
+        fmt.h_kv,
+        num_patterns,
+        dtype == torch.bfloat16,
+        index_tensor(slots),
+        index_tensor(index),
+        table_ids.int(),
+    )
+
+
 def index_tensor(slots: torch.Tensor) -> torch.Tensor:
     """``slots`` as the kernels take them: contiguous int64 or int32."""
     slots = slots if slots.dtype in (torch.int32, torch.int64) else slots.long()

@@ -26,8 +26,8 @@ struct Arguments {
   const int* rows;
   const int64_t* sources;  // null: nothing to list, as in plan::SlotList
   const int* source_req_to_token;
-  const void* window_k;
-  const void* window_v;
+  void* window_k;
+  void* window_v;
   const int64_t* ring;
   const int64_t* window_start;
   const int64_t* window_end;
@@ -56,8 +56,8 @@ merge::MergeParams<T> merge_params(const Arguments& a, const DecodeParams& param
   p.first_window_state = kMaxStates;
   p.out = static_cast<T*>(a.out);
   p.lse = a.lse;
-  p.window = {static_cast<const T*>(a.window_k),
-              static_cast<const T*>(a.window_v),
+  p.window = {static_cast<T*>(a.window_k),
+              static_cast<T*>(a.window_v),
               a.ring,
               a.window_start,
               a.window_end,
@@ -80,7 +80,7 @@ void decode_layer(const Arguments& a, const DecodeParams& params, bool many, Att
   const auto launch = [&](auto kernel, dim3 grid, int threads) {
     simt::launch({grid.x, grid.y, 1}, threads, 0, [&] { kernel(p); });
   };
-  const auto place = merge::place_of_windows(a.window, a.b * params.group, many);
+  const auto place = merge::place_of_windows(a.window, many);
   if (place == merge::WindowPlace::kAhead) {
     window::choose_kernel<T>(a.b, a.h_kv, p.group, kBlocks, launch);
   }

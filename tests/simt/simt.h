@@ -204,12 +204,10 @@ namespace simt {
 template <typename Kernel>
 void launch(SimtIndex grid, int num_threads, int shared_bytes, Kernel kernel) {
   gridDim = grid;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = {x, y, 0};
-      memory.assign(shared_bytes, kPoison);
-      run_block(num_threads, kernel);
-    }
+  for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    memory.assign(shared_bytes, kPoison);
+    run_block(num_threads, kernel);
   }
 }
 

@@ -14,7 +14,8 @@ struct Arguments {
   void *window_k, *window_v;
   const void* window_rows;
   int64_t n, h_kv, page_size, num_patterns,
-      tokens_per_block;  // of store_many; or, negative, the warps of a block of store_few
+      tokens_per_block,  // of store_many; or, negative, the warps of a block of store_few
+      in_windows;        // as store_windows does it: token i is number window_rows[i] of k and v
 };
 
 template <typename T>
@@ -47,6 +48,17 @@ void store_all(const Arguments& a) {
     store_few(std::integral_constant<int, store::kFewWarps>());
   } else if (a.tokens_per_block < 0) {
     store_few(std::integral_constant<int, store::kFewerWarps>());
+  } else if (a.in_windows) {
+    // Of two layers the first is elsewhere.
+    std::vector<uint8_t> other(2 * SlotPool::bytes_of_page(a.page_size, a.h_kv) * a.n);
+    StoreLayer layers[] = {{other.data(), a.patterns, a.channel_scale, a.channel_weight, a.k, a.v},
+                           {p.pool.base, a.patterns, a.channel_scale, a.channel_weight, a.k, a.v}};
+    p.vectors = p.window_rows;
+    p.pool.base = nullptr, p.window_k = p.window_v = nullptr;
+    p.k.data = p.v.data = p.patterns = p.channel_scale = p.channel_weight = nullptr;
+    const int tokens = a.tokens_per_block;
+    simt::launch({blocks(tokens), sides, 2}, 32 * store::kManyWarps, 0,
+                 [&] { store::store_windows<T>(p, layers, tokens); });
   } else {
     const int tokens = a.tokens_per_block;
     simt::launch({blocks(tokens), sides, 1}, 32 * store::kManyWarps, 0,

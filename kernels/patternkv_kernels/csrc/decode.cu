@@ -163,7 +163,6 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   params.channel_scale = static_cast<const __half*>(channel_scale.data_ptr());
   params.num_patterns = num_patterns;
   params.rows = static_cast<const int*>(rows.data_ptr());
-  params.reads_new_tokens = !window_k.has_value();
   params.work = parts.list;
   params.state_out = static_cast<float*>(states.data_ptr());
   params.state_sum = reinterpret_cast<float2*>(params.state_out + num_states * h_q * HEAD_DIM);
@@ -184,8 +183,8 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
     merged.out = static_cast<T*>(out.data_ptr());
     merged.lse = static_cast<float*>(lse.data_ptr());
     if (window_k.has_value()) {
-      merged.window = {static_cast<const T*>(window_k.value().data_ptr()),
-                       static_cast<const T*>(window_v.value().data_ptr()),
+      merged.window = {static_cast<T*>(window_k.value().data_ptr()),
+                       static_cast<T*>(window_v.value().data_ptr()),
                        static_cast<const int64_t*>(ring.value().data_ptr()),
                        static_cast<const int64_t*>(start.value().data_ptr()),
                        static_cast<const int64_t*>(end.value().data_ptr()),
@@ -199,25 +198,30 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
     merged.group = group;
     merged.scale_log2 = params.scale_log2;
     merged.cap_log2 = params.cap_log2;
+    // The first kernel starts behind what made its queries, each other one beside that before it.
+    bool dependent = false;
     const auto launch_next = [&](auto kernel, dim3 grid, int threads, int bytes,
                                  const auto& arguments) {
-      launch(kernel, grid, threads, bytes, stream, config.dependent_launch, arguments);
+      launch(kernel, grid, threads, bytes, stream, dependent, arguments);
+      dependent = config.dependent_launch;
     };
     const auto launch_merged = [&](auto kernel, dim3 grid, int threads) {
       launch_next(kernel, grid, threads, 0, merged);
     };
     const AttendLaunch &shared = config.shared(b * group), &larger = config.larger(b * group);
-    const auto place =
-        merge::place_of_windows(merged.window.size, int64_t{b} * group, larger.rows > 0);
+    const auto place = merge::place_of_windows(merged.window.size, larger.rows > 0);
+    const auto launch_attend = [&](const AttendLaunch& attend) {
+      if (attend.rows == 0) return;
+      launch_next(attend.kernel, dim3(attend.blocks), attend.threads, attend.bytes, params);
+    };
+    // The narrow kernel first: what it leaves idle others fill. The planner gives shared segments
+    // to one of the last two.
+    launch_attend(config.narrow);
     if (place == merge::WindowPlace::kAhead) {
       window::choose_kernel<T>(b, h_kv, group, config.sms, launch_merged);
     }
-    // The narrow kernel first: what it leaves idle the wide one fills. The planner gives shared
-    // segments to one of the others.
-    for (const AttendLaunch* attend : {&config.narrow, &shared, &larger}) {
-      if (attend->rows == 0) continue;
-      launch_next(attend->kernel, dim3(attend->blocks), attend->threads, attend->bytes, params);
-    }
+    launch_attend(shared);
+    launch_attend(larger);
     merge::choose_merge<T>(b, h_kv, group, place, config.sms, launch_merged);
     return true;
   });

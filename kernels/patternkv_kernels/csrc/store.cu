@@ -11,6 +11,13 @@ namespace {
 
 using store::kFewWarps, store::kFewerWarps;
 
+// Tokens of a block where warps have tokens of their own, if `blocks` of them share `n`.
+int tokens_per_block(int n, int blocks) {
+  constexpr int kUnit = store::kGroups * kTileTokens;
+  const int shares = std::max(blocks, 1);
+  return ((n + shares - 1) / shares + kUnit - 1) / kUnit * kUnit;
+}
+
 template <typename T>
 void launch(const StoreParams& params, int device, cudaStream_t stream) {
   const int sides = 2 * params.pool.h_kv;
@@ -24,13 +31,22 @@ void launch(const StoreParams& params, int device, cudaStream_t stream) {
   } else if (int64_t{tiles} * sides <= 2 * resident) {
     store::store_few<T, kFewerWarps><<<dim3(tiles, sides), 32 * kFewerWarps, 0, stream>>>(params);
   } else {
-    const int runs = std::max(resident / sides, 1);
-    constexpr int kUnit = store::kGroups * kTileTokens;
-    const int tokens = ((params.n + runs - 1) / runs + kUnit - 1) / kUnit * kUnit;
+    const int tokens = tokens_per_block(params.n, resident / sides);
     const dim3 grid((params.n + tokens - 1) / tokens, sides);
     store::store_many<T><<<grid, 32 * store::kManyWarps, 0, stream>>>(params, tokens);
   }
   check(cudaGetLastError(), "launch of the store");
+}
+
+template <typename T>
+void launch(const StoreParams& params, const StoreLayer* layers, int num_layers, int device,
+            cudaStream_t stream) {
+  const int sides = 2 * params.pool.h_kv;
+  const int resident = resident_blocks<store::store_windows<T>, 32 * store::kManyWarps>(device);
+  const int tokens = tokens_per_block(params.n, resident / (sides * num_layers));
+  const dim3 grid((params.n + tokens - 1) / tokens, sides, num_layers);
+  store::store_windows<T><<<grid, 32 * store::kManyWarps, 0, stream>>>(params, layers, tokens);
+  check(cudaGetLastError(), "launch of the store of windows");
 }
 
 Vectors vectors(const TensorView& x) {
@@ -84,6 +100,39 @@ void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView
   });
 }
 
+// Tokens at rows `index` of the windows [rows, h_kv, HEAD_DIM] of all layers, each of which is a
+// row of addresses in `layers`, int64 [num_layers, 6]: see StoreLayer. Windows are bfloat16, or
+// float16.
+void store_windows(TensorView layers, int64_t page_size, int64_t h_kv, int64_t num_patterns,
+                   bool is_bf16, TensorView slots, TensorView index, TensorView table_ids) {
+  CHECK_INPUT_AND_TYPE(layers, dl_int64);
+  CHECK_INPUT_AND_TYPE(table_ids, dl_int32);
+  TVM_FFI_ICHECK(layers.size(1) * sizeof(int64_t) == sizeof(StoreLayer)) << "addresses of a layer";
+  for (const TensorView* x : {&slots, &index, &table_ids}) {
+    check_same_device(*x, layers, "an argument of the store", "the layers");
+  }
+  const int device = layers.device().device_id;
+  ffi::CUDADeviceGuard guard(device);
+  StoreParams params = {};
+  params.pool = SlotPool::make(nullptr, page_size, h_kv);
+  params.k = params.v = {nullptr, static_cast<int>(h_kv * HEAD_DIM), HEAD_DIM};
+  params.vectors = indices(index);
+  params.slots = indices(slots);
+  params.table_ids = static_cast<const int*>(table_ids.data_ptr());
+  params.n = slots.size(0);
+  params.num_patterns = num_patterns;
+  if (params.n == 0) return;
+  const auto* of_layers = static_cast<const StoreLayer*>(layers.data_ptr());
+  const int num_layers = layers.size(0);
+  const cudaStream_t stream = get_stream(layers.device());
+  if (is_bf16) {
+    launch<__nv_bfloat16>(params, of_layers, num_layers, device, stream);
+  } else {
+    launch<__half>(params, of_layers, num_layers, device, stream);
+  }
+}
+
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(store_kv, store_kv);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(store_windows, store_windows);
 
 }  // namespace patternkv

@@ -58,13 +58,18 @@ inline AttendLaunch make_launch(AttendKernel kernel, int threads, int rows, int 
                                 int num_patterns, int device) {
   int sms, per_sm = 0;
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
-  // To the most there is, since other numbers of patterns share the kernel.
+  // To the most there is, since other numbers of patterns share the kernel. Of all kernels alike:
+  // multiprocessors would wait for one kernel's blocks to leave before they divide their memory
+  // another way for the next one's.
   const int most = most_shared_bytes(kernel, device);
   TVM_FFI_CHECK(bytes <= most, ValueError)
       << num_patterns << " patterns need " << bytes << " bytes of shared memory, the GPU has "
       << most << " per block: use fewer patterns";
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "shared memory of a decode kernel");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "carve-out of a decode kernel");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, bytes),
         "occupancy of a decode kernel");
   return {kernel, threads, rows, bytes, std::max(per_sm, 1) * sms};

@@ -1,7 +1,7 @@
 // The end of a decode layer: the merge of each row's states, and its exact window where that was
 // not ahead (decode_window.cuh). A block has a batch row and one or several query heads of a KV
-// head. It starts while the attention kernels still run, and the store may run; for their states it
-// waits only once the window is done, whose newest token it has from where the store has it.
+// head. It starts while the attention kernels still run, and waits for their states only once the
+// window is done.
 #pragma once
 
 #include "patternkv/decode_window.cuh"
@@ -85,12 +85,11 @@ struct States {
 // Where rows' windows are attended to: nowhere, there are none, here, or in kernels ahead.
 enum class WindowPlace { kNone, kHere, kAhead };
 
-// Of windows of `size` tokens in a batch of so many query rows per KV head, with or without
-// `warpgroup`, which leaves the merge no place beside it. A step of few rows may do without.
-inline WindowPlace place_of_windows(int64_t size, int64_t rows, bool warpgroup) {
-  constexpr int64_t kFewestRowsAhead = 65;
+// Of windows of `size` tokens in a batch with or without `warpgroup`, which leaves the merge no
+// place beside it.
+inline WindowPlace place_of_windows(int64_t size, bool warpgroup) {
   if (size == 0) return WindowPlace::kNone;
-  return warpgroup && rows >= kFewestRowsAhead ? WindowPlace::kAhead : WindowPlace::kHere;
+  return warpgroup ? WindowPlace::kAhead : WindowPlace::kHere;
 }
 
 // kStates: of a warp at a time.
@@ -110,6 +109,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps, kHeads* kSt
   Partial<kHeads> partial;
   if constexpr (kWindow == WindowPlace::kHere) {
     window::attend<kWarps, kTokens>(p, partial, row, heads);
+    window::keep_newest(p, row, heads);
   }
   wait_for_previous_kernel();
   states.merge(p, partial, heads);

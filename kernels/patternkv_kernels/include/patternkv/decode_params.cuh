@@ -77,8 +77,7 @@ struct DecodeParams {
   int64_t q_stride;  // elements between rows
   bool q_is_bf16;
   SlotPool pool;
-  bool copy16;            // every code row is 16-byte aligned, else 8
-  bool reads_new_tokens;  // slots that the layer itself stores are read: there is no window
+  bool copy16;  // every code row is 16-byte aligned, else 8
   const int* req_to_token;
   int64_t req_stride;
   const __half* patterns;       // [num_tables, 2, h_kv, num_patterns, d]

@@ -16,12 +16,12 @@ constexpr int kMostHeads = 4;  // of a block
 // ring[i].
 template <typename T>
 struct Window {
-  const T* k;  // [num_rings, size, h_kv, d]
-  const T* v;
+  T* k;  // [num_rings, size, h_kv, d]
+  T* v;
   const int64_t* ring;
   const int64_t* start;
   const int64_t* end;
-  // The last of them: [b, h_kv, d], whose rows are some elements apart.
+  // The last of them, which the ring gets: [b, h_kv, d], whose rows are some elements apart.
   const T* new_k;
   const T* new_v;
   int64_t new_k_stride, new_v_stride;

@@ -6,6 +6,8 @@
 // tokens, for prefill. That takes about a thousand warp instructions per 8 vectors of 128 dims with
 // 64 patterns, most of which wait for one before: tokens pass through shared memory, so that
 // registers are left for four warps per scheduler, and one piece of code fits all tiles of a warp.
+// `store_windows` does what `store_many` does for the layers of a decode step together, whose new
+// tokens are in the windows by its end: each layer alone would take as long as all of them.
 #pragma once
 
 #include <type_traits>
@@ -43,7 +45,7 @@ __device__ __forceinline__ Token<T> load_token(const StoreParams& p, int side, i
   const int wanted = first + threadIdx.x % 32 / 4, index = min(wanted, p.n - 1);
   const Vectors vectors = side == 0 ? p.k : p.v;
   const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
-  const uint4* share = share_of(of_head + int64_t{index} * vectors.token_stride);
+  const uint4* share = share_of(of_head + p.vector_of(index) * vectors.token_stride);
   Token<T> token;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) token.chunks[i] = load_streaming(share + 4 * i);
@@ -207,7 +209,6 @@ template <typename T, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, few_blocks_per_sm(kWarps))
     store_few(const StoreParams p) {
   __shared__ FewShared<kWarps> shared;
-  launch_dependents();  // decode, which waits for what is stored
   const int head = blockIdx.y % p.pool.h_kv;
   with_bits(blockIdx.y / p.pool.h_kv,
             [&](auto bits, int side) { store_few_side<T, bits(), kWarps>(p, side, head, shared); });
@@ -222,7 +223,17 @@ __device__ __forceinline__ void prefetch_tokens(const StoreParams& p, int side, 
   const T* of_head = static_cast<const T*>(vectors.data) + int64_t{head} * vectors.head_stride;
   for (int i = threadIdx.x % 32; i < kGroups * kTileTokens * kLines; i += 32) {
     const int token = first + i / kLines;
-    if (token < end) prefetch(of_head + int64_t{token} * vectors.token_stride + i % kLines * kLine);
+    if (token >= end) continue;
+    prefetch(of_head + p.vector_of(token) * vectors.token_stride + i % kLines * kLine);
+  }
+}
+
+// A table's patterns of one head, to the L2 cache.
+__device__ __forceinline__ void prefetch_patterns(const StoreParams& p, int table_head) {
+  constexpr int kLine = 64;  // elements
+  const __half* patterns = p.patterns_of(table_head);
+  for (int at = threadIdx.x % 32 * kLine; at < p.num_patterns * HEAD_DIM; at += 32 * kLine) {
+    prefetch(patterns + at);
   }
 }
 
@@ -264,8 +275,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) chunks[group][i][lane] = pack_chunk(&x[4 * i]);
     }
-    // Once per table among the tokens.
-    while (true) {
+    // The table of the first token that is not done; -1: all are.
+    const auto next_table = [&] {
       int table = -1;
 #pragma unroll
       for (int group = kGroups - 1; group >= 0; --group) {
@@ -273,9 +284,21 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
         const int candidate = __shfl_sync(kAllLanes, token[group].table, (__ffs(left) - 1) & 31);
         if (left != 0) table = candidate;
       }
-      if (table < 0) break;
+      return table;
+    };
+    // Once per table among the tokens.
+    for (int table = next_table(), next; table >= 0; table = next) {
       const int table_head = p.table_head(table, side, head);
       const __half* patterns = p.patterns_of(table_head);
+      int slot[kGroups];
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const bool now = token[group].table == table;
+        done[group] |= now;
+        slot[group] = now ? token[group].slot : -1;
+      }
+      next = next_table();
+      if (next >= 0) prefetch_patterns(p, p.table_head(next, side, head));
       const StoreTable* prepared = &shared.common;
       if (table != common) {
         __syncwarp();
@@ -285,15 +308,11 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
       }
       Nearest nearest[kGroups];
       nearest_patterns<kManyAtOnce>(*prepared, patterns, p.num_patterns, read, 0, 1, nearest);
-      int slot[kGroups];
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const bool now = token[group].table == table;
-        done[group] |= now;
-        slot[group] = now ? token[group].slot : -1;
-      }
 #pragma unroll 1
       for (int group = 0; group < kGroups; ++group) {
+        const int last = kGroups - 1;  // of one or two: no indexing of registers
+        const int to = group == 0 ? slot[0] : slot[last];
+        if (!__any_sync(kAllLanes, to >= 0)) continue;
         Share x;
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
@@ -302,10 +321,8 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
 #pragma unroll
           for (int j = 0; j < 4; ++j) x[4 * i + j] = chunk[j];
         }
-        const int last = kGroups - 1;  // of one or two: no indexing of registers
         store_tile<kBits>(p, *prepared, patterns, side, head, x,
-                          group == 0 ? nearest[0] : nearest[last],
-                          group == 0 ? slot[0] : slot[last]);
+                          group == 0 ? nearest[0] : nearest[last], to);
       }
     }
   }
@@ -316,7 +333,18 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm)
     store_many(const StoreParams p, int tokens_per_block) {
   __shared__ ManyShared shared;
-  launch_dependents();
+  const int head = blockIdx.y % p.pool.h_kv;
+  with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
+    store_many_side<T, bits()>(p, side, head, tokens_per_block, shared);
+  });
+}
+
+// The same of tokens that windows hold, of all layers. Grid: as of store_many, layers.
+template <typename T>
+__global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm)
+    store_windows(const StoreParams common, const StoreLayer* layers, int tokens_per_block) {
+  __shared__ ManyShared shared;
+  const StoreParams p = common.of(layers[blockIdx.z]);
   const int head = blockIdx.y % p.pool.h_kv;
   with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
     store_many_side<T, bits()>(p, side, head, tokens_per_block, shared);

@@ -36,9 +36,17 @@ struct Indices {
   }
 };
 
+// Where one of several layers has its pool, tables and windows.
+struct StoreLayer {
+  uint8_t* pool;
+  const __half *patterns, *channel_scale, *channel_weight;
+  const void *window_k, *window_v;
+};
+
 struct StoreParams {
   SlotPool pool;
   Vectors k, v;
+  Indices vectors;               // [n]: which of k and v token i is; null: number i
   Indices slots;                 // [n]
   void *window_k, *window_v;     // [rows, h_kv, HEAD_DIM] as k and v; null: none
   Indices window_rows;           // [n], negative: not kept
@@ -48,6 +56,18 @@ struct StoreParams {
   const __half* channel_weight;  // [num_tables, 2, h_kv, HEAD_DIM]
   int n, num_patterns;
 
+  // Of the tokens that the layer's windows hold.
+  __device__ StoreParams of(const StoreLayer& layer) const {
+    StoreParams params = *this;
+    params.pool.base = layer.pool;
+    params.k.data = layer.window_k, params.v.data = layer.window_v;
+    params.patterns = layer.patterns;
+    params.channel_scale = layer.channel_scale, params.channel_weight = layer.channel_weight;
+    return params;
+  }
+  __device__ int64_t vector_of(int token) const {
+    return vectors.data == nullptr ? token : vectors[token];
+  }
   __device__ int table_head(int table, int side, int head) const {
     return (table * 2 + side) * pool.h_kv + head;
   }
