@@ -73,6 +73,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self.guard = LogitGuard(pool, stats)
         self.planner = Planner(pool, req_to_token, scratch)
         self.forward_metadata: ExtendPlan | TreePlan | None = None
+        self._windowed_layers = pool.windowed_layers()
         self._next_layer = 0  # that a decode step attends
 
     def support_triton(self) -> bool:
@@ -237,7 +238,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             workspace=plan.workspace,
         )
         if window is not None and self._is_last(index):
-            for layers in self.pool.windowed_layers:
+            for layers in self._windowed_layers:
                 store_windows(layers, slots, plan.window_index, plan.token_tables)
         return out.reshape(len(out), -1)
 

@@ -6,6 +6,7 @@ numbers that `PatternKVPool` allocates, so the reported capacity is the allocate
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,6 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
         tables: per layer, the patterns and channel scales of every table slot.
         window_k, window_v: per layer, [num_windows, window, h_kv, head_dim]; the ring of request
             row ``r`` holds position ``p`` at ``p % window``.
-        windowed_layers: the layers of each format.
 
     SGLang's page 0, of its own page size, is its padding sink: dummy tokens write there, with the
     zero table.
@@ -159,20 +159,25 @@ class PatternKVPool(MHATokenToKVPool):  # type: ignore[misc]
         ring = (self.num_windows, geometry.config.window, h_kv, head_dim)
         self.window_k = [torch.zeros(ring, dtype=self.dtype, device=self.device) for _ in layers]
         self.window_v = [torch.zeros_like(k) for k in self.window_k]
-        self.windowed_layers = [self._layers_of(fmt) for fmt in dict.fromkeys(self.slot_formats)]
         # Stock code that walks the dense buffers finds none: nobody may read this pool as dense.
         self.k_buffer: list[torch.Tensor] = []
         self.v_buffer: list[torch.Tensor] = []
 
-    def _layers_of(self, fmt: SlotFormat) -> WindowedLayers:
-        chosen = [layer for layer, own in enumerate(self.slot_formats) if own == fmt]
-        return WindowedLayers(
-            fmt,
-            [self.packed[layer] for layer in chosen],
-            [self.tables[layer] for layer in chosen],
-            [self.window_k[layer] for layer in chosen],
-            [self.window_v[layer] for layer in chosen],
-        )
+    def windowed_layers(self) -> list[WindowedLayers]:
+        """The layers of each format."""
+        alike: dict[SlotFormat, list[int]] = defaultdict(list)
+        for layer, fmt in enumerate(self.slot_formats):
+            alike[fmt].append(layer)
+        return [
+            WindowedLayers(
+                fmt,
+                [self.packed[layer] for layer in layers],
+                [self.tables[layer] for layer in layers],
+                [self.window_k[layer] for layer in layers],
+                [self.window_v[layer] for layer in layers],
+            )
+            for fmt, layers in alike.items()
+        ]
 
     def get_kv_size_bytes(self) -> int:
         """Every byte this pool allocated: slots, table ids, tables, windows."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,6 +29,8 @@ class WindowedLayers:
     """model dtype ``[num_rings, window, h_kv, d]`` each, contiguous"""
     window_v: Sequence[torch.Tensor]
     """as ``window_k``"""
+    addresses: torch.Tensor = field(init=False)
+    """int64 ``[num_layers, 6]`` on the device: ``StoreLayer`` of ``store_table.cuh``"""
 
     def __post_init__(self) -> None:
         counts = [len(x) for x in (self.buffers, self.tables, self.window_k, self.window_v)]
@@ -52,16 +53,15 @@ class WindowedLayers:
                     f"{list(ring.shape)}: they must be alike, contiguous and end in {list(needed)}"
                 )
 
-    @cached_property
-    def addresses(self) -> torch.Tensor:
-        """int64 ``[num_layers, 6]`` on the device, ``StoreLayer`` of ``store_table.cuh``."""
         layers = zip(self.buffers, self.tables, self.window_k, self.window_v, strict=True)
         parts = [
             (buffer, own.patterns, own.channel_scale, own.channel_weight, window_k, window_v)
             for buffer, own, window_k, window_v in layers
         ]
         rows = [[part.data_ptr() for part in layer] for layer in parts]
-        return torch.tensor(rows, dtype=torch.int64, device=self.buffers[0].device)
+        # Ahead of any graph capture, which allows no copy from the host.
+        addresses = torch.tensor(rows, dtype=torch.int64, device=self.buffers[0].device)
+        object.__setattr__(self, "addresses", addresses)
 
 
 def store_windows(
