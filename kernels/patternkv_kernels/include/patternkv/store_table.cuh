@@ -218,6 +218,8 @@ __device__ __forceinline__ void fill_table(StoreTable& table, const StoreParams&
   }
 
   const __half* patterns = params.patterns_of(table_head);
+  // Two at a time, since each waits for its loads.
+#pragma unroll 2
   for (int first = rank * kTilePatterns; first < params.num_patterns;
        first += count * kTilePatterns) {
     fill_biases(table, weight, patterns, params.num_patterns, first);
