@@ -233,11 +233,12 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 4 : 2)
     attend_kernel(const __grid_constant__ DecodeParams p) {
   PATTERNKV_DYNAMIC_SHARED(memory);
   __shared__ int next_unit;
-  Units units(p.work.narrow(), p.pool.h_kv, next_unit);
-  // Where there is no work, blocks of the next kernel come as these leave, to empty
-  // multiprocessors.
-  if (units.any()) launch_dependents();
-  for (; units.any(); __syncthreads()) attend<kLive>(p, units, memory);
+  for (Units units(p.work.narrow(), p.pool.h_kv, next_unit); units.any(); __syncthreads()) {
+    // Not where there is no work: blocks of the next kernel then come as these leave, to empty
+    // multiprocessors.
+    launch_dependents();
+    attend<kLive>(p, units, memory);
+  }
   end_after_previous_kernel();
 }
 
