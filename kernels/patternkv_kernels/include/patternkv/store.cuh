@@ -228,15 +228,6 @@ __device__ __forceinline__ void prefetch_tokens(const StoreParams& p, int side, 
   }
 }
 
-// A table's patterns of one head, to the L2 cache.
-__device__ __forceinline__ void prefetch_patterns(const StoreParams& p, int table_head) {
-  constexpr int kLine = 64;  // elements
-  const __half* patterns = p.patterns_of(table_head);
-  for (int at = threadIdx.x % 32 * kLine; at < p.num_patterns * HEAD_DIM; at += 32 * kLine) {
-    prefetch(patterns + at);
-  }
-}
-
 struct ManyShared {
   StoreTable common;                               // of the block's first token
   StoreTable others[kManyWarps];                   // of whatever other table a warp meets
@@ -287,7 +278,7 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
       return table;
     };
     // Once per table among the tokens.
-    for (int table = next_table(), next; table >= 0; table = next) {
+    for (int table = next_table(); table >= 0; table = next_table()) {
       const int table_head = p.table_head(table, side, head);
       const __half* patterns = p.patterns_of(table_head);
       int slot[kGroups];
@@ -297,8 +288,6 @@ __device__ __forceinline__ void store_many_side(const StoreParams& p, int side, 
         done[group] |= now;
         slot[group] = now ? token[group].slot : -1;
       }
-      next = next_table();
-      if (next >= 0) prefetch_patterns(p, p.table_head(next, side, head));
       const StoreTable* prepared = &shared.common;
       if (table != common) {
         __syncwarp();
