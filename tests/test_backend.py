@@ -761,3 +761,21 @@ def test_layers_that_share_or_skip_the_cache_are_an_error(
     q, kv = torch.ones(1, H_Q * D), torch.ones(1, H_KV * D) if has_kv else None
     with pytest.raises(AssertionError, match=problem):
         model.backend.forward_decode(q, kv, kv, model.layer(0), batch, save_kv_cache=save)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 0]])
+def test_windows_need_layers_in_order(layers: list[int]) -> None:
+    """Each once: behind the last one a step's tokens are stored."""
+    batch = dummy(ForwardMode.DECODE, [0])
+    q, kv = torch.ones(1, H_Q * D), torch.ones(1, H_KV * D)
+    for window in (0, 5):
+        model = Model(config(window))
+        model.backend.init_forward_metadata(batch)
+        *before, last = layers
+        for index in before:
+            model.backend.forward_decode(q, kv, kv, model.layer(index), batch)
+        if window:
+            with pytest.raises(RuntimeError, match=rf"layer {last} where .* --kv-quant-window 0"):
+                model.backend.forward_decode(q, kv, kv, model.layer(last), batch)
+        else:
+            model.backend.forward_decode(q, kv, kv, model.layer(last), batch)
