@@ -237,15 +237,16 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             logit_cap=layer.logit_cap,
             workspace=plan.workspace,
         )
-        if window is not None and self._is_last(index):
-            for layers in self._windowed_layers:
-                store_windows(layers, slots, plan.window_index, plan.token_tables)
+        if window is not None:
+            self._attended(index)
+            # All layers at once: alone, each would take as long as all of them.
+            if index == self.pool.layer_num - 1:
+                for layers in self._windowed_layers:
+                    store_windows(layers, slots, plan.window_index, plan.token_tables)
         return out.reshape(len(out), -1)
 
-    def _is_last(self, index: int) -> bool:
-        """Whether a decode step's tokens are now in the windows of all layers.
-
-        They are stored then, all layers at once: alone, each would take as long as all of them.
+    def _attended(self, index: int) -> None:
+        """A decode step's tokens are now in the windows of layers up to ``index``.
 
         Raises:
             RuntimeError: the model does not go through its layers in order, each once.
@@ -257,7 +258,6 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
                 "--kv-quant-window 0, which stores layer by layer"
             )
         self._next_layer = (index + 1) % self.pool.layer_num
-        return self._next_layer == 0
 
     @staticmethod
     def _heads(
