@@ -55,8 +55,7 @@ def test_layers_get_what_each_alone_would_store(
     tables = torch.arange(n, device=device).int() % NUM_TABLES
     tables[: n // 2] = 3
     expected = [buffer.clone() for buffer in layers.buffers]
-    each = zip(expected, layers.tables, layers.window_k, layers.window_v, strict=True)
-    for buffer, own, *rings in each:
+    for buffer, (_, own, *rings) in zip(expected, layers.each(), strict=True):
         k, v = (ring.flatten(0, 1)[index] for ring in rings)
         store_kv(fmt, buffer, slots, k, v, own, tables)
     store_windows(layers, slots, index, tables)
@@ -71,6 +70,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"index is \[2\] and table_ids \[3\]: 3 slots need"):
         store_windows(layers, slots, slots[:2], slots)
     window_k, window_v = layers.window_k, layers.window_v
+    every_other = random_tables(2, 128, 0, 16).patterns[..., ::2]
     for changes, message in (
         ({"tables": layers.tables[1:]}, "each layer needs one of each"),
         ({"window_k": [*window_k[1:], window_k[0].float()]}, "must be alike, contiguous"),
@@ -79,6 +79,10 @@ def test_what_does_not_fit_is_refused() -> None:
         (
             {"tables": [*layers.tables[1:], random_tables(2, 64, 0, 8)]},
             "tables of 16 and of 8 patterns",
+        ),
+        (
+            {"tables": [*layers.tables[1:], replace(layers.tables[0], patterns=every_other)]},
+            "tables of a layer are not contiguous",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from patternkv_kernels.tables import LayerTables
 class WindowedLayers:
     """Where layers of one format have their pools, tables and windows, all on one device.
 
-    Raises ``ValueError`` where they are not alike.
+    Raises ``ValueError`` where they are not alike, or not contiguous.
     """
 
     fmt: SlotFormat
@@ -39,11 +39,13 @@ class WindowedLayers:
                 f"{counts} pools, tables and windows of K and V: each layer needs one of each"
             )
         first, num_patterns = self.window_k[0], self.tables[0].num_patterns
-        for buffer, tables in zip(self.buffers, self.tables, strict=True):
+        for buffer, tables, *_ in self.each():
             self.fmt.check(buffer)
             tables.check(self.fmt.h_kv, self.fmt.head_dim)
             if tables.num_patterns != num_patterns:
                 raise ValueError(f"tables of {num_patterns} and of {tables.num_patterns} patterns")
+            if not tables.is_contiguous():
+                raise ValueError("tables of a layer are not contiguous")
         needed = (self.fmt.h_kv, self.fmt.head_dim)
         for ring in (*self.window_k, *self.window_v):
             alike = ring.shape == first.shape and ring.dtype == first.dtype
@@ -53,15 +55,18 @@ class WindowedLayers:
                     f"{list(ring.shape)}: they must be alike, contiguous and end in {list(needed)}"
                 )
 
-        layers = zip(self.buffers, self.tables, self.window_k, self.window_v, strict=True)
         parts = [
             (buffer, own.patterns, own.channel_scale, own.channel_weight, window_k, window_v)
-            for buffer, own, window_k, window_v in layers
+            for buffer, own, window_k, window_v in self.each()
         ]
         rows = [[part.data_ptr() for part in layer] for layer in parts]
         # Ahead of any graph capture, which allows no copy from the host.
         addresses = torch.tensor(rows, dtype=torch.int64, device=self.buffers[0].device)
         object.__setattr__(self, "addresses", addresses)
+
+    def each(self) -> Iterator[tuple[torch.Tensor, LayerTables, torch.Tensor, torch.Tensor]]:
+        """Pool, tables and windows of K and of V of every layer."""
+        return zip(self.buffers, self.tables, self.window_k, self.window_v, strict=True)
 
 
 def store_windows(
@@ -94,7 +99,6 @@ def store_windows(
         arguments = layers.addresses, tables.num_patterns, first.dtype, slots, index, table_ids
         store_windows_cuda(fmt, *arguments)
         return
-    each = zip(layers.buffers, layers.tables, layers.window_k, layers.window_v, strict=True)
-    for buffer, tables, window_k, window_v in each:
-        k, v = (ring.flatten(0, 1)[index.long()] for ring in (window_k, window_v))
+    for buffer, tables, *rings in layers.each():
+        k, v = (ring.flatten(0, 1)[index.long()] for ring in rings)
         store_kv(fmt, buffer, slots, k, v, tables, table_ids, impl="reference")

@@ -109,7 +109,6 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_per_sm(kWarps, kHeads* kSt
   Partial<kHeads> partial;
   if constexpr (kWindow == WindowPlace::kHere) {
     window::attend<kWarps, kTokens>(p, partial, row, heads);
-    window::keep_newest(p, row, heads);
   }
   wait_for_previous_kernel();
   states.merge(p, partial, heads);

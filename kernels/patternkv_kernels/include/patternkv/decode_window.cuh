@@ -19,7 +19,28 @@ using merge::Partial;
 
 constexpr int kTokens = 4, kVectors = 2 * kTokens;  // of a warp at a time
 
-// Adds the row's window, of which a warp takes every kWarps-th kTokens at a time.
+// Puts the row's newest token, K and V as they are, into its ring: the first block of each KV head
+// does. Nobody reads that entry meanwhile.
+template <typename T, int kHeads>
+__device__ __forceinline__ void keep_newest(const MergeParams<T>& p, int row,
+                                            const Heads<kHeads>& heads) {
+  constexpr int kPieces = HEAD_DIM * sizeof(T) / sizeof(uint4);
+  if (heads.first > 0 || threadIdx.x >= 2 * kPieces) return;
+  const merge::Window<T>& window = p.window;
+  const int64_t newest = window.end[row] - 1;
+  if (newest < window.start[row]) return;
+  const int64_t entry = window.ring[row] * window.size + newest % window.size;
+  const int64_t to = (entry * p.h_kv + heads.kv_head) * HEAD_DIM;
+  const bool is_k = threadIdx.x < kPieces;
+  const T* from =
+      is_k ? window.new_k + row * window.new_k_stride : window.new_v + row * window.new_v_stride;
+  const int piece = threadIdx.x % kPieces;
+  reinterpret_cast<uint4*>((is_k ? window.k : window.v) + to)[piece] =
+      reinterpret_cast<const uint4*>(from + heads.kv_head * HEAD_DIM)[piece];
+}
+
+// Adds the row's window, of which a warp takes every kWarps-th kTokens at a time, and keeps its
+// newest token.
 template <int kWarps, int kTokens, typename T, int kHeads>
 __device__ __forceinline__ void attend(const MergeParams<T>& p, Partial<kHeads>& partial, int row,
                                        const Heads<kHeads>& heads) {
@@ -58,26 +79,7 @@ __device__ __forceinline__ void attend(const MergeParams<T>& p, Partial<kHeads>&
     partial.template add<kTokens>(
         logit, 1.0f, [&](int token, int) -> const float (&)[kPerLane] { return v[token]; });
   }
-}
-
-// Puts the row's newest token, K and V as they are, into its ring: the first block of each KV head
-// does. Nobody reads that entry meanwhile.
-template <typename T, int kHeads>
-__device__ __forceinline__ void keep_newest(const MergeParams<T>& p, int row,
-                                            const Heads<kHeads>& heads) {
-  constexpr int kPieces = HEAD_DIM * sizeof(T) / sizeof(uint4);
-  if (heads.first > 0 || threadIdx.x >= 2 * kPieces) return;
-  const merge::Window<T>& window = p.window;
-  const int64_t newest = window.end[row] - 1;
-  if (newest < window.start[row]) return;
-  const int64_t entry = window.ring[row] * window.size + newest % window.size;
-  const int64_t to = (entry * p.h_kv + heads.kv_head) * HEAD_DIM;
-  const bool is_k = threadIdx.x < kPieces;
-  const T* from =
-      is_k ? window.new_k + row * window.new_k_stride : window.new_v + row * window.new_v_stride;
-  const int piece = threadIdx.x % kPieces;
-  reinterpret_cast<uint4*>((is_k ? window.k : window.v) + to)[piece] =
-      reinterpret_cast<const uint4*>(from + heads.kv_head * HEAD_DIM)[piece];
+  keep_newest(p, row, heads);
 }
 
 template <typename T, int kHeads, int kWarps>
@@ -89,7 +91,6 @@ __global__ void __launch_bounds__(32 * kWarps, merge::blocks_per_sm(kWarps, kVec
   const Heads<kHeads> heads(p);
   Partial<kHeads> partial;
   attend<kWarps, kTokens>(p, partial, row, heads);
-  keep_newest(p, row, heads);
   parts.put(partial);
   parts.add(heads.count(p), [&](int h, int dim, float4 out, float2 sum) {
     const int64_t state = p.first_window_state + row;

@@ -128,15 +128,17 @@ __device__ __forceinline__ void store_tile(const StoreParams& p, const StoreTabl
   if (slot >= 0) write_vector<kBits>(p.pool, side, head, slot, nearest.id, vector);
 }
 
-// Calls `body` with the bits of the side, K or V, and with the side itself.
+// Calls `body` with the bits of the block's side, K or V, with the side itself and with the head:
+// blockIdx.y counts heads of K, then of V.
 template <typename Body>
-__device__ __forceinline__ void with_bits(int side, Body body) {
+__device__ __forceinline__ void with_side(int h_kv, Body body) {
+  const int side = blockIdx.y / h_kv, head = blockIdx.y % h_kv;
   if constexpr (K_BITS == V_BITS) {
-    body(std::integral_constant<int, K_BITS>{}, side);
+    body(std::integral_constant<int, K_BITS>{}, side, head);
   } else if (side == 0) {
-    body(std::integral_constant<int, K_BITS>{}, 0);
+    body(std::integral_constant<int, K_BITS>{}, 0, head);
   } else {
-    body(std::integral_constant<int, V_BITS>{}, 1);
+    body(std::integral_constant<int, V_BITS>{}, 1, head);
   }
 }
 
@@ -209,9 +211,9 @@ template <typename T, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, few_blocks_per_sm(kWarps))
     store_few(const StoreParams p) {
   __shared__ FewShared<kWarps> shared;
-  const int head = blockIdx.y % p.pool.h_kv;
-  with_bits(blockIdx.y / p.pool.h_kv,
-            [&](auto bits, int side) { store_few_side<T, bits(), kWarps>(p, side, head, shared); });
+  with_side(p.pool.h_kv, [&](auto bits, int side, int head) {
+    store_few_side<T, bits(), kWarps>(p, side, head, shared);
+  });
 }
 
 // The vectors of kGroups tiles from token `first` on, which are stored next, to the L2 cache.
@@ -322,8 +324,7 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm)
     store_many(const StoreParams p, int tokens_per_block) {
   __shared__ ManyShared shared;
-  const int head = blockIdx.y % p.pool.h_kv;
-  with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
+  with_side(p.pool.h_kv, [&](auto bits, int side, int head) {
     store_many_side<T, bits()>(p, side, head, tokens_per_block, shared);
   });
 }
@@ -334,8 +335,7 @@ __global__ void __launch_bounds__(32 * kManyWarps, kManyBlocksPerSm)
     store_windows(const StoreParams common, const StoreLayer* layers, int tokens_per_block) {
   __shared__ ManyShared shared;
   const StoreParams p = common.of(layers[blockIdx.z]);
-  const int head = blockIdx.y % p.pool.h_kv;
-  with_bits(blockIdx.y / p.pool.h_kv, [&](auto bits, int side) {
+  with_side(p.pool.h_kv, [&](auto bits, int side, int head) {
     store_many_side<T, bits()>(p, side, head, tokens_per_block, shared);
   });
 }
