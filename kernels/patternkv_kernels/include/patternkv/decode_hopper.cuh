@@ -20,12 +20,12 @@ __device__ void attend(const DecodeParams& p, const WorkItem& item, int head, ui
   auto& memory = *reinterpret_cast<Memory*>(bytes);
   Feed<Memory> feed(p, item, head, thread, memory);
   // What takes two look-ups first.
-  const AskedQueries<Memory> queries(p, item, thread);
+  const AskedQueries<Memory> queries(p, item, head, thread);
   feed.look_up();
   const KeyPatterns patterns(p, item, head, 0, thread);
   queries.issue(p, head, thread, memory);
   feed.start();
-  const QueryScales scales = load_queries(p, item, head, thread, memory);
+  const QueryScales scales = load_queries(p, queries, thread, memory);
   fill_table(patterns, 0, thread, memory, scales.table);
 #pragma unroll
   for (int k = 1; k < Memory::kGroups; ++k) {

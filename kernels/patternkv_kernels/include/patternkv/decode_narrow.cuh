@@ -13,6 +13,7 @@ namespace narrow {
 
 struct Shared {
   float reference[kWarps][kRows];
+  float mass[kWarps][kRows];  // of the bins that each warp adds up
 };
 
 // Memory of a block: [Shared][table][histograms][rings], the second and third by the number of
@@ -149,17 +150,29 @@ __device__ void attend(const DecodeParams& p, Units& units, uint8_t* memory) {
   };
 
   // The table is no longer needed: its place takes the sum of the histograms, in units of 1/16 ...
+  const int bin_row = threadIdx.x % kLive;  // of all bins of a thread
+  const float bin_top = common_reference(bin_row);
+  float bin_units[kWarps], mass = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const float unit = FixedPoint::of(tiles_of(w) * kTile).unit();
+    bin_units[w] = unit * warp_weight(w, bin_row, bin_top);
+  }
   for (int e = threadIdx.x; e < words; e += kThreads) {
-    const int row = e % kLive;
-    const float top = common_reference(row);
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float unit = FixedPoint::of(tiles_of(w) * kTile).unit();
-      sum += static_cast<float>(histograms[w * words + e]) * unit * warp_weight(w, row, top);
+      sum = fmaf(static_cast<float>(histograms[w * words + e]), bin_units[w], sum);
     }
     table[e] = sum * (1.0f / 16);
+    mass += sum;
   }
+  // Every probability is in one bin, so a row's softmax mass is the sum of its bins.
+#pragma unroll
+  for (int distance = kLive; distance < 32; distance *= 2) {
+    mass += __shfl_xor_sync(~0u, mass, distance);
+  }
+  if (lane < kLive) shared.mass[warp][lane] = mass;
   // ... while outputs go from code units to those of V / 16.
   float channel_scales[kDims];
   to_floats<__half>(channel_scales, channel_words);
@@ -211,19 +224,12 @@ __device__ void attend(const DecodeParams& p, Units& units, uint8_t* memory) {
     float* to = p.state_out + state_index(p, item, head, row) * HEAD_DIM + dim;
     *reinterpret_cast<float4*>(to) = sum;
   }
-  // Every probability is in one bin, so a row's softmax mass is the sum of its bins.
-  for (int row = warp; row < num_rows; row += kWarps) {
-    float mass = 0;
-    for (int pattern = lane; pattern < p.num_patterns; pattern += 32) {
-      mass += table[pattern * kLive + row];
-    }
+  if (threadIdx.x < num_rows) {
+    const int row = threadIdx.x;
+    float sum = 0;
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      mass += __shfl_xor_sync(~0u, mass, distance);
-    }
-    if (lane == 0) {
-      p.state_sum[state_index(p, item, head, row)] = make_float2(common_reference(row), mass * 16);
-    }
+    for (int w = 0; w < kWarps; ++w) sum += shared.mass[w][row];
+    p.state_sum[state_index(p, item, head, row)] = make_float2(common_reference(row), sum);
   }
 }
 

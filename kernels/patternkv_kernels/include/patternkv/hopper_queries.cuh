@@ -6,8 +6,9 @@
 namespace patternkv {
 namespace hopper {
 
-// Asks for the queries of the item's rows, into `weights`. Rows beyond them are zero. Lane l of a
-// warp looks up the l-th of the rows that its lanes bring together.
+// Asks for the queries of the item's rows, into `weights`, and for the channel scales that they
+// meet. Rows beyond them are zero. Lane l of a warp looks up the l-th of the rows that its lanes
+// bring together.
 template <typename Memory>
 struct AskedQueries {
   static constexpr int kPieces = HEAD_DIM / 8, kCount = Memory::kQueryRows * kPieces;
@@ -17,14 +18,17 @@ struct AskedQueries {
 
   int row, batch_row = 0;
   bool live;
+  uint32_t channels[4];  // of the thread's piece of every row
 
   static __device__ __forceinline__ int row_of(int step, int warp, int place) {
     return (step * kWarps + warp) * kAtOnce + place;
   }
-  __device__ __forceinline__ AskedQueries(const DecodeParams& p, const WorkItem& item, int thread)
+  __device__ __forceinline__ AskedQueries(const DecodeParams& p, const WorkItem& item, int head,
+                                          int thread)
       : row(row_of(thread % 32 / kAtOnce, thread / 32, thread % kAtOnce)),
         live(row < item.num_branches * p.group && thread % 32 < kAtOnce * kSteps) {
     if (live) batch_row = p.rows[item.first_entry + p.branch_of(row)];
+    load_early(channels, table_channels(p, item.table, 0, head) + thread % kPieces * 8);
   }
   __device__ __forceinline__ void issue(const DecodeParams& p, int head, int thread,
                                         Memory& memory) const {
@@ -52,17 +56,16 @@ struct AskedQueries {
 // Fills the query operands, and raw ones in `weights` for the table, once the queries are there.
 // Ends with a barrier. Loops stay loops: code that runs once per item waits for instructions.
 template <typename Memory>
-__device__ __forceinline__ QueryScales load_queries(const DecodeParams& p, const WorkItem& item,
-                                                    int head, int thread, Memory& memory) {
+__device__ __forceinline__ QueryScales load_queries(const DecodeParams& p,
+                                                    const AskedQueries<Memory>& asked, int thread,
+                                                    Memory& memory) {
   constexpr int kRows = Memory::kQueryRows, kPieces = HEAD_DIM / 8, kCount = kRows * kPieces;
   static_assert(kCount % 32 == 0, "warps take part in a step as a whole");
   const int warp = thread / 32, piece = thread % kPieces;
-  uint32_t channel_words[4];
-  load_early(channel_words, table_channels(p, item.table, 0, head) + piece * 8);
   cp_async_wait<2>();  // two tiles were asked for after the queries
   __syncthreads();
   float channel[8];
-  to_floats<__half>(channel, channel_words);
+  to_floats<__half>(channel, asked.channels);
   const auto to_queries = [&](const uint32_t (&words)[4], float (&q)[8]) {
     if (p.q_is_bf16) {
       to_floats<__nv_bfloat16>(q, words);
@@ -212,11 +215,14 @@ __device__ __forceinline__ void fill_table(const KeyPatterns& patterns, int grou
   using Table = hopper::Table<kRows>;
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   float x[kRows / 2] = {};
+  // Zero, which the assembler cannot know before the queries are there: loaded patterns that became
+  // operands earlier would be waited for earlier.
+  const uint32_t nothing = __float_as_uint(memory.reference[0]);
   uint32_t a[HEAD_DIM / 16][4];
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 4; ++i) {
     const int step = i / 4;
-    a[step][i % 4] = patterns.rows[i % 2][step / 2][step % 2 * 2 + i % 4 / 2];
+    a[step][i % 4] = patterns.rows[i % 2][step / 2][step % 2 * 2 + i % 4 / 2] ^ nothing;
   }
   multiply_queries<kRows>(x, a, memory.weights[0]);
   wgmma_wait();
