@@ -29,7 +29,7 @@ from patternkv_kernels import (
     LayerTables,
     SlotFormat,
     dequantize,
-    lower,
+    plan_decode,
     tree_decode,
 )
 from patternkv_sgl.config import PatternKVConfig
@@ -170,7 +170,9 @@ class KernelBench:
         """Time of making the work list, once per step; None where the reference op needs none."""
         if cache.workspace is None:
             return None
-        return self._measure([partial(lower, tree.plan, cache.workspace, tree.case.branches)]).us
+        return self._measure(
+            [partial(plan_decode, tree.plan, cache.workspace, tree.case.branches)]
+        ).us
 
     def _baseline_us(
         self, tree: Tree, dtype: torch.dtype, decodes: dict[str, Decode]
@@ -200,7 +202,7 @@ class KernelBench:
         b, nnz = tree.case.branches, len(tree.plan.rows)
         shape = DecodeShape(fmt, patterns, H_Q, b, nnz, b * tree.case.context)
         workspace = DecodeWorkspace.allocate(shape, self._device)
-        lower(tree.plan, workspace, b)
+        plan_decode(tree.plan, workspace, b)
         return workspace
 
     def _decode(self, tree: Tree, q: torch.Tensor, cache: PackedCache, impl: Impl) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """One engine in a process of its own: cells in on standard input, rows out, a JSON object a line.
 
-    python -m benchmarks.serving_worker '{"kv": "4/4", "engine_args": {…}}'
+    python -m benchmarks.serving_worker '{"engine_args": {…}, "vocab_size": 128256}'
 
 The parent is ``bench_serving``. Standard output belongs to rows, so the engine's own goes to
 standard error.

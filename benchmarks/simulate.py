@@ -92,7 +92,6 @@ def _store(
             *(x[: cache.prompt_len] for x in (q, k, v)),
             num_patterns=config.patterns,
             num_sinks=config.sinks,
-            bits=(fmt.k_bits, fmt.v_bits),
         )
         tables.write(0, *mined_kv)
     else:

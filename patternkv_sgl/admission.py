@@ -11,7 +11,7 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from patternkv_sgl.radix import SHARED_TOKENS
+from patternkv_sgl.radix import AWAITED_TOKENS
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -98,7 +98,7 @@ class Admission:
         tokens = upcoming(req, req.prefix_len)
         if tokens is None or tokens not in self._taken:
             return False
-        return _may_reuse(req, req.prefix_len + SHARED_TOKENS)
+        return _may_reuse(req, req.prefix_len + AWAITED_TOKENS)
 
 
 def finish_prefetch(req: Req) -> None:

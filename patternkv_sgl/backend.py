@@ -25,9 +25,9 @@ from patternkv_kernels import (
 )
 from patternkv_sgl.batch import CurrentBatch, DecodeBatch, ExtendBatch
 from patternkv_sgl.guard import LogitGuard
-from patternkv_sgl.metadata import TreePlan
+from patternkv_sgl.metadata import DecodeMetadata
 from patternkv_sgl.planner import Planner
-from patternkv_sgl.prefill import ExtendPlan
+from patternkv_sgl.prefill import ExtendMetadata
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.scratch import Scratch
 from patternkv_sgl.warmup import dummy_decode, dummy_extend
@@ -72,7 +72,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         self.config = pool.geometry.config
         self.guard = LogitGuard(pool, stats)
         self.planner = Planner(pool, req_to_token, scratch)
-        self.forward_metadata: ExtendPlan | TreePlan | None = None
+        self.forward_metadata: ExtendMetadata | DecodeMetadata | None = None
         self._windowed_layers = pool.windowed_layers()
         self._next_layer = 0  # that a decode step attends
 
@@ -134,7 +134,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
 
     def _plan_decode(
         self, batch: DecodeBatch | None, forward_batch: ForwardBatch, num_rows: int
-    ) -> TreePlan:
+    ) -> DecodeMetadata:
         if batch is None:
             batch = dummy_decode(forward_batch, self.pool.page_size, self.config.window)
         else:
@@ -161,7 +161,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         **kwargs: Any,
     ) -> torch.Tensor:
         plan = self.forward_metadata
-        assert isinstance(plan, ExtendPlan) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
+        assert isinstance(plan, ExtendMetadata) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
         turned_q, turned_k = self._turned(q, k, layer)
@@ -181,7 +181,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         return out.to(q.dtype).reshape(len(out), -1)
 
     def _attend_prefixes(
-        self, index: int, q: torch.Tensor, plan: ExtendPlan, layer: RadixAttention
+        self, index: int, q: torch.Tensor, plan: ExtendMetadata, layer: RadixAttention
     ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]]:
         """``tokens, out, lse``: attention of some new tokens to some of their stored ones."""
         pool = self.pool
@@ -219,7 +219,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         **kwargs: Any,
     ) -> torch.Tensor:
         plan = self.forward_metadata
-        assert isinstance(plan, TreePlan) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
+        assert isinstance(plan, DecodeMetadata) and save_kv_cache, f"{plan=}, {save_kv_cache=}"
         index = layer.layer_id - self.pool.start_layer
         q, k, v = self._heads(q, k, v, layer)
         q, k = self._turned(q, k, layer)
@@ -280,7 +280,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
     def _mine(
         self, index: int, extend: Extend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        config, fmt = self.config, self.pool.slot_formats[index]
+        config = self.config
         sinks = max(0, min(config.sinks, extend.num_tokens) - extend.prefix_len)
         mine_kv(
             q,
@@ -288,7 +288,6 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
             v,
             num_patterns=config.patterns,
             num_sinks=sinks,
-            bits=(fmt.k_bits, fmt.v_bits),
             out=self.pool.tables[index].table(extend.table),
         )
 
@@ -314,7 +313,7 @@ class PatternKVBackend(AttentionBackend):  # type: ignore[misc]
         )
 
     def _window(
-        self, index: int, plan: TreePlan, k: torch.Tensor, v: torch.Tensor
+        self, index: int, plan: DecodeMetadata, k: torch.Tensor, v: torch.Tensor
     ) -> Window | None:
         """Where decode of the new tokens ``k``, ``v`` reads the latest ones exactly."""
         if not self.config.window:

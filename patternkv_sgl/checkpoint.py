@@ -37,7 +37,7 @@ class Known(NamedTuple):
 class IncrementalRadixCache(RadixCache):  # type: ignore[misc]
     """SGLang's ``RadixCache`` (mem_cache/radix_cache.py) at less cost for branches of long prompts.
 
-    What it leaves in the tree, in the row and of locks is what stock's leaves.
+    Tree, request row and lock counts end as with stock's.
     """
 
     _known: Known | None = None

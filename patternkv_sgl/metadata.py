@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from patternkv_kernels import DecodePlan, DecodeWorkspace, SlotSource, lower
+from patternkv_kernels import DecodePlan, DecodeWorkspace, SlotSource, plan_decode
 from patternkv_sgl.batch import DecodeBatch
 from patternkv_sgl.segments import MIN_SHARED_TOKENS, Segments
 
 
 @dataclass(frozen=True)
-class TreePlan:
+class DecodeMetadata:
     """Metadata of a decode batch, shared by all layers; ``b`` counts the padding of a CUDA graph,
     whose rows read nothing and write to the padding request's window."""
 
@@ -94,7 +94,7 @@ class DecodeBuffers:
         *,
         window: int,
         workspace: DecodeWorkspace | None,
-    ) -> TreePlan:
+    ) -> DecodeMetadata:
         """Copy ``batch``, padded to ``num_rows``, on the current stream, and plan it in
         ``workspace`` if there is one.
 
@@ -128,7 +128,7 @@ class DecodeBuffers:
 
     def _plan(
         self, num_segments: int, num_tokens: int, num_rows: int, workspace: DecodeWorkspace | None
-    ) -> TreePlan:
+    ) -> DecodeMetadata:
         """Plan a batch of this size that has been copied, and view what it uses."""
         parts = self._parts
         segments, indptr = parts.segments[:num_segments], parts.row_indptr[: num_segments + 1]
@@ -137,13 +137,13 @@ class DecodeBuffers:
         if workspace is None:
             _list_slots(plan, source)
         else:
-            lower(plan, workspace, num_rows, source)
+            plan_decode(plan, workspace, num_rows, source)
         ring, start, end, index = parts.per_row[:, :num_rows]
-        return TreePlan(plan, parts.tables[:num_rows], ring, start, end, index, workspace)
+        return DecodeMetadata(plan, parts.tables[:num_rows], ring, start, end, index, workspace)
 
 
 def _list_slots(plan: DecodePlan, source: SlotSource) -> None:
-    """What :func:`~patternkv_kernels.lower` does with ``source``, by torch."""
+    """What :func:`~patternkv_kernels.plan_decode` does with ``source``, by torch."""
     place = torch.arange(source.num_tokens, device=plan.segments.device)
     segment = torch.searchsorted(plan.segments[:, 2].contiguous(), place, right=True)
     at = source.sources[segment].add_(place)

@@ -9,8 +9,14 @@ import torch
 
 from patternkv_kernels import DecodeWorkspace, RaggedAttention
 from patternkv_sgl.batch import DecodeBatch, ExtendBatch
-from patternkv_sgl.metadata import DecodeBuffers, TreePlan, most_tokens
-from patternkv_sgl.prefill import ExtendPlan, PrefixTree, plan_pieces, token_index, window_index
+from patternkv_sgl.metadata import DecodeBuffers, DecodeMetadata, most_tokens
+from patternkv_sgl.prefill import (
+    ExtendMetadata,
+    PackedPrefix,
+    plan_pieces,
+    token_index,
+    window_index,
+)
 from patternkv_sgl.scratch import Scratch
 from patternkv_sgl.segments import Segments
 
@@ -39,7 +45,7 @@ class Planner:
         """Whether a batch has room in the memory made at start-up, as a captured graph needs it."""
         return self.buffers.fits(len(batch.tables), batch.segments)
 
-    def decode(self, batch: DecodeBatch, slots: torch.Tensor, num_rows: int) -> TreePlan:
+    def decode(self, batch: DecodeBatch, slots: torch.Tensor, num_rows: int) -> DecodeMetadata:
         """The plan of a decode batch, padded to ``num_rows``.
 
         Args:
@@ -52,7 +58,7 @@ class Planner:
         self._check(batch.segments)
         return plan
 
-    def extend(self, batch: ExtendBatch, slots: torch.Tensor) -> ExtendPlan:
+    def extend(self, batch: ExtendBatch, slots: torch.Tensor) -> ExtendMetadata:
         """The plan of an extend batch.
 
         Args:
@@ -71,7 +77,7 @@ class Planner:
         if workspace is not None:
             workspace.begin()
         index = window_index(batch, self._config.window)
-        return ExtendPlan(
+        return ExtendMetadata(
             batch,
             token_tables,
             None if index is None else torch.from_numpy(index).to(device),
@@ -88,7 +94,7 @@ class Planner:
             ),
         )
 
-    def _tree(self, batch: ExtendBatch) -> PrefixTree | None:
+    def _tree(self, batch: ExtendBatch) -> PackedPrefix | None:
         if batch.tree_segments is None:
             return None
         starts = batch.token_indptr
@@ -97,7 +103,7 @@ class Planner:
         self._check(batch.tree_segments)
         buffers, workspace = self._memory(num_rows, batch.tree_segments)
         plan = buffers.load_segments(batch.tree_segments, num_rows, workspace)
-        return PrefixTree(token_index(ranges, self._req_to_token.device), plan, workspace)
+        return PackedPrefix(token_index(ranges, self._req_to_token.device), plan, workspace)
 
     def _memory(
         self, num_rows: int, segments: Segments

@@ -2,18 +2,18 @@
 
 `load` is the entry point ``sglang.srt.plugins``; SGLang calls it once in every process. Without
 ``--kv-quant`` every hook returns what the original returns. SGLang only logs a plug-in that fails
-to load or a hook that fails to apply, so the backend factory asserts that pool, tree and hooks are
-ours: a wrong set-up ends in an error, never in a dense cache.
+to load or a hook that fails to apply, so the backend factory raises unless pool and hooks are ours,
+and the first batch unless the tree is: a wrong set-up ends in an error, never in a dense cache.
 
 | target | why | what breaks without it |
 |---|---|---|
 | ``ServerArgs``, ``Engine.server_args_class`` | the ``--kv-quant`` flags | unknown argument |
 | attention backend registry | forward passes over the packed cache | unknown backend |
 | radix cache registry | nodes that own tables | unknown tree |
-| `hooks.BUILD_POOL` | our pool class and its extra arguments | dense pool, asserted |
-| `hooks.CELL_SIZE`, `hooks.POOL_SIZES` | capacity from packed bytes, room for tables | asserted |
+| `hooks.BUILD_POOL` | our pool class and its extra arguments | dense pool, refused |
+| `hooks.CELL_SIZE`, `hooks.POOL_SIZES` | capacity from packed bytes, room for tables | refused |
 | `hooks.FUSED_STORE` | fused RoPE kernels must not write K and V into the pool | dense writes |
-| `hooks.INIT_FORWARD_BATCH` | the batch's requests: tables, shared segments | asserted |
+| `hooks.INIT_FORWARD_BATCH` | the batch's requests: tables, shared segments | refused |
 | `hooks.CAN_RUN_GRAPH` | batches larger than decode graphs were captured for | reads past memory |
 | `hooks.INTERNAL_STATE` | numbers under ``/server_info`` | no numbers |
 | `hooks.BEAM_SEARCH` | beams are rows without requests | refused per request |
@@ -156,10 +156,18 @@ def _build_backend(runner: Any) -> AttentionBackend:
     from patternkv_sgl.sampler import BranchSampler
     from patternkv_sgl.scratch import Scratch
 
-    missing = set(hooks.PARAMETERS) - HookRegistry._patched
-    assert not missing, f"hooks of --kv-quant patternkv are not in force: {sorted(missing)}"
+    # What SGLang only logs must not end in a dense cache.
+    if missing := set(hooks.PARAMETERS) - HookRegistry._patched:
+        raise RuntimeError(
+            f"hooks of --kv-quant patternkv are not in force: {sorted(missing)}; the log above has "
+            "the reason, such as another release of SGLang"
+        )
     pool = runner.token_to_kv_pool
-    assert isinstance(pool, PatternKVPool), f"the KV pool is a {type(pool).__name__}, not ours"
+    if not isinstance(pool, PatternKVPool):
+        raise RuntimeError(
+            f"the KV pool is a {type(pool).__name__}, not that of --kv-quant patternkv: another "
+            "plug-in has replaced it; leave one of the two out"
+        )
     refuse_layers(runner.model)
     if isinstance(runner.sampler, BranchSampler):
         runner.sampler.warm_up(runner.model_config.vocab_size, runner.device)
@@ -185,6 +193,12 @@ def _init_forward_batch(
     if _cache is not None:
         # A prefill of one token each may become a decode step here.
         _cache.begin(batch, forward_batch)
+    elif hooks.enabled():
+        raise RuntimeError(
+            "--kv-quant patternkv has no radix tree of its own here, and nodes of another one own "
+            "no tables: start SGLang by launch_server, serve or Engine, and leave out what "
+            "replaces its tree"
+        )
     return forward_batch
 
 

@@ -34,7 +34,7 @@ class PrefixPiece:
 
 
 @dataclass(frozen=True)
-class PrefixTree:
+class PackedPrefix:
     """New tokens that read their prefixes from the packed slots, as a decode batch does."""
 
     tokens: slice | torch.Tensor  # of the batch's new tokens
@@ -43,14 +43,14 @@ class PrefixTree:
 
 
 @dataclass(frozen=True)
-class ExtendPlan:
+class ExtendMetadata:
     """Metadata of an extend batch, shared by all layers."""
 
     batch: ExtendBatch
     token_tables: torch.Tensor  # int32 [n]
     window_index: torch.Tensor | None  # int64 [n], entries of the flattened rings, -1: none
     new: RaggedAttention
-    tree: PrefixTree | None
+    tree: PackedPrefix | None
     pieces: list[PrefixPiece]
 
 

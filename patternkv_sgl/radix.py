@@ -39,7 +39,7 @@ TAIL_TOKENS = 16
 the context's table, which may fit it badly at 2 bits, or begins with words that another question
 stored, and the answer begins by reading it. So few tokens read a stored prefix packed when every
 branch of a prompt prefills them again."""
-SHARED_TOKENS = 256
+AWAITED_TOKENS = 256
 """Fewest tokens that a request waits for another one to prefill, see ``Admission``: fewer cost less
 than the wait."""
 
@@ -142,9 +142,9 @@ class PatternRadixCache(IncrementalRadixCache):
         return Extend(prefix_len, num_tokens, table, mine, num_exact)
 
     def upcoming(self, req: Req, prefix_len: int) -> Hashable | None:
-        """What ``req`` prefills next: equal for requests at one node whose next `SHARED_TOKENS`
+        """What ``req`` prefills next: equal for requests at one node whose next `AWAITED_TOKENS`
         tokens are alike, None for fewer tokens and where they will not get into the tree."""
-        end = prefix_len + SHARED_TOKENS
+        end = prefix_len + AWAITED_TOKENS
         if self.disable or req.skip_radix_cache_insert or len(req.full_untruncated_fill_ids) < end:
             return None
         return _tokens_at_node(req, prefix_len, end)
@@ -280,7 +280,7 @@ class PatternRadixCache(IncrementalRadixCache):
             yield node
 
     def check_integrity(self, slot_table: torch.Tensor | None = None) -> None:
-        """Assert the conservation laws of table ownership (design: check_integrity).
+        """Assert the conservation laws of table ownership.
 
         Args:
             slot_table: int32 [num_slots]; when given, every slot that a node holds must have been

@@ -69,8 +69,8 @@ class TableRuns(tuple[tuple[int, int], ...]):
 class TableRefs:
     """Reference counts of the table slots.
 
-    Owners are radix nodes, running requests and the tree root (design: "every live table is owned
-    by at least one node or running request"). A freed id may be reused at once: mining writes on
+    Owners are radix nodes, running requests and the tree root: every live table has at least one.
+    A freed id may be reused at once: mining writes on
     the forward stream, after every forward that still reads the old content.
 
     Args:

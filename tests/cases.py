@@ -237,8 +237,8 @@ def make_inputs(case: DecodeCase, seed: int = 0) -> DecodeInputs:
 
 
 def to_list(plan: DecodePlan) -> tuple[DecodePlan, SlotSource]:
-    """``plan`` with the slots of its segments one after the other, a list that ``lower`` is to
-    fill from the source; until then it names no slots."""
+    """``plan`` with the slots of its segments one after the other, a list that ``plan_decode`` is
+    to fill from the source; until then it names no slots."""
     req, start, end, table = plan.segments.long().T
     ends = (end - start).cumsum(0)
     starts = ends - (end - start)

@@ -49,6 +49,7 @@ _NUMBERS = [
     "fewest_rows",
     "num_narrow",
     "num_wide",
+    "num_many",
 ]
 
 
@@ -82,7 +83,7 @@ def simt_decode(
 def leaves_32_rows(inputs: DecodeInputs, fewest_rows: int) -> bool:
     """Whether the planner of compute capability 9.0 leaves shared segments to kernels of more than
     32 rows, if it does so from ``fewest_rows`` of most segments on."""
-    return _decode(inputs, True, fewest_rows)[2].num_wide < 0
+    return _decode(inputs, True, fewest_rows)[2].num_many > 0
 
 
 def separates_private_work(inputs: DecodeInputs) -> bool:

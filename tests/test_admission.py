@@ -15,11 +15,11 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 import patternkv_sgl.plugin as plugin
 from patternkv_sgl.admission import Admission, branches_first
 from patternkv_sgl.config import PatternKVConfig
-from patternkv_sgl.radix import SHARED_TOKENS
+from patternkv_sgl.radix import AWAITED_TOKENS
 from tests.fakes import Scheduler
 
 CONFIG = PatternKVConfig(patterns=4, sinks=2, window=4, mine_tokens=16, check=True)
-LONG = SHARED_TOKENS + 20
+LONG = AWAITED_TOKENS + 20
 
 
 pytestmark = pytest.mark.usefixtures("published")
@@ -73,20 +73,20 @@ def test_prompts_that_differ_early_are_prefilled_together(scheduler: Scheduler) 
     batch = Batch(Admission(scheduler.tree))
     for start in (0, 1):
         assert batch.add(scheduler.admit(tokens(start, LONG)))
-    early = tokens(0, SHARED_TOKENS - 1) + tokens(5000, 21)
+    early = tokens(0, AWAITED_TOKENS - 1) + tokens(5000, 21)
     assert batch.add(scheduler.admit(early))
-    late = tokens(0, SHARED_TOKENS) + tokens(5000, 20)
+    late = tokens(0, AWAITED_TOKENS) + tokens(5000, 20)
     assert not batch.add(scheduler.admit(late))
 
 
 def test_short_prompts_and_short_ends_are_not_worth_waiting_for(scheduler: Scheduler) -> None:
     batch = Batch(Admission(scheduler.tree))
     for _ in range(2):
-        assert batch.add(scheduler.admit(tokens(0, SHARED_TOKENS - 1)))
+        assert batch.add(scheduler.admit(tokens(0, AWAITED_TOKENS - 1)))
     scheduler.prefill(tokens(0, LONG))
     batch = Batch(Admission(scheduler.tree))
     for _ in range(2):
-        assert batch.add(scheduler.admit(tokens(0, LONG) + tokens(7000, SHARED_TOKENS - 1)))
+        assert batch.add(scheduler.admit(tokens(0, LONG) + tokens(7000, AWAITED_TOKENS - 1)))
 
 
 def test_namespaces_wait_for_themselves_only(scheduler: Scheduler) -> None:
@@ -137,7 +137,7 @@ def test_a_disabled_tree_has_nothing_to_wait_for() -> None:
         assert batch.add(scheduler.admit(tokens(0, LONG)))
 
 
-@pytest.mark.parametrize(("start", "gets_in"), [(-1, False), (0, True), (SHARED_TOKENS, False)])
+@pytest.mark.parametrize(("start", "gets_in"), [(-1, False), (0, True), (AWAITED_TOKENS, False)])
 def test_who_wants_logprobs_of_the_prompt_waits_for_nobody(
     scheduler: Scheduler, start: int, gets_in: bool
 ) -> None:

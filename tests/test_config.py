@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from patternkv_kernels import SlotFormat
@@ -65,6 +67,20 @@ def test_only_tables_may_be_left_to_the_memory_budget() -> None:
     for name in ("patterns", "window", "sinks", "mine_tokens"):
         with pytest.raises(ValueError, match="None: expected an integer"):
             with_value(name, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k_bits": 8}, "bits 8 of K and 4 of V"),
+        ({"v_bits": 3}, "bits 4 of K and 3 of V"),
+        ({"layer_bits": ((-1, (4, 4)), (0, (4, 7)))}, "bits 4 of K and 7 of V"),
+        ({"rotate": "maybe"}, "--kv-quant-rotate 'maybe'"),
+    ],
+)
+def test_what_no_flag_would_give_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PatternKVConfig(**options)
 
 
 def test_each_sink_needs_a_pattern() -> None:
@@ -159,9 +175,3 @@ def test_k_is_rotated_by_default_at_two_bits(
 ) -> None:
     config = PatternKVConfig(rotate=chosen)
     assert (config.rotates(2), config.rotates(4)) == (at_two, at_four)
-
-
-@pytest.mark.parametrize("bits", [(3, 4), (4, 0)])
-def test_unsupported_bits_are_refused_by_the_format(bits: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="codes have 2 or 4 bits"):
-        PatternKVConfig(*bits).slot_formats(2, h_kv=1, head_dim=64, page_size=1)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patternkv_kernels import DecodePlan, decode_reference, tree_decode, tree_decode_with_lse
+from patternkv_kernels.decode_cuda import unsupported
 from tests.cases import (
     CASES,
     DEVICES,
@@ -215,8 +216,35 @@ def test_new_tokens_must_fit_the_window() -> None:
         decode(new_k=window.new_k[1:])
     with pytest.raises(ValueError, match=rows):
         decode(new_v=window.new_v[:, :1])
-    with pytest.raises(ValueError, match=r"new_v torch.float64: the rings are torch.float32"):
+    with pytest.raises(ValueError, match=r"rings are torch.float32 and tokens torch.float64"):
         decode(new_v=window.new_v.double())
+
+
+def test_a_window_that_kernels_would_misread_is_refused() -> None:
+    inputs = make_inputs(DecodeCase("window", window=8))
+    window = inputs.window
+    assert window is not None
+    wider = window.k.repeat(1, 2, 1, 1)
+    for changes, message in (
+        ({"ring": window.ring.int()}, "ring is torch.int32"),
+        ({"start": window.start[1:]}, r"start is torch.int64 \["),
+        ({"end": window.end.double()}, "end is torch.float64"),
+        ({"v": wider}, "both alike"),
+        ({"k": wider[:, ::2], "v": wider[:, ::2]}, "must be contiguous"),
+    ):
+        changed = replace(inputs, window=replace(window, **changes))
+        with pytest.raises(ValueError, match=message):
+            tree_decode(*changed.args, **changed.options)
+
+
+def test_only_contiguous_tables_are_for_kernels() -> None:
+    inputs = make_inputs(DecodeCase("plain"))
+    tables = inputs.tables
+    sparse = replace(tables, patterns=tables.patterns.repeat_interleave(2, -1)[..., ::2])
+    reasons = [
+        unsupported(inputs.q.half(), inputs.fmt, own, None, inputs.plan) for own in (tables, sparse)
+    ]
+    assert reasons == [None, "the tables are not contiguous"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -14,7 +14,7 @@ from patternkv_kernels import (
     DecodeWorkspace,
     SlotSource,
     dequantize,
-    lower,
+    plan_decode,
     tree_decode,
     tree_decode_with_lse,
 )
@@ -289,7 +289,7 @@ def test_one_graph_serves_any_tree() -> None:
             getattr(tables, name).copy_(getattr(x.tables, name))
 
     def step() -> torch.Tensor:
-        lower(plan, workspace, b)
+        plan_decode(plan, workspace, b)
         return tree_decode(q, fmt, buffer, tables, plan, **options)
 
     fill(inputs[0])
@@ -315,7 +315,7 @@ def test_listed_slots_are_those_of_the_segments(own: list[int]) -> None:
         inputs.fmt, inputs.tables.num_patterns, inputs.q.shape[1], 40, len(plan.rows), 400000
     )
     workspace = DecodeWorkspace.allocate(shape, inputs.q.device)
-    lower(listed.plan, workspace, 40, source)
+    plan_decode(listed.plan, workspace, 40, source)
     out = tree_decode(*listed.args, **listed.options, workspace=workspace, impl="cuda")
     assert torch.equal(out, tree_decode(*inputs.args, **inputs.options, impl="cuda"))
     assert (listed.plan.req_to_token[0, source.num_tokens :] == -1).all()

@@ -48,8 +48,7 @@ def store(guard: LogitGuard, pool: Any, index: int, *, noisy_head: int | None = 
     config, slots = pool.geometry.config, torch.arange(1, TOKENS + 1)
     table_ids = torch.ones(TOKENS, dtype=torch.int32)
     fmt = pool.slot_formats[index]
-    bits = (fmt.k_bits, fmt.v_bits)
-    mined = mine_kv(q, k, v, num_patterns=config.patterns, num_sinks=0, bits=bits)
+    mined = mine_kv(q, k, v, num_patterns=config.patterns, num_sinks=0)
     pool.tables[index].write(1, *mined)
     tables = pool.tables[index]
     store_kv(fmt, pool.packed[index], slots, k, v, tables, table_ids)

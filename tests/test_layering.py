@@ -19,6 +19,7 @@ PACKAGES = {
 LAYERS = [
     [
         "patternkv_kernels.format",
+        "patternkv_kernels.launch",
         "patternkv_kernels.mined",
         "patternkv_kernels.mining_reference",
         "patternkv_kernels.plan",

@@ -55,12 +55,10 @@ class SimtMine(Mine):
     def __init__(self) -> None:
         super().__init__("cpu", "cuda")
 
-    def __call__(self, x: torch.Tensor, *, bits: int, **options: Any) -> MinedTable:
+    def __call__(self, x: torch.Tensor, **options: Any) -> MinedTable:
         return simt_mine(self.given(x).contiguous(), **options)[0]
 
-    def kv(
-        self, *vectors: torch.Tensor, bits: tuple[int, int], **options: Any
-    ) -> tuple[MinedTable, MinedTable]:
+    def kv(self, *vectors: torch.Tensor, **options: Any) -> tuple[MinedTable, MinedTable]:
         q, k, v = map(self.given, vectors)
         mined_k, mined_v = simt_mine(k, v, q, **options)
         assert mined_v.channel_weight is not None and (mined_v.channel_weight == 1).all()
@@ -122,11 +120,11 @@ def sampled_rows(n: int, most: int, tail: int) -> torch.Tensor:
 def test_same_tokens_give_the_same_bits(mine: Mine, n: int) -> None:
     n = min(n, mine.most)
     x = clustered(n)
-    first = mine(x, num_patterns=32, num_sinks=min(n, 4), bits=4)
+    first = mine(x, num_patterns=32, num_sinks=min(n, 4))
     torch.randn(1000, 10) @ torch.randn(10, 10)
     # Another stride and place in memory, same values.
     again = torch.cat([x, x])[n:].transpose(0, 1).contiguous().transpose(0, 1)
-    second = mine(again, num_patterns=32, num_sinks=min(n, 4), bits=4)
+    second = mine(again, num_patterns=32, num_sinks=min(n, 4))
     assert torch.equal(first.patterns, second.patterns)
     assert torch.equal(first.channel_scale, second.channel_scale)
 
@@ -136,7 +134,7 @@ def test_same_tokens_give_the_same_bits(mine: Mine, n: int) -> None:
 @pytest.mark.parametrize("num_patterns", [1, 16, 256])
 @pytest.mark.parametrize("d", [64, 96])
 def test_shapes_and_ranges(mine: Mine, n: int, num_patterns: int, d: int) -> None:
-    table = mine(clustered(n, 3, d), num_patterns=num_patterns, num_sinks=1, bits=2)
+    table = mine(clustered(n, 3, d), num_patterns=num_patterns, num_sinks=1)
     assert table.patterns.shape == (3, num_patterns, d)
     assert table.channel_scale.shape == (3, d)
     assert table.patterns.dtype == table.channel_scale.dtype == torch.float16
@@ -149,24 +147,24 @@ def test_shapes_and_ranges(mine: Mine, n: int, num_patterns: int, d: int) -> Non
 def test_sinks_are_the_first_patterns(mine: Mine) -> None:
     x = clustered(300).bfloat16()
     x[:4] *= 30
-    table = mine(x, num_patterns=16, num_sinks=4, bits=4)
+    table = mine(x, num_patterns=16, num_sinks=4)
     assert torch.equal(table.patterns[:, :4].transpose(0, 1).bfloat16(), x[:4])
     tiny = torch.full((1, 1, 64), 2.0**-20).bfloat16()
-    table = mine(tiny, num_patterns=1, num_sinks=1, bits=4)
+    table = mine(tiny, num_patterns=1, num_sinks=1)
     assert (table.patterns.float() - tiny.float()).abs().max() <= 2.0**-25
 
 
 @every_implementation
 def test_every_pattern_may_be_a_sink(mine: Mine) -> None:
     x = clustered(50).bfloat16()
-    table = mine(x, num_patterns=4, num_sinks=4, bits=4)
+    table = mine(x, num_patterns=4, num_sinks=4)
     assert torch.equal(table.patterns.transpose(0, 1).bfloat16(), x[:4])
 
 
 @every_implementation
 def test_few_tokens_are_their_own_patterns(mine: Mine) -> None:
     x = clustered(10).bfloat16()
-    table = mine(x, num_patterns=16, num_sinks=2, bits=4)
+    table = mine(x, num_patterns=16, num_sinks=2)
     assert torch.equal(table.patterns[:, :10].transpose(0, 1).bfloat16(), x)
     assert torch.equal(table.patterns[:, 10:], table.patterns[:, :1].expand(2, 6, 64))
 
@@ -175,7 +173,7 @@ def test_few_tokens_are_their_own_patterns(mine: Mine) -> None:
 def test_one_token_and_constant_tokens(mine: Mine) -> None:
     one = torch.full((1, 1, 64), 1.5)
     for x in (one, one.expand(100, 1, 64)):
-        table = mine(x, num_patterns=8, num_sinks=0, bits=4)
+        table = mine(x, num_patterns=8, num_sinks=0)
         assert (table.patterns == 1.5).all()
         assert (table.channel_scale == 1).all()
 
@@ -185,7 +183,7 @@ def test_one_token_and_constant_tokens(mine: Mine) -> None:
 def test_outliers_get_patterns(mine: Mine, iterations: int) -> None:
     x = clustered(1000).bfloat16()
     x[[123, 777]] = (100 * torch.randn(2, 2, 64, generator=torch.manual_seed(0))).bfloat16()
-    table = mine(x, num_patterns=32, num_sinks=0, bits=4, iterations=iterations)
+    table = mine(x, num_patterns=32, num_sinks=0, iterations=iterations)
     for token in (123, 777):
         exact = (table.patterns.float() == x[token].float().unsqueeze(1)).all(2)
         assert exact.any(1).all()
@@ -197,9 +195,9 @@ def test_long_segments_are_sampled_evenly_but_for_their_end(
     mine: Mine, max_sample: int, tail: int
 ) -> None:
     x = clustered(2000)
-    sampled = mine(x, num_patterns=16, num_sinks=4, bits=4, max_sample=max_sample)
+    sampled = mine(x, num_patterns=16, num_sinks=4, max_sample=max_sample)
     chosen = torch.cat([x[:4], x[4:][sampled_rows(1996, max_sample, tail)]])
-    whole = mine(chosen, num_patterns=16, num_sinks=4, bits=4)
+    whole = mine(chosen, num_patterns=16, num_sinks=4)
     assert torch.equal(sampled.patterns, whole.patterns)
     assert torch.equal(sampled.channel_scale, whole.channel_scale)
 
@@ -209,7 +207,7 @@ def test_channel_scale_follows_the_residuals(mine: Mine) -> None:
     generator = torch.manual_seed(0)
     spread = torch.logspace(-1, 0.5, 64)
     x = torch.randn(2000, 1, 64, generator=generator) * spread
-    table = mine(x, num_patterns=1, num_sinks=0, bits=4)
+    table = mine(x, num_patterns=1, num_sinks=0)
     relative = spread / spread.square().mean().sqrt()
     torch.testing.assert_close(table.channel_scale[0].float(), relative, rtol=0.1, atol=0.0)
     assert abs(float(table.channel_scale.float().square().mean()) - 1) < 0.01
@@ -219,13 +217,10 @@ def test_channel_scale_follows_the_residuals(mine: Mine) -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_patterns_and_channel_scale_pay(mine: Mine, bits: int) -> None:
     x = clustered(1000)
-    error = {
-        m: relative_error(x, mine(x, num_patterns=m, num_sinks=0, bits=bits), bits)
-        for m in (1, 16, 64)
-    }
+    error = {m: relative_error(x, mine(x, num_patterns=m, num_sinks=0), bits) for m in (1, 16, 64)}
     assert error[16] < 0.35 * error[1]
     assert error[64] < error[16]
-    mined = mine(x, num_patterns=16, num_sinks=0, bits=bits)
+    mined = mine(x, num_patterns=16, num_sinks=0)
     flat = mined._replace(channel_scale=torch.ones_like(mined.channel_scale))
     assert error[16] < 0.7 * relative_error(x, flat, bits)
 
@@ -234,7 +229,7 @@ def test_patterns_and_channel_scale_pay(mine: Mine, bits: int) -> None:
 def test_garbage_does_not_spread(mine: Mine) -> None:
     x = clustered(200)
     x[50], x[60, 0, 3] = torch.nan, torch.inf
-    table = mine(x, num_patterns=16, num_sinks=2, bits=4)
+    table = mine(x, num_patterns=16, num_sinks=2)
     assert table.patterns.isfinite().all()
     assert (table.channel_scale > 0).all()
     assert table.channel_scale.isfinite().all()
@@ -243,7 +238,6 @@ def test_garbage_does_not_spread(mine: Mine) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "bits=3"),
         ({"num_patterns": 0}, "num_patterns=0"),
         ({"num_patterns": 257}, "num_patterns=257"),
         ({"num_sinks": 17}, "num_sinks=17"),
@@ -252,14 +246,21 @@ def test_garbage_does_not_spread(mine: Mine) -> None:
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, int], message: str) -> None:
-    arguments = {"num_patterns": 16, "num_sinks": 4, "bits": 4, **options}
+    arguments = {"num_patterns": 16, "num_sinks": 4, **options}
     with pytest.raises(ValueError, match=message):
         mine_table(clustered(50), **arguments)
 
 
+def test_weights_of_other_channels_are_refused() -> None:
+    x = clustered(50)
+    weight = torch.ones(1, x.shape[2], dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"channel_weight is \[1, "):
+        mine_table(x, num_patterns=8, num_sinks=0, channel_weight=weight)
+
+
 def test_no_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
-        mine_table(torch.zeros(0, 2, 64), num_patterns=4, num_sinks=0, bits=4)
+        mine_table(torch.zeros(0, 2, 64), num_patterns=4, num_sinks=0)
 
 
 @every_implementation
@@ -270,7 +271,7 @@ def test_weighted_channels_are_stored_better_and_sinks_stay_exact(mine: Mine) ->
     weight[:, :16] = 4.0
 
     def stored(channel_weight: torch.Tensor | None) -> torch.Tensor:
-        mined = mine(x, num_patterns=16, num_sinks=2, bits=2, channel_weight=channel_weight)
+        mined = mine(x, num_patterns=16, num_sinks=2, channel_weight=channel_weight)
         tables = LayerTables.allocate(1, 2, 16, 64, "cpu")
         tables.write(0, mined, mined)
         fmt = SlotFormat(2, 2, 64, h_kv=2)
@@ -295,14 +296,14 @@ def test_k_and_v_are_mined_together_as_alone(mine: Mine, n: int) -> None:
     n = min(n, mine.most)
     k, v = clustered(n, seed=1).bfloat16(), clustered(n, seed=2).bfloat16()
     q = (torch.randn(n, 6, 64) * torch.linspace(0.5, 2.0, 64)).bfloat16()
-    together = mine.kv(q, k, v, num_patterns=32, num_sinks=2, bits=(4, 2))
+    together = mine.kv(q, k, v, num_patterns=32, num_sinks=2)
     weight = together[0].channel_weight
     assert weight is not None and together[1].channel_weight is None
     sampled = q[sampled_rows(n, 2048, 64)]
     torch.testing.assert_close(weight, query_weight(sampled, 2), rtol=2e-3, atol=0.0)
     alone = (
-        mine(k, num_patterns=32, num_sinks=2, bits=4, channel_weight=weight),
-        mine(v, num_patterns=32, num_sinks=2, bits=2),
+        mine(k, num_patterns=32, num_sinks=2, channel_weight=weight),
+        mine(v, num_patterns=32, num_sinks=2),
     )
     for mined, expected, x in zip(together, alone, (k, v), strict=True):
         assert torch.equal(mined.patterns[:, :2], expected.patterns[:, :2])
@@ -328,7 +329,7 @@ def test_the_kernel_errs_like_the_reference(
     k[:num_sinks] *= 20
     k += 10 * (torch.arange(d) % 16 == 3)  # channels far from zero, as keys have
     q = (torch.randn(n, 2 * h, d) * torch.linspace(0.5, 2.0, d)).bfloat16()
-    options = {"num_patterns": num_patterns, "num_sinks": num_sinks, "bits": (4, 4)}
+    options = {"num_patterns": num_patterns, "num_sinks": num_sinks}
     expected = mine_kv(q, k, v, impl="reference", **options)
     for x, table, reference in zip((k, v), mine.kv(q, k, v, **options), expected, strict=True):
         assert torch.equal(table.patterns[:, :num_sinks].transpose(0, 1).bfloat16(), x[:num_sinks])
@@ -342,7 +343,7 @@ def test_a_head_is_mined_alike_whatever_the_others(mine: Mine) -> None:
     x = clustered(200, 3).bfloat16()
     others = x.clone()
     others[:, ::2] *= 7
-    options = {"num_patterns": 24, "num_sinks": 3, "bits": 4}
+    options = {"num_patterns": 24, "num_sinks": 3}
     alone = mine(x[:, 1:2], **options)
     for table in (mine(x, **options), mine(others, **options)):
         assert torch.equal(table.patterns[1:2], alone.patterns)
@@ -353,7 +354,7 @@ def test_a_head_is_mined_alike_whatever_the_others(mine: Mine) -> None:
 def test_few_of_many_tokens_have_most_members(mine: Mine) -> None:
     """All tokens but few are one: a mean of many equal tokens is that token."""
     x = clustered(5)[torch.arange(700).clamp_max(4)].bfloat16()
-    table = mine(x, num_patterns=2, num_sinks=1, bits=4)
+    table = mine(x, num_patterns=2, num_sinks=1)
     mean = x[1:].float().mean(0)
     torch.testing.assert_close(table.patterns[:, 1].float(), mean, rtol=2e-3, atol=1e-4)
 
@@ -361,7 +362,7 @@ def test_few_of_many_tokens_have_most_members(mine: Mine) -> None:
 def test_k_and_v_of_other_shapes_are_refused() -> None:
     k = clustered(10)
     with pytest.raises(ValueError, match=r"k is \[10, 2, 64\] and v \[10, 1, 64\]"):
-        mine_kv(k, k, k[:, :1], num_patterns=8, num_sinks=0, bits=(4, 4))
+        mine_kv(k, k, k[:, :1], num_patterns=8, num_sinks=0)
 
 
 @every_implementation
@@ -369,7 +370,7 @@ def test_centres_without_tokens_move(mine: Mine) -> None:
     """Nearly all tokens are the same, so all centres start on one, and outliers are three."""
     distinct = clustered(11).bfloat16()
     x = distinct[torch.arange(1000).clamp_max(10)]
-    mined = mine(x, num_patterns=24, num_sinks=0, bits=4)
+    mined = mine(x, num_patterns=24, num_sinks=0)
     for head in range(2):
         exact = mined.patterns[head].float().unsqueeze(0) == distinct[:, head].float().unsqueeze(1)
         assert exact.all(2).any(1).all()

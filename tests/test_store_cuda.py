@@ -315,6 +315,7 @@ def test_argument_forms_do_not_matter() -> None:
         "strided dims": (slots, k.transpose(1, 2).contiguous().transpose(1, 2), v, table_ids),
         "int32 slots": (slots.int(), k, v, table_ids),
         "int64 tables": (slots, k, v, table_ids.long()),
+        "strided tables": (slots, k, v, table_ids.repeat_interleave(2)[::2]),
     }.items():
         buffer = empty.clone()
         at, keys, values, ids = arguments

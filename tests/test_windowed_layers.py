@@ -78,11 +78,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"window_k": [ring[..., :32] for ring in window_k]}, r"and end in \[2, 64\]"),
         (
             {"tables": [*layers.tables[1:], random_tables(2, 64, 0, 8)]},
-            "tables of 16 and of 8 patterns",
+            "has tables of 8 patterns, layer 0 of 16",
         ),
         (
             {"tables": [*layers.tables[1:], replace(layers.tables[0], patterns=every_other)]},
-            "tables of a layer are not contiguous",
+            "has tables that are not contiguous",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -99,7 +99,6 @@ class PatternKVSgl(LayerCache):
                 *(x[first : prompts.stop].transpose(0, 1).flatten(1, 2) for x in (q, k, v)),
                 num_patterns=self._patterns,
                 num_sinks=self.config.sinks,
-                bits=(self._format.k_bits, self._format.v_bits),
             )
             for i in prompts:
                 heads = slice((i - first) * self.h, (i - first + 1) * self.h)

@@ -6,7 +6,7 @@ from patternkv_kernels.decode_cuda import (
     DecodeWorkspace,
     SlotSource,
     decode_unavailable,
-    lower,
+    plan_decode,
     plans_are_alike,
 )
 from patternkv_kernels.dequantize import dequantize
@@ -14,7 +14,7 @@ from patternkv_kernels.format import SlotFormat, SlotViews
 from patternkv_kernels.mined import MinedTable
 from patternkv_kernels.mining import mine_kv, mine_table
 from patternkv_kernels.mining_reference import query_weight
-from patternkv_kernels.plan import DecodePlan, Window
+from patternkv_kernels.plan import DecodePlan
 from patternkv_kernels.ragged import (
     RaggedAttention,
     RaggedWorkspace,
@@ -25,7 +25,7 @@ from patternkv_kernels.rotate import rotate
 from patternkv_kernels.rotate_reference import hadamard, rotate_heads
 from patternkv_kernels.store import store_kv
 from patternkv_kernels.tables import LayerTables
-from patternkv_kernels.window import WindowWrite
+from patternkv_kernels.window import Window, WindowWrite
 from patternkv_kernels.windowed_layers import WindowedLayers, store_windows
 
 __all__ = [
@@ -45,10 +45,10 @@ __all__ = [
     "decode_unavailable",
     "dequantize",
     "hadamard",
-    "lower",
     "merge_states",
     "mine_kv",
     "mine_table",
+    "plan_decode",
     "plans_are_alike",
     "query_weight",
     "ragged_workspace",

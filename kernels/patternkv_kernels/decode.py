@@ -8,8 +8,9 @@ from patternkv_kernels.decode_cuda import DecodeWorkspace, tree_decode_cuda, uns
 from patternkv_kernels.decode_reference import tree_decode_reference
 from patternkv_kernels.dispatch import Impl, use_cuda
 from patternkv_kernels.format import SlotFormat
-from patternkv_kernels.plan import DecodePlan, Window
+from patternkv_kernels.plan import DecodePlan
 from patternkv_kernels.tables import LayerTables
+from patternkv_kernels.window import Window
 
 
 def tree_decode(
@@ -64,15 +65,16 @@ def tree_decode_with_lse(
     sm_scale: factor on ``q @ k``.
     logit_cap: ``cap * tanh(logit / cap)`` when positive, as SGLang's attention backends do.
     workspace: holds the work list of ``plan``, written by
-        :func:`~patternkv_kernels.decode_cuda.lower` once for all layers; None allocates and writes
-        one for this call. The torch reference needs none.
+        :func:`~patternkv_kernels.decode_cuda.plan_decode` once for all layers; None allocates and
+        writes one for this call. The torch reference needs none.
     impl: the CUDA kernels round queries and probabilities to float16.
 
     Returns ``out [b, h_q, d]`` in ``q.dtype`` and ``lse [b, h_q]`` float32, natural logarithm. A
     row without any token has ``out = 0`` and ``lse = -inf``.
 
-    Raises ``ValueError`` for shapes that do not fit the format or each other, and for a plan of
-    more rows than ``q``.
+    Raises ``ValueError`` for shapes and dtypes that do not fit the format or each other. A plan of
+    more rows than ``q``, or of more than ``workspace`` holds, is a ``ValueError`` of the reference,
+    while the CUDA planner, which the host does not wait for, traps.
     """
     d, h_kv = fmt.head_dim, fmt.h_kv
     fmt.check(buffer)
@@ -82,6 +84,6 @@ def tree_decode_with_lse(
     if window is not None:
         window.check(q)
     arguments = (q, fmt, buffer, tables, plan, window, sm_scale, logit_cap)
-    if use_cuda(impl, "decode", fmt, q.device, unsupported(q, fmt, window, plan)):
+    if use_cuda(impl, "decode", fmt, q.device, unsupported(q, fmt, tables, window, plan)):
         return tree_decode_cuda(*arguments, workspace)
     return tree_decode_reference(*arguments)

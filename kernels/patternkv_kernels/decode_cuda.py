@@ -10,11 +10,11 @@ import torch
 import patternkv_kernels.jit as jit
 from patternkv_kernels.dispatch import missing
 from patternkv_kernels.format import SlotFormat
-from patternkv_kernels.plan import DecodePlan, Window
-from patternkv_kernels.store_cuda import aligned
+from patternkv_kernels.launch import DTYPES, aligned
+from patternkv_kernels.plan import DecodePlan
 from patternkv_kernels.tables import LayerTables
+from patternkv_kernels.window import Window
 
-DTYPES = (torch.bfloat16, torch.float16)
 MAX_GROUP = 16
 """Most query heads per KV head."""
 
@@ -22,7 +22,7 @@ _GROUP_LIMIT = f"{{}} query heads per KV head: the kernels take at most {MAX_GRO
 _CHUNK = 8192
 """Longest chunk of a segment in one work item, kMaxChunk of decode_params.cuh."""
 _WORK_ITEM_WORDS = 8
-_HEADER_WORDS = 4
+_HEADER_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,17 @@ class DecodeWorkspace:
         sizes = _sizes(shape, device)
         return 4 * (sizes.words + sizes.floats)
 
+    def check(self, fmt: SlotFormat, num_patterns: int, h_q: int) -> None:
+        """Raises ``ValueError`` unless layers of ``fmt`` can use this memory: bits and pages may
+        differ."""
+        needed = h_q, fmt.h_kv, fmt.head_dim, num_patterns
+        own = self.shape.h_q, self.shape.fmt.h_kv, self.shape.fmt.head_dim, self.shape.num_patterns
+        if needed != own:
+            raise ValueError(
+                f"the workspace is for {own} query heads, KV heads, head dims and patterns, these "
+                f"are {needed}: allocate one for them"
+            )
+
     @property
     def capacities(self) -> tuple[int, int, int, int]:
         return self.shape.max_rows, self.shape.max_entries, self.max_narrow, self.max_wide
@@ -112,13 +123,17 @@ def _limits(shape: DecodeShape, device: torch.device) -> list[int]:
 
 
 def plans_are_alike(shape: DecodeShape, fmt: SlotFormat, device: torch.device) -> bool:
-    """Whether the kernels of ``fmt`` can read work lists that :func:`lower` makes for ``shape``."""
+    """Whether kernels of ``fmt`` can read what :func:`plan_decode` writes for ``shape``."""
     rows = (_limits(one, device)[4:] for one in (shape, replace(shape, fmt=fmt)))
     return len({tuple(limits) for limits in rows}) == 1
 
 
 def unsupported(
-    q: torch.Tensor, fmt: SlotFormat, window: Window | None, plan: DecodePlan
+    q: torch.Tensor,
+    fmt: SlotFormat,
+    tables: LayerTables,
+    window: Window | None,
+    plan: DecodePlan,
 ) -> str | None:
     """Why the CUDA kernels cannot take these arguments, or None."""
     group = q.shape[1] // fmt.h_kv
@@ -128,6 +143,8 @@ def unsupported(
         return _GROUP_LIMIT.format(group)
     if window is not None and window.k.dtype != q.dtype:
         return f"the window is {window.k.dtype} and q {q.dtype}: they must be alike"
+    if not tables.is_contiguous():
+        return "the tables are not contiguous"
     if plan.req_to_token.device != q.device:
         return f"the plan is on {plan.req_to_token.device} and q on {q.device}"
     return None
@@ -146,7 +163,7 @@ def decode_unavailable(shape: DecodeShape, device: torch.device) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class SlotSource:
-    """Where the slots of a plan's segments are before :func:`lower` lists them.
+    """Where the slots of a plan's segments are before :func:`plan_decode` lists them.
 
     The segments of such a plan follow each other in row 0 of its ``req_to_token``, which is the
     list.
@@ -160,7 +177,7 @@ class SlotSource:
     """of all segments"""
 
 
-def lower(
+def plan_decode(
     plan: DecodePlan, workspace: DecodeWorkspace, b: int, source: SlotSource | None = None
 ) -> None:
     """Write the work list of a batch of ``b`` rows into ``workspace``, on the current stream, and
@@ -211,7 +228,8 @@ def tree_decode_cuda(
         nnz, context = plan.rows.numel(), plan.req_to_token.shape[1]
         shape = DecodeShape(fmt, tables.num_patterns, h_q, b, nnz, b * context)
         workspace = DecodeWorkspace.allocate(shape, q.device)
-        lower(plan, workspace, b)
+        plan_decode(plan, workspace, b)
+    workspace.check(fmt, tables.num_patterns, h_q)
     exact: tuple[torch.Tensor | None, ...] = (None,) * 7
     if window is not None and window.k.shape[1] > 0:
         exact = (window.k, window.v, window.ring, window.start, window.end)

@@ -11,8 +11,9 @@ import torch
 
 from patternkv_kernels.dequantize_reference import dequantize_runs
 from patternkv_kernels.format import SlotFormat
-from patternkv_kernels.plan import DecodePlan, Window
+from patternkv_kernels.plan import DecodePlan
 from patternkv_kernels.tables import LayerTables
+from patternkv_kernels.window import Window
 
 _CHUNK = 256
 """Longest run of tokens in one work item."""

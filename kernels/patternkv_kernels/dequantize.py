@@ -19,6 +19,7 @@ def dequantize(
     table_ids: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
     impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored K and V vectors of ``slots``.

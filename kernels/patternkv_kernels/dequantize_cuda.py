@@ -6,7 +6,7 @@ import torch
 
 import patternkv_kernels.jit as jit
 from patternkv_kernels.format import SlotFormat
-from patternkv_kernels.store_cuda import index_tensor
+from patternkv_kernels.launch import index_tensor, table_tensor
 from patternkv_kernels.tables import LayerTables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,6 +36,6 @@ def dequantize_cuda(
         index_tensor(slots),
         tables.patterns,
         tables.channel_scale,
-        table_ids.int(),
+        table_tensor(table_ids),
         *out,
     )

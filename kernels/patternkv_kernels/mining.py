@@ -8,7 +8,7 @@ import torch
 
 import patternkv_kernels.jit as jit
 from patternkv_kernels.dispatch import Impl, use_cuda
-from patternkv_kernels.format import BITS, MAX_PATTERNS
+from patternkv_kernels.format import MAX_PATTERNS
 from patternkv_kernels.mined import MinedTable
 from patternkv_kernels.mining_cuda import mine_cuda, unsupported
 from patternkv_kernels.mining_reference import mine_reference, query_weight, sample
@@ -21,7 +21,6 @@ def mine_table(
     *,
     num_patterns: int,
     num_sinks: int,
-    bits: int,
     channel_weight: torch.Tensor | None = None,
     max_sample: int = _MAX_SAMPLE,
     iterations: int = _ITERATIONS,
@@ -47,17 +46,22 @@ def mine_table(
         pattern 0 fills up.
     num_sinks: 0..num_patterns, how many of ``x``'s first tokens are sinks; 0 when ``x`` does not
         start a sequence.
-    bits: 2 or 4, of the codes this table will be used with. Only validated: measurements gave no
-        reason to mine differently.
     channel_weight: float16 ``[h, d]``, positive: how much an error in each channel counts, for the
         clusters here and for the store later (:func:`query_weight`); None counts all alike.
     max_sample: at most this many tokens besides the sinks are looked at, evenly spaced but for the
         last 64, which are among them.
     iterations: Lloyd steps before the outliers join; one more follows.
     """
-    _check(x, num_patterns, num_sinks, (bits,))
+    _check(x, num_patterns, num_sinks)
     if max_sample < 1 or iterations < 0:
         raise ValueError(f"max_sample={max_sample}, iterations={iterations}: need >= 1 and >= 0")
+    if channel_weight is not None:
+        if channel_weight.shape != x.shape[1:] or channel_weight.device != x.device:
+            raise ValueError(
+                f"channel_weight is {list(channel_weight.shape)} on {channel_weight.device}: x "
+                f"{list(x.shape)} on {x.device} needs {list(x.shape[1:])} there"
+            )
+        channel_weight = channel_weight.half()
     out = MinedTable(*_allocate(x, x.shape[1], num_patterns))
     _mine([x], None, channel_weight, [out], num_sinks, max_sample, iterations, impl)
     return out._replace(channel_weight=channel_weight)
@@ -70,17 +74,15 @@ def mine_kv(
     *,
     num_patterns: int,
     num_sinks: int,
-    bits: tuple[int, int],
     out: tuple[MinedTable, MinedTable] | None = None,
     impl: Impl = "auto",
 ) -> tuple[MinedTable, MinedTable]:
     """Mine K's and V's tables of one layer from a segment's ``q [n, h_q, d]`` and ``k``, ``v [n,
     h_kv, d]``: K's channels weighted by queries, which are sampled as tokens are, V's alike.
-    ``bits`` are those of K and V; the rest is as in :func:`mine_table`, and so are the tables, but
-    mined together.
+    The rest is as in :func:`mine_table`, and so are the tables, but mined together.
 
     ``out`` is memory for the result, such as :meth:`LayerTables.table`; None allocates it."""
-    _check(k, num_patterns, num_sinks, bits)
+    _check(k, num_patterns, num_sinks)
     if v.shape != k.shape:
         raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: must be alike")
     h_kv, d = k.shape[1:]
@@ -141,10 +143,7 @@ def _mine(
         mined.fill(MinedTable(patterns[heads], channel_scale[heads], weight))
 
 
-def _check(x: torch.Tensor, num_patterns: int, num_sinks: int, bits: tuple[int, ...]) -> None:
-    for b in bits:
-        if b not in BITS:
-            raise ValueError(f"bits={b}: codes have 2 or 4 bits; choose one of {BITS}")
+def _check(x: torch.Tensor, num_patterns: int, num_sinks: int) -> None:
     if not 1 <= num_patterns <= MAX_PATTERNS:
         raise ValueError(
             f"num_patterns={num_patterns}: must be in 1..{MAX_PATTERNS} (a pattern id is one byte)"

@@ -8,8 +8,8 @@ import torch
 
 import patternkv_kernels.jit as jit
 from patternkv_kernels.format import HEAD_DIMS
+from patternkv_kernels.launch import DTYPES, aligned
 from patternkv_kernels.mined import MinedTable
-from patternkv_kernels.store_cuda import DTYPES, aligned
 
 MAX_TOKENS = 2048
 """Besides the sinks: eight blocks of 256."""

@@ -13,7 +13,7 @@ _OUTLIER_SHARE = 8
 """One in this many of the free patterns starts as an outlier token."""
 _PRIOR_TOKENS = 16
 """Weight, in tokens, of the plain spread of the channels next to that of the residuals."""
-_TAIL_TOKENS = 64
+_SAMPLED_TAIL = 64
 """Most of a segment's last tokens that are looked at however long it is: a prompt ends in its
 question, which answers begin by reading."""
 _NO_SPREAD = 2.0**-20
@@ -42,11 +42,11 @@ def query_weight(q: torch.Tensor, h_kv: int) -> torch.Tensor:
 
 def sample(x: torch.Tensor, num_sinks: int, max_sample: int) -> slice | torch.Tensor:
     """Which rows of ``x`` are looked at besides the sinks: all, or evenly spaced ones and the last
-    ``_TAIL_TOKENS``, or half of ``max_sample`` if that is less."""
+    ``_SAMPLED_TAIL``, or half of ``max_sample`` if that is less."""
     n = len(x) - num_sinks
     if n <= max_sample:
         return slice(num_sinks, None)
-    tail = min(_TAIL_TOKENS, max_sample // 2)
+    tail = min(_SAMPLED_TAIL, max_sample // 2)
     count = max_sample - tail
     rows = torch.arange(max_sample, device=x.device)
     spread = (rows * (n - tail)).div_(count, rounding_mode="floor")

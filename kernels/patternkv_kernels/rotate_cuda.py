@@ -6,7 +6,7 @@ import torch
 
 import patternkv_kernels.jit as jit
 from patternkv_kernels.format import HEAD_DIMS
-from patternkv_kernels.store_cuda import DTYPES, aligned
+from patternkv_kernels.launch import DTYPES, aligned
 
 
 def unsupported(q: torch.Tensor) -> str | None:

@@ -20,8 +20,8 @@ def store_kv(
     v: torch.Tensor,
     tables: LayerTables,
     table_ids: torch.Tensor,
-    impl: Impl = "auto",
     *,
+    impl: Impl = "auto",
     window: WindowWrite | None = None,
 ) -> None:
     """Quantize the ``n`` tokens ``k``, ``v`` and write them to ``slots``.

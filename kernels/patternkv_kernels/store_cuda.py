@@ -6,10 +6,9 @@ import torch
 
 import patternkv_kernels.jit as jit
 from patternkv_kernels.format import SlotFormat
+from patternkv_kernels.launch import DTYPES, aligned, index_tensor, table_tensor
 from patternkv_kernels.tables import LayerTables
 from patternkv_kernels.window import WindowWrite
-
-DTYPES = (torch.bfloat16, torch.float16)
 
 
 def unsupported(k: torch.Tensor, v: torch.Tensor, tables: LayerTables) -> str | None:
@@ -45,7 +44,7 @@ def store_kv_cuda(
         tables.patterns,
         tables.channel_scale,
         tables.channel_weight,
-        table_ids.int(),
+        table_tensor(table_ids),
         None if window is None else window.k,
         None if window is None else window.v,
         None if window is None else window.index.contiguous(),
@@ -73,19 +72,5 @@ def store_windows_cuda(
         dtype == torch.bfloat16,
         index_tensor(slots),
         index_tensor(index),
-        table_ids.int(),
+        table_tensor(table_ids),
     )
-
-
-def index_tensor(slots: torch.Tensor) -> torch.Tensor:
-    """``slots`` as the kernels take them: contiguous int64 or int32."""
-    slots = slots if slots.dtype in (torch.int32, torch.int64) else slots.long()
-    return slots.contiguous()
-
-
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` or a copy with contiguous vectors that start at multiples of 16 bytes."""
-    token, head, dim = x.stride()
-    if dim == 1 and token % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)

@@ -61,16 +61,6 @@ class LayerTables:
         return self.patterns[:, 1]
 
     @property
-    def k_channel_scale(self) -> torch.Tensor:
-        """float16 ``[num_tables, h_kv, d]``, a view"""
-        return self.channel_scale[:, 0]
-
-    @property
-    def v_channel_scale(self) -> torch.Tensor:
-        """float16 ``[num_tables, h_kv, d]``, a view"""
-        return self.channel_scale[:, 1]
-
-    @property
     def num_tables(self) -> int:
         return self.patterns.shape[0]
 
@@ -114,9 +104,3 @@ class LayerTables:
         """Fill table ``table_id`` with mined content of at most ``num_patterns`` patterns each."""
         for content, mined in zip(self.table(table_id), (k, v), strict=True):
             content.fill(mined)
-
-    def clear(self, table_id: int) -> None:
-        """Turn table ``table_id`` back into the zero table."""
-        self.patterns[table_id] = 0
-        self.channel_scale[table_id] = 1
-        self.channel_weight[table_id] = 1

@@ -39,13 +39,19 @@ class WindowedLayers:
                 f"{counts} pools, tables and windows of K and V: each layer needs one of each"
             )
         first, num_patterns = self.window_k[0], self.tables[0].num_patterns
-        for buffer, tables, *_ in self.each():
+        for layer, (buffer, tables, *_) in enumerate(self.each()):
             self.fmt.check(buffer)
             tables.check(self.fmt.h_kv, self.fmt.head_dim)
             if tables.num_patterns != num_patterns:
-                raise ValueError(f"tables of {num_patterns} and of {tables.num_patterns} patterns")
+                raise ValueError(
+                    f"layer {layer} of these has tables of {tables.num_patterns} patterns, layer 0 "
+                    f"of {num_patterns}: allocate all with one num_patterns"
+                )
             if not tables.is_contiguous():
-                raise ValueError("tables of a layer are not contiguous")
+                raise ValueError(
+                    f"layer {layer} of these has tables that are not contiguous: kernels address "
+                    "them by shape alone"
+                )
         needed = (self.fmt.h_kv, self.fmt.head_dim)
         for ring in (*self.window_k, *self.window_v):
             alike = ring.shape == first.shape and ring.dtype == first.dtype
@@ -74,6 +80,7 @@ def store_windows(
     slots: torch.Tensor,
     index: torch.Tensor,
     table_ids: torch.Tensor,
+    *,
     impl: Impl = "auto",
 ) -> None:
     """Quantize ``n`` tokens that the windows of every layer hold and write them to ``slots``, as

@@ -13,7 +13,7 @@ question's reasoning reveals a fact that another question needs.
 **Split.** The numbers of a context, summed, decide its split: held out exactly when the sum is a
 multiple of ``SPLIT_MODULUS``. Both generators (this file and ``batches.py``) place every context
 they draw on their own side by moving one balance, so no held-out context, hence no held-out
-problem, can occur in training whatever the seeds. ``split_of`` reads the split off the text.
+problem, can occur in training whatever the seeds.
 
 Run ``python -m recipes.demo.ledger --level demo --contexts 4 --questions 2 --out problems.jsonl``.
 """
@@ -138,11 +138,6 @@ def extract_answer(text: str) -> str | None:
     return str(int(found[-1])) if found else None
 
 
-def is_correct(text: str, answer: str) -> bool:
-    """Whether a completion states ``answer``."""
-    return extract_answer(text) == answer
-
-
 def solve(context: str, question: str) -> str:
     """The answer, worked out from the text alone."""
     facts = _read_facts(context)
@@ -155,12 +150,6 @@ def solve(context: str, question: str) -> str:
         if not reference:
             return str(total % MODULUS)
         name = (reference[0], reference[1])
-
-
-def split_of(context: str) -> str:
-    """The split a context belongs to: a function of its text."""
-    total = sum(int(body[-1]) for body in _read_facts(context).values())
-    return "train" if total % SPLIT_MODULUS else "heldout"
 
 
 def _read_facts(context: str) -> dict[tuple[str, str], list[str]]:

@@ -41,7 +41,8 @@ struct Arguments {
       schedule,     // of warps, see simt::schedule
       fewest_rows,  // from which shared segments there are for the kernels of more than 32 rows
       num_narrow,   // answered: work items of private segments with a kernel of their own
-      num_wide;     // answered: the other work items, negative where they are for those kernels
+      num_wide,     // answered: the other work items for kernels of up to 32 rows
+      num_many;     // answered: those for the kernel of the most rows
   double sm_scale, logit_cap;
 };
 
@@ -134,7 +135,7 @@ extern "C" void decode(Arguments* arguments) {
     plan_grid.x += 2;
   }
   simt::launch(plan_grid, plan::kPlanThreads, 0, [&] { plan::plan_kernel(p); });
-  a.num_narrow = header.num_narrow, a.num_wide = header.num_wide;
+  a.num_narrow = header.num_narrow, a.num_wide = header.num_wide, a.num_many = header.num_many;
 
   DecodeParams d = {};
   d.q = a.q;

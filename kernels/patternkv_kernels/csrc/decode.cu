@@ -147,6 +147,10 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
   TVM_FFI_ICHECK_LE(b, max_rows) << "rows of a batch";
   const WorkParts parts = work_parts(work, {max_rows, max_entries, max_narrow, max_wide});
   CHECK_INPUT_AND_TYPE(states, dl_float32);
+  CHECK_INPUT_AND_TYPE(rows, dl_int32);
+  CHECK_INPUT_AND_TYPE(patterns, dl_float16);
+  CHECK_INPUT_AND_TYPE(channel_scale, dl_float16);
+  CHECK_INPUT_TYPE(req_to_token, dl_int32);
   const int64_t num_states = max_states + max_rows;
   TVM_FFI_ICHECK_GE(states.numel(), num_states * h_q * (HEAD_DIM + 2)) << "states";
 
@@ -183,6 +187,9 @@ void decode_layer(TensorView q, TensorView buffer, int64_t page_size, TensorView
     merged.out = static_cast<T*>(out.data_ptr());
     merged.lse = static_cast<float*>(lse.data_ptr());
     if (window_k.has_value()) {
+      for (const auto& positions : {ring, start, end}) {
+        CHECK_INPUT_AND_TYPE(positions.value(), dl_int64);
+      }
       merged.window = {static_cast<T*>(window_k.value().data_ptr()),
                        static_cast<T*>(window_v.value().data_ptr()),
                        static_cast<const int64_t*>(ring.value().data_ptr()),

@@ -10,7 +10,7 @@ namespace patternkv {
 // Shapes are the caller's to check; k and v are contiguous [n, h_kv, HEAD_DIM].
 void dequantize_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView patterns,
                    TensorView channel_scale, TensorView table_ids, TensorView k, TensorView v) {
-  CHECK_INPUT_TYPE(table_ids, dl_int32);
+  CHECK_INPUT_AND_TYPE(table_ids, dl_int32);
   for (const TensorView* x : {&slots, &patterns, &table_ids, &k, &v}) {
     check_same_device(*x, buffer, "an argument of dequantize", "the buffer");
   }

@@ -67,7 +67,7 @@ void store_kv(TensorView buffer, int64_t page_size, TensorView slots, TensorView
               TensorView patterns, TensorView channel_scale, TensorView channel_weight,
               TensorView table_ids, ffi::Optional<TensorView> window_k,
               ffi::Optional<TensorView> window_v, ffi::Optional<TensorView> window_rows) {
-  CHECK_INPUT_TYPE(table_ids, dl_int32);
+  CHECK_INPUT_AND_TYPE(table_ids, dl_int32);
   for (const TensorView* x : {&slots, &k, &v, &patterns, &table_ids}) {
     check_same_device(*x, buffer, "an argument of the store", "the buffer");
   }

@@ -10,7 +10,7 @@
 
 namespace patternkv {
 
-constexpr int kThreads = 128;  // of a block of either attention kernel: four warps
+constexpr int kThreads = 128;  // of a block of most attention kernels: four warps
 constexpr int kWarps = kThreads / 32;
 constexpr int kTokenAlign = 64;  // chunks are multiples of it: a tile of most kernels
 // Steps whose shared segments have mostly fewer query rows are left to the kernels of up to 32.
@@ -34,10 +34,10 @@ struct alignas(16) WorkItem {
 };
 
 // Counters of the work list, in device memory.
-struct WorkHeader {
-  // Items. Wide ones are of one kind in a step: where they are for the kernel of the most rows,
-  // their number is negative.
-  int num_narrow, num_wide;
+struct alignas(16) WorkHeader {
+  // Items. The wide ones of a step are all for the kernels of up to 32 rows, or many: for the one
+  // of the most rows.
+  int num_narrow, num_wide, num_many;
   // Units taken beyond every block's first; the merge kernel zeroes them for the next layer.
   int next_narrow, next_wide;
 };
@@ -49,7 +49,6 @@ struct StateRun {
 
 struct WorkQueue {
   const int* num_items;
-  int sign;  // of the number where there is work
   int* taken;
   const WorkItem* items;
 };
@@ -62,14 +61,10 @@ struct WorkList {
   StateRun* runs;   // [nnz], those of batch row i are runs[run_indptr[i] .. run_indptr[i + 1])
 
   __device__ WorkQueue narrow() const {
-    return {&header->num_narrow, 1, &header->next_narrow, narrow_items};
+    return {&header->num_narrow, &header->next_narrow, narrow_items};
   }
-  __device__ WorkQueue wide() const {
-    return {&header->num_wide, 1, &header->next_wide, wide_items};
-  }
-  __device__ WorkQueue many() const {
-    return {&header->num_wide, -1, &header->next_wide, wide_items};
-  }
+  __device__ WorkQueue wide() const { return {&header->num_wide, &header->next_wide, wide_items}; }
+  __device__ WorkQueue many() const { return {&header->num_many, &header->next_wide, wide_items}; }
 };
 
 struct DecodeParams {

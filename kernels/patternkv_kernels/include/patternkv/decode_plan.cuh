@@ -272,7 +272,6 @@ __device__ void write_work(const PlanParams& p, ChunkLimits limits, bool many) {
       const int i = find(first_entries, e);
       const Place place = places[i];
       const int at = p.places[e];
-      if (at >= p.max_runs) __trap();
       p.work.runs[at] = {place.state + (e - first_entries[i]) * place.chunks.count,
                          place.chunks.count};
     }
@@ -280,7 +279,7 @@ __device__ void write_work(const PlanParams& p, ChunkLimits limits, bool many) {
   }
   if (thread == 0) {
     if (total[kStates] > p.max_states) __trap();
-    *p.work.header = {total[kNarrow], many ? -total[kWide] : total[kWide], 0, 0};
+    *p.work.header = {total[kNarrow], many ? 0 : total[kWide], many ? total[kWide] : 0, 0, 0};
   }
 }
 
@@ -307,6 +306,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const PlanParams 
   if (blockIdx.x > 0) return list_slots(given);
   PlanParams p = given;
   const int num_entries = p.num_segments > 0 ? p.row_indptr[p.num_segments] : 0;
+  if (num_entries > p.max_runs) __trap();  // nothing is written beyond the workspace
   const bool many = p.many_branches > 0 && has_many_rows(p);
   if (many) p.wide_branches = p.many_branches, p.wide_blocks = p.many_blocks;
   place_runs(p, num_entries);

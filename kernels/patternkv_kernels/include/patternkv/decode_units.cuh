@@ -34,9 +34,10 @@ struct FixedPoint {
   __device__ float unit() const { return __int_as_float((127 - fraction) << 23); }
 };
 
-// A grid whose blocks come here last ends after the one before it, and what waits for this grid
-// waits for both. The block that is the last to have work does so: to the others, even a wait for
-// what has long ended costs time, and they leave their multiprocessors to the next kernel.
+// A grid whose blocks come here last ends after the one before it, so what waits for this grid
+// waits for both, and a wait for the last kernel of a chain is one for all of them. The last block
+// alone does so, which is the first to have no work: to the others, even a wait for what has long
+// ended costs time, and they leave their multiprocessors to the next kernel.
 __device__ __forceinline__ void end_after_previous_kernel() {
   if (blockIdx.x == gridDim.x - 1) wait_for_previous_kernel();
 }
@@ -54,7 +55,7 @@ class Units {
         queue_(queue),
         h_kv_(h_kv),
         unit_(blockIdx.x),
-        num_units_(queue.sign * *queue.num_items * h_kv),
+        num_units_(*queue.num_items * h_kv),
         next_(next) {}
 
   __device__ __forceinline__ bool any() const { return unit_ < num_units_; }

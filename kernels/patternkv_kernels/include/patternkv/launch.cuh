@@ -29,11 +29,13 @@ int resident_blocks(int device) {
   TVM_FFI_ICHECK(device >= 0 && device < kMaxDevices) << "device " << device;
   if (blocks[device] == 0) {
     int per_sm = 0, sms = 0;
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
     if constexpr (kBytes > 0) {
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+            "shared memory of a kernel");
     }
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, kThreads, kBytes);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, kThreads, kBytes),
+          "occupancy of a kernel");
     blocks[device] = std::max(per_sm, 1) * std::max(sms, 1);
   }
   return blocks[device];
