@@ -85,6 +85,12 @@ CONFLICTS = (
     Conflict("pp_size", (1,), "table decisions are made once per scheduler, not per stage"),
     Conflict("attn_dp_size", (1,), "padded attention-DP batches carry no requests"),
     Conflict("enable_dp_attention", (False,), "padded attention-DP batches carry no requests"),
+    Conflict(
+        "tokenizer_worker_num",
+        (1,),
+        "SGLang loads no plug-ins in its tokenizer workers, which would let requests through that "
+        "end a scheduler",
+    ),
 )
 
 

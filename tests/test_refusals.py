@@ -73,6 +73,7 @@ REFUSED = {
     "pp_size": 2,
     "attn_dp_size": 2,
     "enable_dp_attention": True,
+    "tokenizer_worker_num": 2,
 }
 
 
