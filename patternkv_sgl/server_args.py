@@ -119,6 +119,7 @@ def _build(base: Any) -> Any:
                 refuse_model(model)
                 config_of(self).exceptions(model.num_hidden_layers)
                 _warn_of_no_sharing(self)
+                _warn_of_no_mining(self)
 
     KVQuantServerArgs._NS_BY_FIELD = {
         **base._NS_BY_FIELD,
@@ -159,6 +160,18 @@ def _warn_of_no_sharing(args: Any) -> None:
         logger.warning(
             "--disable-radix-cache: every branch prefills the whole prompt and stores and reads a "
             "copy of its own. Drop the flag to share prompts between branches and requests."
+        )
+
+
+def _warn_of_no_mining(args: Any) -> None:
+    """Log that chunks are too short for what ``--kv-quant-mine-tokens`` asks of a prefill."""
+    chunk, needed = args.chunked_prefill_size, args.kv_quant_mine_tokens
+    if chunk is not None and 0 < chunk < needed:
+        logger.warning(
+            "--chunked-prefill-size %d is below --kv-quant-mine-tokens %d: no chunk is long enough "
+            "to mine a table, so all prompts are stored with that of the first one. Raise the "
+            "first to at least %d, or lower the second.",
+            *(chunk, needed, needed),
         )
 
 

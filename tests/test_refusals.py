@@ -305,6 +305,33 @@ def test_a_disabled_tree_is_warned_of_once(
     assert all("Drop the flag" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("kv_quant", "chunk", "warned"),
+    [
+        ("patternkv", 255, True),
+        ("patternkv", 256, False),
+        ("patternkv", -1, False),
+        ("patternkv", None, False),
+        (None, 255, False),
+    ],
+)
+def test_chunks_too_short_to_mine_are_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kv_quant: str | None,
+    chunk: int | None,
+    warned: bool,
+) -> None:
+    path = write_model(tmp_path / "64")
+    given = {"device": "cpu", "skip_tokenizer_init": True, "chunked_prefill_size": chunk}
+    args = KVQuantServerArgs(model_path=path, kv_quant=kv_quant, **given)
+    args.resolve_once()
+    args.check_server_args()
+    lines = [record.message for record in caplog.records if "-mine-tokens" in record.message]
+    assert len(lines) == warned
+    assert all("255 is below --kv-quant-mine-tokens 256" in line for line in lines)
+
+
 def attention(**changes: Any) -> RadixAttention:
     options = {"num_heads": 4, "head_dim": 64, "scaling": 0.125, "num_kv_heads": 2, "layer_id": 0}
     return RadixAttention(**(options | changes))
