@@ -35,7 +35,9 @@ class ReleaseQueue:
             yield
         finally:
             self._waiting = None
-            self._allocator.free_group_begin()
+            # A step that failed may have left its own group open; its error is the one to tell.
+            if self._allocator.free_group is None:
+                self._allocator.free_group_begin()
             for release in waiting:
                 release()
             self._allocator.free_group_end()

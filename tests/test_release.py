@@ -87,6 +87,20 @@ def test_a_step_that_fails_releases_too(scheduler: Scheduler) -> None:
     assert not second.kv.holds_kv
 
 
+def test_a_step_that_fails_while_it_frees_tells_its_own_error(scheduler: Scheduler) -> None:
+    (request,) = scheduler.prefill(range(40))
+
+    def process() -> None:
+        scheduler.allocator.free_group_begin()
+        scheduler.finish(request)
+        raise ValueError("a broken step")
+
+    with pytest.raises(ValueError, match="a broken step"):
+        step(scheduler, process)
+    assert not request.kv.holds_kv
+    assert scheduler.allocator.free_group is None
+
+
 def test_what_releases_free_is_one_group(scheduler: Scheduler) -> None:
     allocator, groups = scheduler.allocator, []
     releases = ReleaseQueue(allocator, lambda: None)
