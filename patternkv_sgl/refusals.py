@@ -259,6 +259,20 @@ def refuse_top_logprobs(num: Any, vocab_size: int) -> None:
         )
 
 
+def refuse_logprob_start(start: Any) -> None:
+    """Refuse logprobs of a prompt from a negative position on, whose number ends the scheduler
+    (managers/scheduler_components/logprob_result_processor.py), or from anything but a position.
+
+    Raises:
+        ValueError: names the value and the limit.
+    """
+    if not isinstance(start, int) or start < -1:
+        raise ValueError(
+            f"logprob_start_len {start!r}: expected a position in the prompt from 0 on, or -1 for "
+            "no logprobs of the prompt."
+        )
+
+
 def refuse_layers(model: nn.Module) -> None:
     """Refuse a loaded model with an attention layer of a kind that the cache cannot serve.
 

@@ -9,7 +9,12 @@ from typing import Any
 
 from patternkv_sgl import hooks
 from patternkv_sgl.dispatch import BranchDispatch
-from patternkv_sgl.refusals import refuse_ids, refuse_no_tokens, refuse_top_logprobs
+from patternkv_sgl.refusals import (
+    refuse_ids,
+    refuse_logprob_start,
+    refuse_no_tokens,
+    refuse_top_logprobs,
+)
 
 _dispatch = BranchDispatch()
 
@@ -55,6 +60,8 @@ def validate_request(self: Any, obj: Any, input_ids: Any) -> None:
     vocab_size = self.model_config.vocab_size
     # SGLang refuses unknown ids in token_ids_logprob itself.
     refuse_top_logprobs(getattr(obj, "top_logprobs_num", 0), vocab_size)
+    if getattr(obj, "return_logprob", False):
+        refuse_logprob_start(obj.logprob_start_len)
     if input_ids is None or getattr(obj, "input_embeds", None) is not None:
         return
     refuse_no_tokens(input_ids)

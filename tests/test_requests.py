@@ -54,6 +54,31 @@ def test_logprobs_of_more_tokens_than_there_are_are_refused(
     assert f"up to {VOCAB_SIZE}," in str(error.value)
 
 
+@pytest.mark.parametrize("start", [None, -1, 0, 1, [0, -1]])
+def test_logprobs_from_a_position_on_are_accepted(start: Any) -> None:
+    validate(logprob_start_len=start)
+
+
+@pytest.mark.parametrize(
+    ("stated", "value"),
+    [
+        ({"logprob_start_len": -2}, -2),
+        ({"logprob_start_len": [0, -7]}, -7),
+        ({"logprob_start_len": -2, "sampling_params": {"n": 2}}, -2),
+        ({"logprob_start_len": [5], "text": "a"}, [5]),
+        ({"logprob_start_len": 1.5}, 1.5),
+    ],
+)
+def test_logprobs_from_nowhere_are_refused(stated: dict[str, Any], value: Any) -> None:
+    with pytest.raises(ValueError, match="expected a position in the prompt") as error:
+        validate(**stated)
+    assert str(error.value).startswith(f"logprob_start_len {value!r}: ")
+
+
+def test_where_logprobs_begin_says_nothing_without_them() -> None:
+    validate(logprob_start_len=-2, return_logprob=False)
+
+
 def test_embeddings_have_no_logprobs() -> None:
     tokenizer_manager.validate_request(MANAGER, EmbeddingReqInput(text="a"), [5, 6])
 

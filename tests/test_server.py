@@ -242,6 +242,10 @@ def test_bad_requests_are_answered_and_the_server_goes_on(
             {"input_ids": [5, 6], "return_logprob": True, "token_ids_logprob": [99999]},
             "out-of-vocabulary token id 99999",
         ),
+        (
+            {"input_ids": [5, 6], "return_logprob": True, "logprob_start_len": -7},
+            "logprob_start_len -7: expected a position in the prompt",
+        ),
     ],
 )
 def test_requests_that_would_end_the_scheduler_are_answered(
