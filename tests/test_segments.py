@@ -243,12 +243,32 @@ def test_a_short_shared_run_goes_to_the_longer_one_below_it() -> None:
     ]
 
 
+def test_a_short_shared_run_below_a_shared_one_goes_to_the_longer_one_below_it() -> None:
+    prefix = chain(LONG, SHORT, LONG)
+    readers = [reader(row, prefix[:depth], []) for row, depth in enumerate([3, 3, 2, 1])]
+    assert items(build_segments(readers)) == [
+        (100, 0, LONG, 1, [0, 1, 2, 3]),
+        (100, LONG, LONG + SHORT + LONG, 1, [0, 1]),
+        (102, LONG, LONG + SHORT, 1, [2]),
+    ]
+
+
 def test_a_row_that_reads_less_than_its_node_bounds_the_shared_segment() -> None:
     prefix = chain(100)
     longer, shorter = reader(0, prefix, []), reader(1, prefix, [])
     assert items(build_segments([longer, shorter._replace(end=60)])) == [
         (100, 0, 60, 1, [0, 1]),
         (100, 60, 100, 1, [0]),
+    ]
+
+
+def test_a_shared_run_begins_where_a_bounded_one_above_it_ends() -> None:
+    prefix = chain(100, 50)
+    readers = [reader(row, prefix, []) for row in range(2)]
+    shorter = reader(2, prefix[:1], [])._replace(end=60)
+    assert items(build_segments([*readers, shorter])) == [
+        (100, 0, 60, 1, [0, 1, 2]),
+        (100, 60, 150, 1, [0, 1]),
     ]
 
 
