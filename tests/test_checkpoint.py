@@ -191,6 +191,19 @@ def test_branches_of_a_prompt_are_matched_once() -> None:
         assert find.call_count == 6
 
 
+def test_a_retracted_branch_is_matched_by_its_own_answer() -> None:
+    scheduler = Scheduler(CONFIG, size=SIZE)
+    prompt = array("q", range(40))
+    first, second, done = scheduler.prefill(prompt, prompt, prompt)
+    for token in range(1000, 1020):
+        scheduler.decode([first, second, done], [token, token + 1000, token])
+    scheduler.finish(done)
+    for req in (first, second):
+        scheduler.retract(req)
+    found = [scheduler.readmit(req).prefix_len for req in (first, second)]
+    assert found == [60 - CONFIG.window, 40]
+
+
 def test_evicted_tokens_are_not_matched() -> None:
     scheduler = Scheduler(CONFIG, size=SIZE)
     prompt = array("q", range(40))
@@ -198,3 +211,34 @@ def test_evicted_tokens_are_not_matched() -> None:
     scheduler.drop_waiting(scheduler.admit(prompt))
     scheduler.evict(SIZE)
     assert scheduler.admit(prompt).prefix_len == 0
+
+
+def test_flushed_tokens_are_not_matched() -> None:
+    scheduler = Scheduler(CONFIG, size=SIZE)
+    prompt = array("q", range(40))
+    scheduler.finish(scheduler.prefill(prompt)[0])
+    scheduler.drop_waiting(scheduler.admit(prompt))
+    scheduler.flush()
+    assert scheduler.admit(prompt).prefix_len == 0
+
+
+def test_what_is_matched_is_evicted_last() -> None:
+    scheduler = Scheduler(CONFIG, size=SIZE)
+    for start in (0, 100):
+        scheduler.finish(scheduler.prefill(range(start, start + 40))[0])
+    longer = [[*range(start, start + 40), *[999] * CONFIG.window] for start in (0, 100)]
+    scheduler.drop_waiting(scheduler.admit(longer[0]))
+    assert scheduler.evict(1) == 40
+    assert [scheduler.admit(prompt).prefix_len for prompt in longer] == [40, 0]
+
+
+def test_an_answer_is_evicted_without_its_prompt() -> None:
+    """Also that of a request which ends before its prompt is in the tree."""
+    scheduler = Scheduler(CONFIG, size=SIZE)
+    req = scheduler.admit(range(40))
+    scheduler.extend([req])
+    for token in range(8):
+        scheduler.decode([req], [9000 + token])
+    scheduler.finish(req)
+    assert scheduler.evict(1) == 8
+    assert scheduler.admit([*range(40), *[999] * CONFIG.window]).prefix_len == 40
