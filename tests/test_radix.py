@@ -431,6 +431,15 @@ def test_the_root_takes_its_first_table_from_a_short_prompt_and_a_better_one_lat
     check(scheduler)
 
 
+def test_the_root_keeps_its_table_where_fewer_tokens_mine() -> None:
+    scheduler = Scheduler(replace(CONFIG, mine_tokens=64), size=512)
+    scheduler.prefill(tokens(0, 15))
+    (root,) = scheduler.extend([scheduler.admit(tokens(100, 40))])
+    (below,) = scheduler.extend([scheduler.admit(tokens(0, 15) + tokens(200, 20))])
+    assert (below.prefix_len, below.mine) == (15, True)
+    assert scheduler.tree.root_table == root.table
+
+
 def test_prompts_that_differ_at_the_start_mine_each_their_own(scheduler: Scheduler) -> None:
     reqs = [scheduler.admit([start, *tokens(1, 40)]) for start in (500, 600)]
     first, second = scheduler.extend(reqs)
@@ -467,6 +476,21 @@ def test_a_later_prompt_is_bound_to_the_slots_and_tables_of_an_earlier_one(
     check(scheduler)
     scheduler.finish(second)
     assert b.table in scheduler.refs.refs or scheduler.pool.page_size > 1
+
+
+def test_who_is_bound_to_the_slots_of_another_reads_with_their_tables() -> None:
+    scheduler = Scheduler(CONFIG, size=512)
+    reqs = [scheduler.admit(tokens(0, 48)) for _ in range(2)]
+    for req in reqs:
+        scheduler.extend([req])
+    scheduler.decode(reqs, [901, 902])
+    for req in reqs:
+        scheduler.checkpoint(req)
+    batch = scheduler.decode(reqs, [903, 904])
+    assert batch is not None
+    for row, start, end, table in batch.segments.segments.tolist():
+        slots = scheduler.rows.req_to_token[row, start:end].long()
+        assert (scheduler.slot_table[slots] == table).all()
 
 
 def test_tokens_decoded_after_an_unaligned_prompt(scheduler: Scheduler) -> None:
@@ -506,6 +530,19 @@ def test_who_decodes_in_a_mixed_batch_keeps_tables_and_window(scheduler: Schedul
     assert (state_of(req).runs, state_of(req).window_start) == (runs, 40)
 
 
+@pytest.mark.parametrize(
+    ("chunks", "start"), [((32, 32), 64), ((32, 8), 40 - CONFIG.window), ((32, 3), 32)]
+)
+def test_the_window_of_a_chunked_prompt_begins_where_its_last_tokens_are_exact(
+    scheduler: Scheduler, chunks: tuple[int, ...], start: int
+) -> None:
+    req = scheduler.admit(tokens(0, sum(chunks)))
+    for length in chunks:
+        (extend,) = scheduler.extend([req], [length])
+        scheduler.checkpoint(req)
+    assert state_of(req).window_start == start == sum(chunks) - extend.num_exact
+
+
 @pytest.mark.parametrize("question", [1, 3, 4, 7])
 def test_the_end_of_a_question_about_a_stored_context_is_prefilled_by_everyone(
     scheduler: Scheduler, question: int
@@ -530,7 +567,7 @@ def test_a_question_that_begins_like_one_stored_with_the_context_is_read_exactly
     page_size: int,
 ) -> None:
     """Only the prompt that mined the table shares all of itself."""
-    config = replace(CONFIG, window=TAIL_TOKENS, mine_tokens=32)
+    config = replace(CONFIG, window=2 * TAIL_TOKENS, mine_tokens=32)
     scheduler = Scheduler(config, size=512, page_size=page_size)
     context, begin = tokens(0, 44), [500, 501, 502, 503, 504]
     prompts = [context + begin + tokens(start, 7) for start in (600, 700)]
