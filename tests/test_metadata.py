@@ -10,7 +10,7 @@ import torch
 
 from patternkv_sgl.batch import DecodeBatch, ExtendBatch
 from patternkv_sgl.metadata import DecodeBuffers
-from patternkv_sgl.prefill import plan_pieces, token_index
+from patternkv_sgl.prefill import plan_pieces, token_index, window_index
 from patternkv_sgl.requests import Extend
 from patternkv_sgl.segments import Reader, Segments, build_segments
 from patternkv_sgl.tables import TableRuns
@@ -135,3 +135,17 @@ def test_one_run_of_tokens_is_a_slice() -> None:
     assert token_index([(2, 4), (4, 9)], CPU) == slice(2, 9)
     scattered = token_index([(0, 2), (5, 6)], CPU)
     assert isinstance(scattered, torch.Tensor) and scattered.tolist() == [0, 1, 5]
+    partly = token_index([(0, 2), (2, 3), (5, 6)], CPU)
+    assert isinstance(partly, torch.Tensor) and partly.tolist() == [0, 1, 2, 5]
+
+
+def test_a_window_keeps_the_exact_tokens_of_each_request_where_their_positions_are() -> None:
+    extends = [
+        Extend(20, 5, 1, mine=False, num_exact=3),
+        Extend(9, 4, 1, mine=True),
+        Extend(6, 2, 1, mine=False, num_exact=2),
+    ]
+    index = window_index(ExtendBatch(extends, [1, 2, 3]), 8)
+    assert index is not None
+    assert index.tolist() == [-1, -1, 8 + 6, 8 + 7, 8 + 0, -1, -1, -1, -1, 24 + 6, 24 + 7]
+    assert window_index(extend_batch((20, 5), (0, 4)), 8) is None
