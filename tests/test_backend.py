@@ -16,7 +16,15 @@ import patternkv_sgl.backend
 from patternkv_kernels import dequantize
 from patternkv_sgl.backend import PatternKVBackend
 from patternkv_sgl.basis import KBasis
-from patternkv_sgl.batch import Batch, CurrentBatch, ExtendBatch, may_decode, read_batch
+from patternkv_sgl.batch import (
+    MAX_TREE_TOKENS,
+    Batch,
+    CurrentBatch,
+    ExtendBatch,
+    may_decode,
+    plan_extend,
+    read_batch,
+)
 from patternkv_sgl.config import PatternKVConfig
 from patternkv_sgl.metadata import DecodeBuffers
 from patternkv_sgl.pool import PatternKVPool
@@ -591,6 +599,15 @@ def test_branches_join_a_stored_prompt_in_a_decode_step(window: int) -> None:
         model.check()
 
 
+def test_branches_that_may_not_decode_stay_a_prefill() -> None:
+    model = Model(config())
+    model.prefill(tokens(0, 64))
+    extends = model.extend([model.admit(tokens(0, 64)) for _ in range(2)])
+    model.check()
+    assert [extend.num_tokens for extend in extends] == [1, 1]
+    assert model.stats.kv_reads == 0
+
+
 @pytest.mark.parametrize("prompts", [[tokens(0, 64), tokens(0, 66)], [tokens(300, 1)]])
 def test_more_tokens_or_no_prefix_stay_a_prefill(prompts: list[list[int]]) -> None:
     model = Model(config())
@@ -598,6 +615,24 @@ def test_more_tokens_or_no_prefix_stay_a_prefill(prompts: list[list[int]]) -> No
     model.extend([model.admit(prompt) for prompt in prompts], as_decode=True)
     model.check()
     assert model.stats.kv_reads == 0
+
+
+def test_few_tokens_read_their_prefix_as_rows_of_a_tree_while_there_are_rows() -> None:
+    model = Model(config())
+    model.prefill(tokens(0, 64))
+    counts = [MAX_TREE_TOKENS, MAX_TREE_TOKENS + 1, 3, 1]
+    reqs = [model.admit(tokens(0, 64) + tokens(100 * n, n)) for n in counts]
+    reqs.append(model.admit(tokens(5000, 1)))  # has no prefix
+    extends = model.extend(reqs)
+    assert [extend.num_tokens for extend in extends] == [*counts, 1]
+
+    def chosen(max_tree_rows: int) -> frozenset[int]:
+        return plan_extend(model.tree, reqs, extends, max_tree_rows).tree_requests
+
+    assert chosen(64) == chosen(MAX_TREE_TOKENS + 4) == {0, 2, 3}
+    assert chosen(MAX_TREE_TOKENS + 3) == {0, 2}
+    assert chosen(MAX_TREE_TOKENS + 2) == {0, 3}
+    assert chosen(0) == frozenset()
 
 
 PLAIN = {
