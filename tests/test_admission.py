@@ -130,6 +130,17 @@ def test_nobody_waits_for_a_request_that_is_gone(scheduler: Scheduler) -> None:
     assert Batch(admission).add(second)
 
 
+def test_nobody_waits_for_a_request_of_an_earlier_batch_that_never_ran(
+    scheduler: Scheduler,
+) -> None:
+    admission = Admission(scheduler.tree)
+    first, second = (scheduler.admit(tokens(0, LONG)) for _ in range(2))
+    batch = Batch(admission)
+    assert [batch.add(req) for req in (first, second)] == [True, False]
+    scheduler.drop_waiting(first)
+    assert Batch(admission).add(second)
+
+
 def test_a_disabled_tree_has_nothing_to_wait_for() -> None:
     scheduler = Scheduler(CONFIG, size=4096, disable=True)
     batch = Batch(Admission(scheduler.tree))
@@ -235,13 +246,25 @@ def test_the_prefill_ahead_of_branches_is_done_where_the_tree_has_its_prompt(
     assert admission.is_done(req)
     scheduler.finish(first)
     assert admission.is_done(req)
-    assert admission.is_done(waiting("its beginning", 8, 0, prompt[: 2 * page_size + 1]))
+    assert admission.is_done(waiting("its beginning", 2, 0, prompt[: 2 * page_size + 1]))
+    assert admission.is_done(waiting("few tokens", 8, 0, prompt[:15])) == (page_size == 1)
     assert not admission.is_done(waiting("longer", 8, 0, prompt + [7] * page_size))
     assert not admission.is_done(waiting("other", 8, 0, tokens(1, LONG)))
     assert not admission.is_done(waiting("nobody waits for it", 1, 0, prompt))
     assert not admission.is_done(waiting("a branch", 8, 1, prompt))
     scheduler.evict(LONG)
     assert not admission.is_done(req)
+
+
+def test_the_prefill_of_a_prompt_is_done_where_another_ones_table_holds_its_end(
+    scheduler: Scheduler,
+) -> None:
+    context, question = tokens(0, LONG), tokens(5000, 7)
+    scheduler.prefill(context)
+    req = waiting("prompt", 8, 0, context + question)
+    assert not Admission(scheduler.tree).is_done(req)
+    scheduler.prefill(context + question)
+    assert Admission(scheduler.tree).is_done(req)
 
 
 @pytest.mark.parametrize(
