@@ -76,6 +76,7 @@ def test_reserved_bytes_are_those_of_tables_and_windows() -> None:
     assert (
         sizes.reserved_bytes(10**12, 7) == 20 * sizes.bytes_per_table + 7 * sizes.bytes_per_window
     )
+    assert sizes.reserved_bytes(10**12, 7, 999) == sizes.reserved_bytes(10**12, 7) + 999
 
 
 def test_table_slots_follow_the_budget() -> None:
@@ -91,6 +92,8 @@ def test_a_budget_without_room_for_slots_is_refused() -> None:
     sizes = geometry("4", LLAMA_8B, tables=100)
     needed = 100 * sizes.bytes_per_table + 2 * sizes.bytes_per_window
     assert sizes.reserved_bytes(needed + 1, 2) == needed
+    with pytest.raises(ValueError, match="leave nothing"):
+        sizes.reserved_bytes(needed + 1, 2, 1)
     with pytest.raises(ValueError, match="leave nothing of the KV memory") as error:
         sizes.reserved_bytes(needed, 2)
     message = str(error.value)
