@@ -69,13 +69,34 @@ def test_what_does_not_fit_is_refused() -> None:
     slots = torch.arange(3)
     with pytest.raises(ValueError, match=r"index is \[2\] and table_ids \[3\]: 3 slots need"):
         store_windows(layers, slots, slots[:2], slots)
+    with pytest.raises(ValueError, match=r"index is \[3\] and table_ids \[2\]: 3 slots need"):
+        store_windows(layers, slots, slots, slots[:2])
     window_k, window_v = layers.window_k, layers.window_v
     every_other = random_tables(2, 128, 0, 16).patterns[..., ::2]
     for changes, message in (
         ({"tables": layers.tables[1:]}, "each layer needs one of each"),
+        (
+            {name: [] for name in ("buffers", "tables", "window_k", "window_v")},
+            "each layer needs one of each",
+        ),
+        ({"buffers": [buffer[:, 1:] for buffer in layers.buffers]}, "needs a contiguous uint8"),
+        ({"tables": [random_tables(1, 64, 0, 16)] * NUM_LAYERS}, "do not fit 2 KV heads of 64"),
         ({"window_k": [*window_k[1:], window_k[0].float()]}, "must be alike, contiguous"),
-        ({"window_v": [ring[:, ::2] for ring in window_v]}, "must be alike, contiguous"),
-        ({"window_k": [ring[..., :32] for ring in window_k]}, r"and end in \[2, 64\]"),
+        ({"window_v": [ring[1:] for ring in window_v]}, "must be alike, contiguous"),
+        (
+            {
+                name: [ring.transpose(0, 1).contiguous().transpose(0, 1) for ring in rings]
+                for name, rings in (("window_k", window_k), ("window_v", window_v))
+            },
+            "must be alike, contiguous",
+        ),
+        (
+            {
+                name: [ring[..., :32].contiguous() for ring in rings]
+                for name, rings in (("window_k", window_k), ("window_v", window_v))
+            },
+            r"and end in \[2, 64\]",
+        ),
         (
             {"tables": [*layers.tables[1:], random_tables(2, 64, 0, 8)]},
             "has tables of 8 patterns, layer 0 of 16",
