@@ -12,9 +12,10 @@ import torch
 
 import patternkv_sgl.scratch as scratch
 from patternkv_sgl.config import PatternKVConfig
-from patternkv_sgl.metadata import DecodeBuffers
-from patternkv_sgl.pool import SLOTS_PER_PAGE, explained_memory
+from patternkv_sgl.metadata import DecodeBuffers, most_tokens
+from patternkv_sgl.pool import SLOTS_PER_PAGE, PoolGeometry, explained_memory
 from patternkv_sgl.scratch import Scratch, ScratchShape
+from patternkv_sgl.sizing import Sizing
 from tests.engines import EngineRun
 from tests.fakes import make_pool
 from tests.models import WORDS, make_model
@@ -33,6 +34,27 @@ def test_memory_that_does_not_fit_is_explained() -> None:
     ):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
     assert "PyTorch says: tried to allocate 2 GiB" in str(error.value)
+
+
+@pytest.mark.usefixtures("published")
+def test_pool_plans_and_scratch_fill_the_memory_that_there_is() -> None:
+    budget, rows, scratch_bytes = 64 * MIB, 12, 123_456
+    config = PatternKVConfig(patterns=8, window=32)
+    geometry = PoolGeometry(config, 4, 2, 64, torch.bfloat16)
+    formats = tuple(dict.fromkeys(geometry.slot_formats))
+    shape = ScratchShape(formats, 8, 6, rows, CONTEXT, torch.bfloat16)
+    left = budget - Sizing(geometry, shape, scratch_bytes).reserved_bytes(budget)
+    pool = make_pool(
+        config,
+        size=left // geometry.bytes_per_token,
+        num_tables=geometry.num_tables(budget),
+        num_windows=rows + 1,
+        num_layers=4,
+        h_kv=2,
+    )
+    plans = DecodeBuffers.nbytes(rows, shape.max_entries, most_tokens(pool.size, rows))
+    taken = pool.get_kv_size_bytes() + plans + scratch_bytes
+    assert budget - SMALL * 2 < taken <= budget
 
 
 @pytest.mark.parametrize("alike", [True, False])
