@@ -150,3 +150,15 @@ def test_the_hooks_pass_on_what_sglang_gives() -> None:
         assert (self, obj) == ("self", "obj")
 
     asyncio.run(manager_hooks.send_request(sent, "self", "obj"))
+
+
+def test_who_reads_a_stream_may_send_others_once_its_branches_are_sent() -> None:
+    manager = Manager()
+
+    async def read() -> None:
+        handle = manager_hooks.handle_batch
+        async for _ in handle(Manager._handle_batch_request, manager, request("a"), None, ""):
+            await manager.send("other")
+
+    asyncio.run(read())
+    assert manager.sent == [["a alone"], ["a0", "a1", "a2"], ["other"], ["other"]]
