@@ -245,6 +245,21 @@ def refuse_ids(input_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
+def refuse_stop_ids(ids: Any, vocab_size: int) -> None:
+    """Refuse to stop at tokens that the vocabulary does not have. Where a request of the batch has
+    ``min_new_tokens``, SGLang's penalty (sampling/penaltylib/min_new_tokens.py) ends the scheduler
+    for them.
+
+    Raises:
+        ValueError: names an id and the limits.
+    """
+    for token_id in ids if isinstance(ids, list | tuple | set) else ():
+        if isinstance(token_id, int) and not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"stop_token_ids has {token_id}: ids of this model are 0 to {vocab_size - 1}."
+            )
+
+
 def refuse_top_logprobs(num: Any, vocab_size: int) -> None:
     """Refuse more logprobs of each token than the vocabulary has tokens, where SGLang's ``topk``
     (layers/logprob_processor.py) ends the scheduler, or anything but a number.

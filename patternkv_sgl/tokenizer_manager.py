@@ -13,6 +13,7 @@ from patternkv_sgl.refusals import (
     refuse_ids,
     refuse_logprob_start,
     refuse_no_tokens,
+    refuse_stop_ids,
     refuse_top_logprobs,
 )
 
@@ -60,6 +61,8 @@ def validate_request(self: Any, obj: Any, input_ids: Any) -> None:
     vocab_size = self.model_config.vocab_size
     # SGLang refuses unknown ids in token_ids_logprob itself.
     refuse_top_logprobs(getattr(obj, "top_logprobs_num", 0), vocab_size)
+    if isinstance(params := getattr(obj, "sampling_params", None), dict):
+        refuse_stop_ids(params.get("stop_token_ids"), vocab_size)
     if getattr(obj, "return_logprob", False):
         refuse_logprob_start(obj.logprob_start_len)
     if input_ids is None or getattr(obj, "input_embeds", None) is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from patternkv_sgl.config import PatternKVConfig
+from patternkv_sgl.server_args import FLAG_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 # Folder in the checkout → import name.
@@ -167,13 +168,18 @@ def test_an_init_in_kernels_would_shadow_it(tmp_path: Path) -> None:
     assert "ImportError" in python("-c", HUGGING_FACE, cwd=tmp_path).stderr
 
 
+def _as_flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
 def test_readme_states_every_flag() -> None:
     cells = (line.split("|") for line in (ROOT / "README.md").read_text("utf-8").splitlines())
     stated = {row[1].strip(" `"): (row[2].strip(), row[3].strip()) for row in cells if len(row) > 4}
+    assert all(_as_flag(field) in stated for field in FLAG_DEFAULTS)
     defaults = PatternKVConfig()
     for name, (low, high) in PatternKVConfig.RANGES.items():
         default = getattr(defaults, name)
-        stated_default, values = stated["--kv-quant-" + name.replace("_", "-")]
+        stated_default, values = stated[_as_flag(f"kv_quant_{name}")]
         assert stated_default == ("by memory" if name == "tables" else str(default))
         assert values == f"{low} to {high}"
     assert stated["--kv-quant-bits"][0] == f"`{defaults.k_bits}`"

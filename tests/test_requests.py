@@ -54,6 +54,17 @@ def test_logprobs_of_more_tokens_than_there_are_are_refused(
     assert f"up to {VOCAB_SIZE}," in str(error.value)
 
 
+@pytest.mark.parametrize("ids", [None, [], [0, VOCAB_SIZE - 1], [None]])
+def test_tokens_to_stop_at_are_accepted(ids: Any) -> None:
+    validate(sampling_params={"stop_token_ids": ids})
+
+
+@pytest.mark.parametrize("token_id", [VOCAB_SIZE, -1, 10**6])
+def test_tokens_to_stop_at_that_there_are_not_are_refused(token_id: int) -> None:
+    with pytest.raises(ValueError, match=f"{token_id}: ids of this model are 0 to 231"):
+        validate(sampling_params=[{}, {"stop_token_ids": [3, token_id]}])
+
+
 @pytest.mark.parametrize("start", [None, -1, 0, 1, [0, -1]])
 def test_logprobs_from_a_position_on_are_accepted(start: Any) -> None:
     validate(logprob_start_len=start)

@@ -246,12 +246,17 @@ def test_bad_requests_are_answered_and_the_server_goes_on(
             {"input_ids": [5, 6], "return_logprob": True, "logprob_start_len": -7},
             "logprob_start_len -7: expected a position in the prompt",
         ),
+        (
+            {"input_ids": [5], "sampling_params": {"min_new_tokens": 2, "stop_token_ids": [9999]}},
+            "stop_token_ids has 9999: ids of this model are 0 to",
+        ),
     ],
 )
 def test_requests_that_would_end_the_scheduler_are_answered(
     server: Server, model: Model, request_: dict[str, Any], message: str
 ) -> None:
-    response = server.post("generate", request_ | {"sampling_params": {"max_new_tokens": 4}})
+    params = {"max_new_tokens": 4} | request_.get("sampling_params", {})
+    response = server.post("generate", request_ | {"sampling_params": params})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
     assert len(outputs(server.generate(model.prompt(SHORT, 8)))) == 16
