@@ -116,7 +116,8 @@ class PatternKVConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 flag = "--kv-quant-" + name.replace("_", "-")
                 raise ValueError(f"{flag} {value!r}: expected an integer from {low} to {high}")
-        for k_bits, v_bits in self._all_bits():
+        others = (bits for _, bits in self.layer_bits or ())
+        for k_bits, v_bits in ((self.k_bits, self.v_bits), *others):
             if k_bits not in BITS or v_bits not in BITS:
                 raise ValueError(
                     f"bits {k_bits!r} of K and {v_bits!r} of V in --kv-quant-bits or "
@@ -129,10 +130,6 @@ class PatternKVConfig:
                 f"--kv-quant-sinks {self.sinks} does not fit into --kv-quant-patterns "
                 f"{self.patterns}: each sink takes one pattern; lower the first or raise the second"
             )
-
-    def _all_bits(self) -> list[Bits]:
-        others = [bits for _, bits in self.layer_bits or ()]
-        return [(self.k_bits, self.v_bits), *others]
 
     @property
     def bits(self) -> str:

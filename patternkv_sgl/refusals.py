@@ -237,12 +237,7 @@ def refuse_ids(input_ids: Sequence[int], vocab_size: int) -> None:
     Raises:
         ValueError: names an id and the limits.
     """
-    low, high = min(input_ids), max(input_ids)
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"The prompt holds token id {low if low < 0 else high}: ids of this model are 0 to "
-            f"{vocab_size - 1}."
-        )
+    _refuse_outside("The prompt holds token id", input_ids, vocab_size)
 
 
 def refuse_stop_ids(ids: Any, vocab_size: int) -> None:
@@ -253,11 +248,17 @@ def refuse_stop_ids(ids: Any, vocab_size: int) -> None:
     Raises:
         ValueError: names an id and the limits.
     """
-    for token_id in ids if isinstance(ids, list | tuple | set) else ():
-        if isinstance(token_id, int) and not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"stop_token_ids has {token_id}: ids of this model are 0 to {vocab_size - 1}."
-            )
+    given = ids if isinstance(ids, list | tuple | set) else ()
+    if numbers := [token_id for token_id in given if isinstance(token_id, int)]:
+        _refuse_outside("stop_token_ids has", numbers, vocab_size)
+
+
+def _refuse_outside(who: str, ids: Sequence[int], vocab_size: int) -> None:
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{who} {low if low < 0 else high}: ids of this model are 0 to {vocab_size - 1}."
+        )
 
 
 def refuse_top_logprobs(num: Any, vocab_size: int) -> None:

@@ -70,8 +70,8 @@ class TableRefs:
     """Reference counts of the table slots.
 
     Owners are radix nodes, running requests and the tree root: every live table has at least one.
-    A freed id may be reused at once: mining writes on
-    the forward stream, after every forward that still reads the old content.
+    A freed id may be reused at once: mining writes on the forward stream, after every forward that
+    still reads the old content.
 
     Args:
         num_tables: table slots in the pool, including the zero table.

@@ -175,11 +175,9 @@ def test_without_metrics_no_number_is_put_together(monkeypatch: pytest.MonkeyPat
 def test_a_batch_without_our_tree_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang builds the tree after the backend, which can check pool and hooks alone."""
     monkeypatch.setattr(plugin, "_cache", None)
-    for enabled in (False, True):
-        monkeypatch.setattr("patternkv_sgl.hooks.enabled", lambda enabled=enabled: enabled)
-        arguments = (lambda cls, batch, runner: "forward", object, None, None)
-        if enabled:
-            with pytest.raises(RuntimeError, match="no radix tree of its own"):
-                plugin._init_forward_batch(*arguments)
-        else:
-            assert plugin._init_forward_batch(*arguments) == "forward"
+    arguments = (lambda cls, batch, runner: "forward", object, None, None)
+    monkeypatch.setattr("patternkv_sgl.hooks.enabled", lambda: False)
+    assert plugin._init_forward_batch(*arguments) == "forward"
+    monkeypatch.setattr("patternkv_sgl.hooks.enabled", lambda: True)
+    with pytest.raises(RuntimeError, match="no radix tree of its own"):
+        plugin._init_forward_batch(*arguments)

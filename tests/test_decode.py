@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -202,15 +203,17 @@ def test_plans_and_queries_that_do_not_fit_are_refused() -> None:
         tree_decode(*narrow.args, **narrow.options)
 
 
+def decode_with_window(inputs: DecodeInputs, **changes: torch.Tensor) -> None:
+    assert inputs.window is not None
+    changed = replace(inputs, window=replace(inputs.window, **changes))
+    tree_decode(*changed.args, **changed.options)
+
+
 def test_new_tokens_must_fit_the_window() -> None:
     inputs = make_inputs(DecodeCase("window", window=8))
     window = inputs.window
     assert window is not None
-
-    def decode(**changes: torch.Tensor) -> None:
-        changed = replace(inputs, window=replace(window, **changes))
-        tree_decode(*changed.args, **changed.options)
-
+    decode = partial(decode_with_window, inputs)
     rows = f"{len(inputs.q)} rows with rings"
     with pytest.raises(ValueError, match=rows):
         decode(new_k=window.new_k[1:])
@@ -232,9 +235,8 @@ def test_a_window_that_kernels_would_misread_is_refused() -> None:
         ({"v": wider}, "both alike"),
         ({"k": wider[:, ::2], "v": wider[:, ::2]}, "must be contiguous"),
     ):
-        changed = replace(inputs, window=replace(window, **changes))
         with pytest.raises(ValueError, match=message):
-            tree_decode(*changed.args, **changed.options)
+            decode_with_window(inputs, **changes)
 
 
 def test_only_contiguous_tables_are_for_kernels() -> None:

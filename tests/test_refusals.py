@@ -264,23 +264,26 @@ def write_model(folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def test_the_launcher_checks_the_model(tmp_path: Path) -> None:
-    def check(path: str, kv_quant: str | None, **options: str) -> None:
-        given = {"device": "cpu", "skip_tokenizer_init": True} | options
-        args = KVQuantServerArgs(model_path=path, kv_quant=kv_quant, **given)
-        args.resolve_once()
-        args.check_server_args()
+def checked(path: str, kv_quant: str | None, **given: Any) -> KVQuantServerArgs:
+    """Arguments of a CPU server that SGLang has resolved and checked."""
+    options = {"device": "cpu", "skip_tokenizer_init": True} | given
+    args = KVQuantServerArgs(model_path=path, kv_quant=kv_quant, **options)
+    args.resolve_once()
+    args.check_server_args()
+    return args
 
+
+def test_the_launcher_checks_the_model(tmp_path: Path) -> None:
     path = write_model(tmp_path / "64")
-    check(path, "patternkv", kv_quant_layer_bits="0=4:2,last=2")
+    checked(path, "patternkv", kv_quant_layer_bits="0=4:2,last=2")
     with pytest.raises(ValueError, match="layer 1 of 2 twice, by 1=4:2 and last=2:2"):
-        check(path, "patternkv", kv_quant_layer_bits="1=4:2,last=2")
+        checked(path, "patternkv", kv_quant_layer_bits="1=4:2,last=2")
     with pytest.raises(ValueError, match="no layer 2, the model has 0 to 1"):
-        check(path, "patternkv", kv_quant_layer_bits="2=4:2")
+        checked(path, "patternkv", kv_quant_layer_bits="2=4:2")
     path = write_model(tmp_path / "80", head_dim=80)
-    check(path, None)
+    checked(path, None)
     with pytest.raises(ValueError, match="LlamaForCausalLM has head_dim 80 and v_head_dim 80"):
-        check(path, "patternkv")
+        checked(path, "patternkv")
 
 
 @pytest.mark.parametrize(
@@ -294,11 +297,7 @@ def test_a_disabled_tree_is_warned_of_once(
     disable: bool,
     warned: bool,
 ) -> None:
-    path = write_model(tmp_path / "64")
-    given = {"device": "cpu", "skip_tokenizer_init": True, "disable_radix_cache": disable}
-    args = KVQuantServerArgs(model_path=path, kv_quant=kv_quant, **given)
-    args.resolve_once()
-    args.check_server_args()
+    args = checked(write_model(tmp_path / "64"), kv_quant, disable_radix_cache=disable)
     pickle.loads(pickle.dumps(args))  # on its way to the scheduler
     lines = [record.message for record in caplog.records if "disable-radix" in record.message]
     assert len(lines) == warned
@@ -322,11 +321,7 @@ def test_chunks_too_short_to_mine_are_warned_of(
     chunk: int | None,
     warned: bool,
 ) -> None:
-    path = write_model(tmp_path / "64")
-    given = {"device": "cpu", "skip_tokenizer_init": True, "chunked_prefill_size": chunk}
-    args = KVQuantServerArgs(model_path=path, kv_quant=kv_quant, **given)
-    args.resolve_once()
-    args.check_server_args()
+    checked(write_model(tmp_path / "64"), kv_quant, chunked_prefill_size=chunk)
     lines = [record.message for record in caplog.records if "-mine-tokens" in record.message]
     assert len(lines) == warned
     assert all("255 is below --kv-quant-mine-tokens 256" in line for line in lines)

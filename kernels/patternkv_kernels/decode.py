@@ -72,9 +72,9 @@ def tree_decode_with_lse(
     Returns ``out [b, h_q, d]`` in ``q.dtype`` and ``lse [b, h_q]`` float32, natural logarithm. A
     row without any token has ``out = 0`` and ``lse = -inf``.
 
-    Raises ``ValueError`` for shapes and dtypes that do not fit the format or each other. A plan of
-    more rows than ``q``, or of more than ``workspace`` holds, is a ``ValueError`` of the reference,
-    while the CUDA planner, which the host does not wait for, traps.
+    Raises ``ValueError`` for shapes and dtypes that do not fit the format or each other. For a plan
+    of more rows than ``q`` the reference raises it, too; the CUDA planner, which the host does not
+    wait for, traps, and also for a plan that ``workspace`` has no room for.
     """
     d, h_kv = fmt.head_dim, fmt.h_kv
     fmt.check(buffer)

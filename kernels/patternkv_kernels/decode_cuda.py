@@ -229,7 +229,8 @@ def tree_decode_cuda(
         shape = DecodeShape(fmt, tables.num_patterns, h_q, b, nnz, b * context)
         workspace = DecodeWorkspace.allocate(shape, q.device)
         plan_decode(plan, workspace, b)
-    workspace.check(fmt, tables.num_patterns, h_q)
+    else:
+        workspace.check(fmt, tables.num_patterns, h_q)
     exact: tuple[torch.Tensor | None, ...] = (None,) * 7
     if window is not None and window.k.shape[1] > 0:
         exact = (window.k, window.v, window.ring, window.start, window.end)
